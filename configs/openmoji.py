@@ -1,0 +1,51 @@
+"""The example: name OpenMoji pictures with a frozen SmolLM2-135M, everything from PyPI, on two CPU cores.
+
+Two runs, because no pre-trained vision encoder is on PyPI: a small ViT first learns which name goes with which
+picture (locked-text contrastive, MiniLM sentence embeddings), then it is frozen and SimVLG's one stage begins.
+
+    python -m simvlg_jax.data.prepare
+    python -m simvlg_jax.train --config configs/openmoji.py:vit --workdir runs/openmoji/vit
+    python -m simvlg_jax.train --config configs/openmoji.py --workdir runs/openmoji
+    python -m simvlg_jax.evaluate --config configs/openmoji.py --workdir runs/openmoji
+
+`launch/local.sh` does just this within a time limit. The scores to expect are in docs/example.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    config = common.get_config()
+    config.vit.size = "small_64px"
+    config.vit.weights = "runs/openmoji/vit/vit.safetensors"
+    config.vit.scan = False
+    config.connector.weights = "minilm"
+    config.connector.merges = (10, 10, 10, 10, 10, 10)  # 65 -> 55 -> 45 -> 35 -> 25 -> 15 -> 8
+    config.llm.weights = "smollm2"
+    config.llm.max_text_tokens = 20  # the longest name takes 19
+    config.data.name = "openmoji"
+    config.data.crop_scale = (0.7, 1.0)
+    config.data.flip = False  # names speak of left and right
+    config.data.length_window = 8
+    config.train.batch_size = 32
+    config.train.steps = 3000
+    config.train.eval_every = 250
+    config.train.save_every = 250
+    config.optimizer.lr = 5e-4
+    config.optimizer.min_lr = 1e-5
+    config.optimizer.warmup_steps = 50
+    config.evaluate.max_new_tokens = 24
+    if mode == "vit":
+        config.task = "contrastive"
+        config.vit.weights = ""
+        config.data.length_window = 1  # the contrast wants a fair choice of sentences in each batch
+        config.train.batch_size = 128
+        config.train.steps = 900
+        config.train.eval_every = 250
+        config.train.save_every = 250
+        config.optimizer.lr = 1e-3
+    elif mode:
+        raise ValueError(f"configs/openmoji.py knows 'vit', not {mode!r}")
+    return config.lock()

@@ -1,0 +1,44 @@
+# Sourced by the other scripts: checks the machine, makes .venv once, and defines PYTHON and say.
+# need_environment FILE...: installs these requirement files, unless .venv already holds them (so it runs offline).
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "error: $*"; exit 1; }
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+PYTHON=.venv/bin/python
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON_BASE:-} python3.13 python3.12 python3.11 python3; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+need_environment() {
+  local wanted marker=.venv/installed base free
+  wanted=$(cat pyproject.toml "$@")
+  if [ -x "$PYTHON" ] && [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then return; fi
+  base=$(find_python) || fail "Python 3.11 or newer is needed; install it, or name one: PYTHON_BASE=/path/to/python3.12"
+  free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
+  [ "$free" -ge 4 ] || fail "4 GB of free disk are needed for .venv and data, $free GB are free here"
+  if [ ! -x "$PYTHON" ]; then
+    say "making .venv with $("$base" --version)"
+    "$base" -m venv .venv || { rm -rf .venv; fail "python -m venv failed (on Debian: apt install python3-venv)"; }
+  fi
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || fail "no pip in .venv; remove .venv and run again"
+  local file started=$SECONDS
+  for file in "$@"; do
+    say "installing $file"
+    if [ "$file" = requirements-example.txt ]; then set -- --no-deps; else set --; fi
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" ||
+      fail "pip could not install $file; with a network connection, run again"
+  done
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -e . || fail "pip could not install this package"
+  printf '%s\n' "$wanted" >"$marker"
+  say "installed in $((SECONDS - started)) s"
+}

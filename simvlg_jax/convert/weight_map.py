@@ -1,0 +1,83 @@
+"""Weight maps: one table row per parameter, read in both directions between our trees and PyTorch state dicts.
+
+A row is (our path, PyTorch name, layout). Our paths are joined with "/"; `{i}` stands for the layer number.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from simvlg_jax.errors import UserError
+
+Tensors = dict[str, np.ndarray]
+
+
+class Row(NamedTuple):
+    """One parameter: ours "a/b/kernel", PyTorch's "a.b.weight", and how the array is laid out (see `LAYOUTS`)."""
+
+    ours: str
+    torch: str
+    layout: str = "same"
+
+
+def _heads_out(w: np.ndarray, heads: int) -> np.ndarray:  # (H*K, D) -> (D, H, K)
+    return w.reshape(heads, -1, w.shape[-1]).transpose(2, 0, 1)
+
+
+LAYOUTS = {  # name: (from PyTorch given the number of heads, to PyTorch)
+    "same": (lambda w, heads: w, lambda w: w),
+    "linear": (lambda w, heads: w.T, lambda w: w.T),
+    "heads_out": (_heads_out, lambda w: w.transpose(1, 2, 0).reshape(-1, w.shape[0])),  # q, k, v weight
+    "heads_bias": (lambda b, heads: b.reshape(heads, -1), lambda b: b.reshape(-1)),  # q, k, v bias
+    "heads_in": (lambda w, heads: w.T.reshape(heads, -1, w.shape[0]), lambda w: w.reshape(-1, w.shape[-1]).T),
+}
+
+
+def linear(ours: str, torch: str) -> list[Row]:
+    return [Row(f"{ours}/kernel", f"{torch}.weight", "linear"), Row(f"{ours}/bias", f"{torch}.bias")]
+
+
+def layer_norm(ours: str, torch: str) -> list[Row]:
+    return [Row(f"{ours}/scale", f"{torch}.weight"), Row(f"{ours}/bias", f"{torch}.bias")]
+
+
+def query_key_value(ours: str, torch: str) -> list[Row]:
+    return [Row(f"{ours}/kernel", f"{torch}.weight", "heads_out"), Row(f"{ours}/bias", f"{torch}.bias", "heads_bias")]
+
+
+def merge_heads(ours: str, torch: str) -> list[Row]:
+    return [Row(f"{ours}/kernel", f"{torch}.weight", "heads_in"), Row(f"{ours}/bias", f"{torch}.bias")]
+
+
+def numbered(rows: Iterable[Row], count: int) -> list[Row]:
+    """Writes `{i}` out as 0..count-1."""
+    rows = list(rows)
+    return [Row(r.ours.format(i=i), r.torch.format(i=i), r.layout) for i in range(count) for r in rows]
+
+
+def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads: int, ignore: Iterable[str] = ()):
+    """Our nested tree from PyTorch tensors; `ignore` are name prefixes that may be left over.
+
+    Raises:
+      UserError: names missing or left over, both lists shown.
+    """
+    rows = list(rows)
+    wanted = {row.torch for row in rows}
+    missing = sorted(wanted - set(tensors))
+    extra = sorted(name for name in set(tensors) - wanted if not name.startswith(tuple(ignore)))
+    if missing or extra:
+        raise UserError(
+            "these weights do not fit the model.\n"
+            f"  missing in the file ({len(missing)}): {', '.join(missing) or 'none'}\n"
+            f"  not known to the model ({len(extra)}): {', '.join(extra) or 'none'}"
+        )
+    flat = {row.ours: LAYOUTS[row.layout][0](np.asarray(tensors[row.torch]), num_heads) for row in rows}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_torch(rows: Iterable[Row], params: Mapping) -> Tensors:
+    """The inverse of `from_torch`: contiguous arrays by PyTorch name."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {row.torch: np.ascontiguousarray(LAYOUTS[row.layout][1](np.asarray(flat[row.ours]))) for row in rows}

@@ -1,0 +1,282 @@
+"""Batches for the training and the evaluation loop, by Grain.
+
+A batch is a dict of numpy arrays (B pictures of this process, side S, L tokens):
+
+    image    uint8 (B, S, S, 3), not normalised
+    ids      int32 (B, L), padded on the right
+    mask     int32 (B, L), 1 where there is a token
+    targets  int32 (B, L), -100 where there is no loss
+
+and in evaluation also
+
+    weight   float32 (B,), 0 for the repeats that fill the last batch
+    index    int32 (B,), position of the example in its source, -1 for those repeats
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import ml_collections
+import numpy as np
+from absl import flags
+
+from simvlg_jax.data import transforms
+from simvlg_jax.data.sources import Source
+from simvlg_jax.data.text import IGNORE, TextEncoder
+from simvlg_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+MAX_SKIPS = 100  # pictures in a row that may be unreadable
+
+
+@dataclass
+class Skipped:
+    """Counts the unreadable pictures that training met and replaced, since this process began."""
+
+    count: int = 0
+
+    def __call__(self, batch: Batch) -> Batch:
+        self.count += int(batch.pop("skipped").sum())
+        return batch
+
+
+class DecodedSource:
+    """A source whose pictures are decoded; a record it cannot read is replaced by the next one it can.
+
+    Records gain "skipped", the number of unreadable pictures passed over. Raises UserError when MAX_SKIPS pictures in
+    a row are unreadable.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for skipped in range(min(MAX_SKIPS, len(self))):
+            place = (index + skipped) % len(self)
+            try:
+                record = self._source[place]
+                return {**record, "image": transforms.decode(record["image"]), "skipped": skipped}
+            except transforms.UNREADABLE as error:
+                logging.warning("skipped unreadable picture, record %d: %s", place, error)
+        raise UserError(f"{skipped + 1} pictures in a row, from record {index} on, cannot be read")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Decoded record -> training view and tokens; random numbers come from Grain."""
+
+    size: int
+    scale: tuple[float, float]
+    flip: bool
+    encode: TextEncoder
+
+    def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        ids, targets = self.encode(record["caption"])
+        image = transforms.augment(record["image"], self.size, self.scale, self.flip, rng)
+        return {"image": image, "ids": ids, "targets": targets, "skipped": record["skipped"]}
+
+
+def _pad(rows: Sequence[list[int]], length: int, value: int) -> np.ndarray:
+    """Lists of at most `length` ids -> int32 (len(rows), length)."""
+    padded = np.full((len(rows), length), value, np.int32)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return padded
+
+
+def collate(examples: Sequence[dict[str, Any]], *, pad_id: int, multiple: int, max_tokens: int) -> Batch:
+    """Examples with "image", "ids", "targets" (and numbers) -> one batch.
+
+    Args:
+      multiple: L is the longest example's length rounded up to a multiple of this; 0 stands for L = max_tokens.
+    """
+    longest = max(len(example["ids"]) for example in examples)
+    length = min(max_tokens, -(-longest // multiple) * multiple) if multiple else max_tokens
+    ids = [example["ids"] for example in examples]
+    batch = {
+        "image": np.stack([example["image"] for example in examples]),
+        "ids": _pad(ids, length, pad_id),
+        "mask": _pad([[1] * len(row) for row in ids], length, 0),
+        "targets": _pad([example["targets"] for example in examples], length, IGNORE),
+    }
+    if "skipped" in examples[0]:
+        batch["skipped"] = np.array([example["skipped"] for example in examples], np.int32)
+    return batch
+
+
+@dataclass(frozen=True)
+class LengthGroups:
+    """A window of examples -> its batches, each of captions of like length, in random order.
+
+    Every pad costs a step through the language model; within a batch of like captions there are few.
+    """
+
+    batch_size: int
+    collate: Callable[[Sequence[dict[str, Any]]], Batch]
+
+    def __call__(self, examples: list[dict[str, Any]], rng: np.random.Generator) -> list[Batch]:
+        starts = np.arange(0, len(examples), self.batch_size)
+        if len(starts) > 1:
+            examples = sorted(examples, key=lambda example: len(example["ids"]))
+            rng.shuffle(starts)
+        return [self.collate(examples[start : start + self.batch_size]) for start in starts]
+
+
+@dataclass
+class _Each(grain.experimental.FlatMapTransform):
+    """A list of batches -> its batches."""
+
+    max_fan_out: int
+
+    def flat_map(self, batches: list[Batch]) -> list[Batch]:
+        return batches
+
+
+def _local_size(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise UserError(f"batch size {batch_size} does not divide among {process_count} processes", status=2)
+    return batch_size // process_count
+
+
+def make_train_iterator(
+    data_config: ml_collections.ConfigDict,
+    source: Source,
+    text_encoder: TextEncoder,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    skipped: Skipped | None = None,
+) -> grain.DatasetIterator:
+    """Endless training batches of this process.
+
+    Each epoch is a new permutation of the source, and the processes share it out. The position (`get_state`,
+    `set_state`, `grain.checkpoint.CheckpointSave`) restores order and augmentation exactly; it depends on the number
+    of workers, the batches do not. With several processes L is always `max_tokens`: they must agree on it.
+
+    Args:
+      data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
+      batch_size: of all processes together.
+      skipped: counts the unreadable pictures, if given.
+    """
+    local = _local_size(batch_size, process_count)
+    if len(source) < batch_size:
+        raise UserError(
+            f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
+        )
+    augment = Augment(image_size, tuple(data_config.crop_scale), bool(data_config.flip), text_encoder)
+    # Grain numbers the examples of each process from 0, so processes need seeds of their own to augment differently.
+    augment_seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
+    collate_fn = functools.partial(
+        collate,
+        pad_id=text_encoder.pad_id,
+        multiple=data_config.pad_multiple if process_count == 1 else 0,
+        max_tokens=text_encoder.max_tokens,
+    )
+    window = data_config.length_window if process_count == 1 and data_config.pad_multiple else 1
+    dataset = (
+        grain.MapDataset.source(DecodedSource(source))
+        .shuffle(seed)[process_index::process_count]
+        .repeat()
+        .random_map(augment, seed=augment_seed)
+        .batch(window * local, drop_remainder=True, batch_fn=list)
+        .random_map(LengthGroups(local, collate_fn), seed=seed)
+        .to_iter_dataset(read_options(data_config.read_threads))
+    )
+    dataset = grain.experimental.FlatMapIterDataset(dataset, _Each(window))
+    if data_config.workers:
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes inherit absl flags
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data_config.workers))
+    return iter(dataset.map(Skipped() if skipped is None else skipped))
+
+
+def read_options(threads: int) -> grain.ReadOptions:
+    """Grain reads whole batches ahead: two for each thread bound the memory."""
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Number of a batch -> the batch; the work behind `make_eval_batches`."""
+
+    source: Source
+    encode: TextEncoder
+    size: int
+    batch_size: int
+    first: int
+    local: int
+    multiple: int
+
+    def _example(self, index: int) -> dict[str, Any]:
+        name = f"record {index}"
+        try:
+            record = self.source[index]
+            name = record["id"]
+            image = transforms.decode(record["image"])
+        except transforms.UNREADABLE as error:
+            raise UserError(f"cannot read the picture {name}: {error}") from error
+        ids, targets = self.encode(record["caption"])
+        return {"image": transforms.squash(image, self.size), "ids": ids, "targets": targets}
+
+    def __call__(self, number: int) -> Batch:
+        start = number * self.batch_size + self.first
+        indices = np.arange(start, start + self.local)
+        real = indices < len(self.source)
+        examples = [self._example(int(i)) for i in indices[real]]
+        if not examples:
+            examples = [self._example(0)]
+        examples += [examples[-1]] * (self.local - len(examples))
+        batch = collate(
+            examples,
+            pad_id=self.encode.pad_id,
+            multiple=self.multiple,
+            max_tokens=self.encode.max_tokens,
+        )
+        batch["targets"][~real] = IGNORE
+        batch["weight"] = real.astype(np.float32)
+        batch["index"] = np.where(real, indices, -1).astype(np.int32)
+        return batch
+
+
+def make_eval_batches(
+    source: Source,
+    text_encoder: TextEncoder,
+    *,
+    image_size: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    pad_multiple: int = 0,
+    read_threads: int = 2,
+) -> grain.IterDataset:
+    """Each example exactly once, in order; every process gets equally many batches of equal size.
+
+    The last batches are filled with repeats of weight 0 that have no targets. An unreadable picture raises UserError
+    with its name. Iterate over the result as often as needed.
+
+    Args:
+      batch_size: of all processes together.
+      pad_multiple: as `data.pad_multiple`; 0 gives every batch the same L, as several processes need.
+    """
+    local = _local_size(batch_size, process_count)
+    make = EvalBatch(
+        source=source,
+        encode=text_encoder,
+        size=image_size,
+        batch_size=batch_size,
+        first=process_index * local,
+        local=local,
+        multiple=pad_multiple if process_count == 1 else 0,
+    )
+    batches = -(-len(source) // batch_size)
+    return grain.MapDataset.range(batches).map(make).to_iter_dataset(read_options(read_threads))

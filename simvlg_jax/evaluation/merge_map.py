@@ -1,0 +1,68 @@
+"""Draws which patches of a picture ended in which token of the connector."""
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_INK = (38, 44, 58)
+
+
+def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Image.Image:
+    """The picture under one tint for each merged token, outlined where neighbours belong to different tokens.
+
+    Patches of one colour ended in one token, wherever they lie; a patch that stayed alone keeps its own colours.
+    Larger tokens get the more distinct hues. Patches merged with the class token carry a dot (the published
+    connector never merges it, so none does).
+
+    Args:
+      image: (H, W, 3) uint8, the picture as the vision encoder saw it; shown square.
+      source_map: (1 + grid * grid,) int, the output token of each input token, class token first, patches by row.
+      size: about the side of the drawing in pixels (a multiple of the grid is taken).
+
+    Raises:
+      ValueError: a length that is not 1 + a square.
+    """
+    source_map = np.asarray(source_map)
+    grid = round((len(source_map) - 1) ** 0.5)
+    if grid < 1 or len(source_map) != 1 + grid * grid:
+        raise ValueError(f"a source map of {len(source_map)} tokens is not a class token and a square of patches")
+    groups = source_map[1:].reshape(grid, grid)
+    cell = max(round(size / grid), 8)
+    picture = Image.fromarray(image).resize((cell * grid, cell * grid), Image.Resampling.LANCZOS)
+    # Multiplying keeps lines and shading readable; a share of the plain tint shows it on dark colours too.
+    pixels = np.asarray(picture).astype(np.float32)  # (side, side, 3)
+    tints, merged = (np.kron(x, np.ones((cell, cell, 1))) for x in _tints(groups))
+    tinted = 0.72 * pixels * tints + 0.28 * 255 * tints
+    drawing = Image.fromarray(np.where(merged, tinted, pixels).round().astype(np.uint8))
+    _outline(drawing, groups, cell)
+    for row, column in np.argwhere(groups == source_map[0]):
+        centre = ((column + 0.5) * cell, (row + 0.5) * cell)
+        ImageDraw.Draw(drawing).circle(centre, cell / 6, fill=_INK, outline="white", width=max(cell // 24, 1))
+    return drawing
+
+
+def _tints(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(grid, grid) groups -> (grid, grid, 3) colours in 0..1 and (grid, grid, 1) whether a patch was merged."""
+    numbers, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    tints = np.ones((len(numbers), 3))
+    by_size = [group for group in np.argsort(-counts, kind="stable") if counts[group] > 1]
+    for rank, group in enumerate(by_size):
+        # Steps of the golden angle never bring two hues close; each further round of 8 is paler.
+        hue, saturation = (0.56 + rank * 0.618034) % 1, max(0.42 - 0.10 * (rank // 8), 0.16)
+        tints[group] = colorsys.hsv_to_rgb(hue, saturation, 0.98)
+    inverse = inverse.reshape(groups.shape)
+    return tints[inverse], (counts > 1)[inverse][..., None]
+
+
+def _outline(drawing: Image.Image, groups: np.ndarray, cell: int) -> None:
+    """Thick lines between patches of different groups and around the picture."""
+    draw = ImageDraw.Draw(drawing)
+    width = max(cell // 12, 2)
+    padded = np.pad(groups, 1, constant_values=-1)
+    for row, column in np.argwhere(padded[1:, :] != padded[:-1, :]):  # between padded rows `row` and `row` + 1
+        x, y = (column - 1) * cell, row * cell
+        draw.line([(x - width // 2, y), (x + cell + width // 2, y)], fill=_INK, width=width)
+    for row, column in np.argwhere(padded[:, 1:] != padded[:, :-1]):
+        x, y = column * cell, (row - 1) * cell
+        draw.line([(x, y - width // 2), (x, y + cell + width // 2)], fill=_INK, width=width)

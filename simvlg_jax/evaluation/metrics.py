@@ -1,0 +1,198 @@
+"""Caption scores over a corpus: BLEU-1..4, ROUGE-L and CIDEr, with the numbers of the COCO caption evaluation.
+
+The three are short, so they are written out here: pycocoevalcap, where they come from, brings 100 MB of Java
+programs and data along. The tests hold them to its numbers. METEOR and SPICE are left out: both are Java
+programs with dictionaries of their own (WordNet, a paraphrase table, a parser).
+
+Scale: fractions. BLEU and ROUGE-L lie in 0..1; CIDEr in 0..10, and what papers call "CIDEr 139.1" is 1.391 here.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simvlg_jax.evaluation.ptb_tokenizer import tokenize
+
+_ORDERS = (1, 2, 3, 4)
+_CIDER_SIGMA = 6.0  # width of CIDEr-D's penalty on differences in length, in bigrams
+_ROUGE_BETA = 1.2  # weight of recall against precision
+
+Ngrams = Counter[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of one set of captions; `cider_per_example` averages to `cider`."""
+
+    bleu_1: float
+    bleu_2: float
+    bleu_3: float
+    bleu_4: float
+    rouge_l: float
+    cider: float
+    cider_per_example: dict[str, float]
+
+    def as_dict(self) -> dict[str, float]:
+        """The corpus scores under the field's names, for logs and tables."""
+        bleus = (self.bleu_1, self.bleu_2, self.bleu_3, self.bleu_4)
+        names = {f"BLEU-{n}": score for n, score in zip(_ORDERS, bleus, strict=True)}
+        return {**names, "ROUGE-L": self.rouge_l, "CIDEr": self.cider}
+
+
+def score_captions(references: dict[str, list[str]], hypotheses: dict[str, str]) -> CaptionScores:
+    """Scores one caption per picture against the references of that picture.
+
+    BLEU is a corpus score: n-gram counts and lengths are summed over pictures before anything is divided.
+    ROUGE-L and CIDEr are means over pictures. CIDEr weighs n-grams by how few pictures' references hold them,
+    and those document frequencies are taken from `references` itself: the score of a picture depends on the
+    other pictures scored with it, and a corpus of one picture scores 0 whatever the caption. Captions are
+    tokenised here (see `ptb_tokenizer`); an empty caption scores 0 and counts towards BLEU's brevity penalty.
+
+    Args:
+      references: {picture: one or more captions}, in the order that pictures are to be read.
+      hypotheses: {picture: caption}, the same keys.
+
+    Raises:
+      ValueError: the keys differ, there is no picture, or a picture has no reference.
+    """
+    return _score(*_tokenized(references, hypotheses))
+
+
+def shuffled_control(references: dict[str, list[str]], hypotheses: dict[str, str], seed: int) -> dict[str, float]:
+    """The same captions scored against other pictures: what a model reaches that never looks.
+
+    Captions are dealt to pictures by `derangement(len(references), seed)`. A model that only learned what
+    captions sound like scores as high here as against the right pictures; the ratio of the two is how far
+    captions are grounded.
+
+    Returns:
+      `CaptionScores.as_dict()` of the shuffled captions; all 0 for a single picture, which has no other.
+    """
+    tokenized_references, tokenized = _tokenized(references, hypotheses)
+    captions = list(tokenized.values())
+    if len(captions) < 2:
+        return dict.fromkeys(_score(tokenized_references, tokenized).as_dict(), 0.0)
+    order = derangement(len(captions), seed)
+    shuffled = {key: captions[i] for key, i in zip(tokenized, order, strict=True)}
+    return _score(tokenized_references, shuffled).as_dict()
+
+
+def derangement(n: int, seed: int) -> np.ndarray:
+    """(n,) int64: a random permutation of 0..n-1 that leaves nothing in its place (Sattolo's algorithm)."""
+    if n < 2:
+        raise ValueError(f"{n} item(s) cannot change places")
+    order = np.arange(n)
+    generator = np.random.default_rng(seed)
+    for i in range(n - 1, 0, -1):
+        j = generator.integers(i)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def _tokenized(
+    references: dict[str, list[str]], hypotheses: dict[str, str]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    if references.keys() != hypotheses.keys():
+        lone = sorted(references.keys() ^ hypotheses.keys())
+        raise ValueError(f"pictures need both references and a caption; these have only one: {lone[:5]}")
+    if not references:
+        raise ValueError("no captions to score")
+    if bare := [key for key, captions in references.items() if not captions]:
+        raise ValueError(f"pictures without a reference: {bare[:5]}")
+    tokens = iter(tokenize([caption for captions in references.values() for caption in captions]))
+    tokenized_references = {key: [next(tokens) for _ in captions] for key, captions in references.items()}
+    tokens = tokenize([hypotheses[key] for key in references])
+    return tokenized_references, dict(zip(references, tokens, strict=True))
+
+
+def _score(references: dict[str, list[str]], hypotheses: dict[str, str]) -> CaptionScores:
+    hypothesis_ngrams = [_ngrams(hypotheses[key]) for key in references]
+    reference_ngrams = [[_ngrams(text) for text in texts] for texts in references.values()]
+    ciders = _cider(hypothesis_ngrams, reference_ngrams)
+    return CaptionScores(
+        *_bleu(hypothesis_ngrams, reference_ngrams),
+        rouge_l=float(np.mean([_rouge_l(hypotheses[key], texts) for key, texts in references.items()])),
+        cider=float(np.mean(ciders)),
+        cider_per_example=dict(zip(references, ciders, strict=True)),
+    )
+
+
+def _ngrams(text: str) -> Ngrams:
+    """Counts of all n-grams of tokens, n = 1..4."""
+    words = text.split()
+    return Counter(tuple(words[i : i + n]) for n in _ORDERS for i in range(len(words) - n + 1))
+
+
+def _of_order(ngrams: Ngrams, n: int) -> int:
+    return sum(count for ngram, count in ngrams.items() if len(ngram) == n)
+
+
+def _bleu(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> list[float]:
+    """BLEU-1..4 with the reference length closest to the caption's (Papineni et al., 2002)."""
+    correct, guessed = np.zeros(len(_ORDERS)), np.zeros(len(_ORDERS))
+    length = reference_length = 0
+    for hypothesis, texts in zip(hypotheses, references, strict=True):
+        words = _of_order(hypothesis, 1)
+        length += words
+        reference_length += min((abs(_of_order(text, 1) - words), _of_order(text, 1)) for text in texts)[1]
+        most: Ngrams = Counter()
+        for text in texts:
+            most |= text
+        for ngram, count in hypothesis.items():
+            guessed[len(ngram) - 1] += count
+            correct[len(ngram) - 1] += min(count, most[ngram])
+    # The tiny terms are the published implementation's: they keep precision and brevity finite when nothing matches.
+    log_precision = np.log((correct + 1e-15) / (guessed + 1e-9))
+    brevity = min(0.0, 1 - (reference_length + 1e-9) / (length + 1e-15))
+    return [float(math.exp(log_precision[:n].mean() + brevity)) for n in _ORDERS]
+
+
+def _rouge_l(hypothesis: str, references: list[str]) -> float:
+    """F-measure of the longest common subsequence, best precision and best recall over the references (Lin, 2004)."""
+    words = hypothesis.split(" ")
+    common = [(_common_subsequence(words, text.split(" ")), len(text.split(" "))) for text in references]
+    precision = max(shared / len(words) for shared, _ in common)
+    recall = max(shared / length for shared, length in common)
+    if precision == 0 or recall == 0:
+        return 0.0
+    return (1 + _ROUGE_BETA**2) * precision * recall / (recall + _ROUGE_BETA**2 * precision)
+
+
+def _common_subsequence(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def _cider(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> list[float]:
+    """CIDEr-D of each picture: tf-idf cosine with clipped counts and a penalty on length (Vedantam et al., 2015)."""
+    documents = Counter(ngram for texts in references for ngram in set().union(*texts))
+    log_pictures = math.log(len(references))
+
+    def weigh(ngrams: Ngrams) -> tuple[dict[tuple[str, ...], float], list[float], int]:
+        weights = {g: count * (log_pictures - math.log(max(1, documents[g]))) for g, count in ngrams.items()}
+        squares = [0.0] * len(_ORDERS)
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight**2
+        return weights, [math.sqrt(square) for square in squares], _of_order(ngrams, 2)
+
+    scores = []
+    for hypothesis, texts in zip(hypotheses, references, strict=True):
+        weights, norms, length = weigh(hypothesis)
+        total = 0.0
+        for other, other_norms, other_length in map(weigh, texts):
+            products = [0.0] * len(_ORDERS)
+            for ngram, weight in weights.items():
+                if ngram in other:
+                    products[len(ngram) - 1] += min(weight, other[ngram]) * other[ngram]
+            cosines = [p / (a * b) if a and b else 0.0 for p, a, b in zip(products, norms, other_norms, strict=True)]
+            total += sum(cosines) / len(_ORDERS) * math.exp(-((length - other_length) ** 2) / (2 * _CIDER_SIGMA**2))
+        scores.append(10 * total / len(texts))
+    return scores

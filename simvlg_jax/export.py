@@ -1,0 +1,49 @@
+"""Writes a run's best checkpoint as a small folder that `load` and `simvlg_jax.caption --workdir` take.
+
+    python -m simvlg_jax.export --workdir runs/openmoji --output exported
+
+config.json and weights.safetensors (bfloat16) hold everything but what the config names by its package (the LLM).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from simvlg_jax.errors import UserError, run_verb
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m simvlg_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best")
+    arguments = parser.parse_args()
+
+    import jax
+    import ml_dtypes
+
+    from simvlg_jax import weights
+    from simvlg_jax.config import read_config
+    from simvlg_jax.convert import stacking
+    from simvlg_jax.model import WEIGHTS
+    from simvlg_jax.training.restore import restore_run
+
+    config = read_config(arguments.workdir)
+    if config.task != "caption":
+        raise UserError(f"{arguments.workdir} holds a run of the {config.task} task; export takes a caption run")
+    run = restore_run(config, arguments.workdir, arguments.checkpoint)
+    params = jax.device_get({n: p for n, p in run.params.items() if n != "llm" or not config.llm.weights})
+    if not config.vit.scan:
+        params["vit"] = stacking.stack_layers(params["vit"])
+    path = arguments.output / WEIGHTS
+    weights.write_tree(path, params, ml_dtypes.bfloat16, {"step": str(run.step)})
+    (arguments.output / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=1))
+    print(f"step {run.step}: {path.stat().st_size / 1e6:.1f} MB in {arguments.output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,109 @@
+"""A trained model in one line: `load("runs/openmoji").caption("picture.png")`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+from PIL import Image
+
+from simvlg_jax import weights
+from simvlg_jax.config import read_config
+from simvlg_jax.data import transforms
+from simvlg_jax.errors import UserError
+from simvlg_jax.evaluation.captioner import Captioner
+from simvlg_jax.training import restore
+from simvlg_jax.training.tasks import Task, build_task
+
+EXAMPLE = Path(__file__).parent / "example"
+WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
+Picture = str | Path | Image.Image | np.ndarray
+
+
+class CaptionModel:
+    """Names pictures.
+
+    Attributes:
+      task: the module and its text encoder.
+      params: all parameters, on the devices.
+    """
+
+    def __init__(self, config: ConfigDict, task: Task, params: dict):
+        self.task, self.params = task, params
+        self._captioner = Captioner(
+            task.model, task.text_encoder, config.evaluate.max_new_tokens, config.evaluate.min_new_tokens
+        )
+
+    def caption(self, picture: Picture, prompt: str | None = None) -> str:
+        """One picture's caption. See `captions`."""
+        return self.captions([picture], prompt, 1)[0]
+
+    def captions(self, pictures: Sequence[Picture], prompt: str | None = None, batch_size: int = 16) -> list[str]:
+        """Greedy captions.
+
+        Args:
+          pictures: file names, PIL images, or uint8 arrays (H, W, 3); any size, squashed to the model's square.
+          prompt: words for the caption to go on from.
+          batch_size: pictures at a time; the last batch is filled up, so one program serves all.
+
+        Raises:
+          UserError: a picture that cannot be read, with its name.
+        """
+        side, captions = self.task.image_size, []
+        for start in range(0, len(pictures), batch_size):
+            images = np.stack([read_picture(p, side) for p in pictures[start : start + batch_size]])
+            filled = np.concatenate([images, np.zeros((batch_size - len(images), side, side, 3), np.uint8)])
+            output = self._captioner(self.params, filled, prompt)
+            captions += self._captioner.decode(np.asarray(output.ids))[: len(images)]
+        return captions
+
+
+def read_picture(picture: Picture, side: int) -> np.ndarray:
+    """(side, side, 3) uint8."""
+    if isinstance(picture, str | Path):
+        try:
+            picture = transforms.decode(Path(picture).read_bytes())
+        except transforms.UNREADABLE as error:
+            raise UserError(f"cannot read the picture {picture}: {error}") from error
+    elif isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    return np.asarray(transforms.squash(picture.convert("RGB"), side))
+
+
+def load(name: str | Path) -> CaptionModel:
+    """A model from a run's workdir (its best checkpoint), an exported folder, or "example".
+
+    Raises:
+      UserError: no model there, or weights it needs are absent.
+    """
+    folder = EXAMPLE if name == "example" else Path(name)
+    config = read_config(folder)
+    if config.task != "caption":
+        raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")
+    if (folder / WEIGHTS).exists():
+        task, params = load_export(config, folder)
+    else:
+        run = restore.restore_run(config, folder)
+        task, params = run.task, run.params
+    return CaptionModel(config, task, params)
+
+
+def load_export(config: ConfigDict, folder: Path) -> tuple[Task, dict]:
+    """The weights in the folder, and those its config names for the rest."""
+    with config.unlocked():
+        config.vit.weights = config.connector.weights = ""  # both are in the file
+        config.vit.scan = True
+    task = build_task(config)
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    abstract = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: hasattr(x, "value"))
+    params = {
+        **task.load_pretrained(abstract),
+        **traverse_util.unflatten_dict(weights.read_flat(folder / WEIGHTS), sep="/"),
+    }
+    missing = sorted(set(abstract) - set(params))
+    if missing:
+        raise UserError(f"{folder / WEIGHTS} lacks {', '.join(missing)}")
+    return task, jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(config.frozen_dtype)), params)

@@ -1,0 +1,105 @@
+"""BERT's post-LayerNorm layer, and the sentence encoder that the contrastive loss compares pictures with."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from simvlg_jax.models import layers, token_merging
+
+BERT_SIZES = {
+    "base": dict(width=768, depth=12, num_heads=12),  # bert-base-uncased, the published connector
+    "minilm_l6": dict(width=384, depth=6, num_heads=12),  # all-MiniLM-L6-v2
+    "tiny": dict(width=32, depth=2, num_heads=2),
+}
+
+
+@struct.dataclass
+class LayerOutput:
+    """tokens (B, T', D); slots (B, T) int32, where each entering token went, or None if none was merged."""
+
+    tokens: jax.Array
+    slots: jax.Array | None
+
+
+class BertEmbeddings(nn.Module):
+    """Adds learned positions 0..T-1 and token type 0, then LayerNorm and dropout: (B, T, D) -> (B, T, D)."""
+
+    max_positions: int = 512
+    type_vocab: int = 2
+    dropout: float = 0.1
+    epsilon: float = 1e-12
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        width, init = x.shape[-1], layers.partitioned(layers.BERT_INIT, None, "embed")
+        positions = self.param("position", init, (self.max_positions, width))
+        types = self.param("token_type", init, (self.type_vocab, width))
+        x = x + positions[: x.shape[1]].astype(x.dtype) + types[0].astype(x.dtype)
+        x = layers.LayerNorm(self.epsilon, name="norm")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+
+class BertLayer(nn.Module):
+    """Self-attention, an optional merge of r tokens, then the MLP; LayerNorm after each residual.
+
+    The merge (SimVLG, section 3.2) stands between the two halves and compares the mean over heads of the
+    keys of this layer, so attention sees T tokens and the MLP T - r.
+
+    Attributes:
+      num_heads: attention heads.
+      merge_r: tokens to merge away, 0 for a plain BERT layer.
+      dropout: rate on attention weights and on both residual branches.
+    """
+
+    num_heads: int
+    merge_r: int = 0
+    dropout: float = 0.1
+    epsilon: float = 1e-12
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True) -> LayerOutput:
+        """x (B, T, D); mask optional (B, T), 1 for real tokens (only for text)."""
+        width = x.shape[-1]
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
+        query = layers.Projection(**heads, name="query")(x)
+        key = layers.Projection(**heads, name="key")(x)
+        value = layers.Projection(**heads, name="value")(x)
+        weights = drop(layers.attention_weights(query, key, mask))  # (B, H, T, T)
+        context = layers.weighted_values(weights, value)  # (B, T, H, K)
+        x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="attention_out")(context))
+        x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
+
+        slots = None
+        num_removed = token_merging.mergeable(x.shape[1], self.merge_r)
+        if num_removed:
+            slots = token_merging.match(key.mean(2), num_removed)  # (B, T)
+            x = token_merging.merge(x, slots, x.shape[1] - num_removed)
+
+        x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
+        return LayerOutput(layers.LayerNorm(self.epsilon, name="mlp_norm")(x), slots)
+
+
+class SentenceEncoder(nn.Module):
+    """A BERT whose mean token state, normalised, is the embedding of a sentence (all-MiniLM-L6-v2)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    vocab_size: int = 30522
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """ids, mask (B, L) int32 -> (B, D) float32 of unit length."""
+        init = layers.partitioned(layers.BERT_INIT, "vocab", "embed")
+        words = self.param("word", init, (self.vocab_size, self.width))
+        x = BertEmbeddings(name="embeddings")(words[ids].astype(self.dtype))
+        for i in range(self.depth):
+            x = BertLayer(self.num_heads, dtype=self.dtype, name=f"layer_{i}")(x, mask).tokens
+        weights = mask[..., None].astype(jnp.float32)
+        pooled = jnp.sum(x * weights, 1) / jnp.maximum(weights.sum(1), 1.0)
+        return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)

@@ -1,0 +1,57 @@
+"""Locked-text contrastive training of a ViT against a frozen sentence encoder.
+
+The loss is the auxiliary image-text contrastive loss of the published code (temperature learned, label
+smoothing 0.1, 256 shared dimensions), taken over the global batch, with the mean of the ViT's tokens as the picture.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from simvlg_jax.models import layers, vit
+
+
+class ContrastiveViT(nn.Module):
+    """A trained ViT beside a frozen `SentenceEncoder`. Parameters: vit, head_norm, vision_proj, text_proj, ...
+
+    Attributes:
+      vit: a `ViT`.
+      sentence_encoder: a `SentenceEncoder`.
+      shared_width: width of the space both are compared in.
+    """
+
+    vit: nn.Module
+    sentence_encoder: nn.Module
+    shared_width: int = 256
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.head_norm = layers.LayerNorm(1e-5)
+        self.vision_proj = layers.Linear(self.shared_width, ("embed", "mlp"), dtype=self.dtype)
+        self.text_proj = layers.Linear(self.shared_width, ("embed", "mlp"), dtype=self.dtype)
+        self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(0.07)), ())
+
+    def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """images (B, H, W, 3) uint8, ids and mask (B, L): unit vectors ((B, S) picture, (B, S) text), float32."""
+        tokens = self.vit(vit.normalize_images(images, self.dtype))
+        picture = self.vision_proj(self.head_norm(tokens).mean(1))
+        sentence = jax.lax.stop_gradient(self.sentence_encoder(ids, mask))
+        text = self.text_proj(sentence)
+        return unit(picture), unit(text)
+
+    def contrastive_losses(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """((B,) mean of the picture->text and text->picture cross-entropies in nats, (B,) weights of one)."""
+        picture, text = self(images, ids, mask)
+        temperature = jnp.clip(jnp.exp(self.log_temperature), 0.001, 0.5)
+        similarity = jnp.einsum("IS,JS->IJ", picture, text, precision="highest") / temperature
+        targets = optax.smooth_labels(jnp.eye(similarity.shape[0]), 0.1)
+        losses = optax.softmax_cross_entropy(similarity, targets) + optax.softmax_cross_entropy(similarity.T, targets)
+        return losses / 2, jnp.ones_like(losses)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """(B, S) -> float32 rows of unit length."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

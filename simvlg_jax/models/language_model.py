@@ -1,0 +1,102 @@
+"""What the frozen language models share: their output, their key-value cache, and causal attention.
+
+A language model here is a Linen module fed with embeddings. It has `width`, `embed(ids)`,
+`__call__(embeddings, mask, positions, cache=None) -> LlmOutput`, `logits(hidden)` and `init_cache(batch, max_length)`;
+see `llama.Llama`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+# key, value (L, B, T, K, H); mask (B, T) int32, 1 for slots that hold a real token; index () int32, the next free slot.
+Cache = dict[str, jax.Array]
+
+KERNEL_INIT = nn.initializers.normal(0.02)
+
+
+@struct.dataclass
+class LlmOutput:
+    """hidden: (B, S, D) after the final norm; cache: the one given with S tokens more in it, None if none was given."""
+
+    hidden: jax.Array
+    cache: Cache | None = None
+
+
+class Einsum(nn.Module):
+    """A linear map without bias whose kernel keeps its axes apart, (D, N, H) say, each with its logical name."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype)
+        return jnp.einsum(equation, x, kernel.astype(self.dtype))
+
+
+def empty_cache(
+    depth: int, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
+    """Room for `max_length` tokens in each row; the caller writes no more than that."""
+    shape = (depth, batch, max_length, num_kv_heads, head_dim)
+    return {
+        "key": jnp.zeros(shape, dtype),
+        "value": jnp.zeros(shape, dtype),
+        "mask": jnp.zeros((batch, max_length), jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+def visible_keys(mask: jax.Array, cache: Cache | None) -> tuple[jax.Array, jax.Array]:
+    """Which keys each of S new queries sees: real ones, none later than itself.
+
+    Args:
+      mask: (B, S), 1 for real tokens.
+      cache: where the new keys go, or None to attend to the S tokens alone (then T = S).
+
+    Returns:
+      (visible (B, S, T) bool, the mask of all keys (B, T) int32).
+    """
+    num_queries, first = mask.shape[1], 0
+    mask = mask.astype(jnp.int32)
+    if cache is not None:
+        first = cache["index"]
+        mask = jax.lax.dynamic_update_slice(cache["mask"], mask, (0, first))
+    earlier = jnp.arange(mask.shape[1]) <= first + jnp.arange(num_queries)[:, None]  # (S, T)
+    return earlier & (mask > 0)[:, None, :], mask
+
+
+def write_layer(stack: jax.Array, new: jax.Array, layer: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Puts `new` (B, S, K, H) into `stack` (L, B, T, K, H) from slot `index` on.
+
+    The whole stack travels through the scan over layers, so that XLA updates it in place and copies no layer.
+
+    Returns:
+      (the new stack, its layer (B, T, K, H)).
+    """
+    stack = jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, index, 0, 0))
+    return stack, jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+
+
+def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax attention in float32, N query heads sharing K key heads in groups of N / K neighbours.
+
+    Args:
+      query: (B, S, N, H).
+      key, value: (B, T, K, H).
+      visible: (B, S, T) bool; a query that sees nothing gets a finite mean of all values.
+
+    Returns:
+      (B, S, N, H) in the query's dtype.
+    """
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1]) * query.shape[-1] ** -0.5
+    scores = jnp.einsum("BSKGH,BTKH->BKGST", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("BKGST,BTKH->BSKGH", weights, value).reshape(query.shape)

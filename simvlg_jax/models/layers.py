@@ -1,0 +1,137 @@
+"""Layers that the vision encoder, the connector and the sentence encoder share.
+
+Parameters carry logical axis names ('embed', 'heads', 'head_dim', 'mlp', ...) that `parallel.mesh` maps to the
+device mesh. Heads are an axis of their own in the kernels, so that tensor parallelism splits whole heads.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Initializer = nn.initializers.Initializer
+BERT_INIT = nn.initializers.normal(0.02)
+
+
+def partitioned(init: Initializer, *axes: str | None) -> Initializer:
+    return nn.with_logical_partitioning(init, axes)
+
+
+def torch_linear_init(fan_in: int) -> Initializer:
+    """PyTorch's nn.Linear default for weight and bias: uniform in +-1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with float32 statistics by the two-pass formula, in and out in the input's dtype."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (..., D) -> (..., D)
+        scale = self.param("scale", partitioned(nn.initializers.ones, "norm"), x.shape[-1:])
+        bias = self.param("bias", partitioned(nn.initializers.zeros, "norm"), x.shape[-1:])
+        wide = x.astype(jnp.float32)
+        wide = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b; `axes` name W's two axes.
+
+    Attributes:
+      features: output width.
+      axes: logical names of the kernel's (input, output) axes.
+      kernel_init, bias_init: initialisers; PyTorch's nn.Linear default when None.
+      dtype: compute dtype.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (..., I) -> (..., O)
+        fan_in = x.shape[-1]
+        default = torch_linear_init(fan_in)
+        kernel_init = partitioned(self.kernel_init or default, *self.axes)
+        bias_init = partitioned(self.bias_init or default, self.axes[1])
+        kernel = self.param("kernel", kernel_init, (fan_in, self.features))
+        bias = self.param("bias", bias_init, (self.features,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class Projection(nn.Module):
+    """One of query, key or value: (B, T, D) -> (B, T, H, K), with its kernel as (D, H, K)."""
+
+    num_heads: int
+    head_dim: int
+    use_bias: bool = True
+    kernel_init: Initializer = BERT_INIT
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.num_heads, self.head_dim)
+        kernel = self.param("kernel", partitioned(self.kernel_init, "embed", "heads", "head_dim"), shape)
+        out = jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", partitioned(nn.initializers.zeros, "heads", "head_dim"), shape[1:])
+            out = out + bias.astype(self.dtype)
+        return out
+
+
+class MergeHeads(nn.Module):
+    """The attention's output projection: (B, T, H, K) -> (B, T, D), with its kernel as (H, K, D)."""
+
+    features: int
+    kernel_init: Initializer = BERT_INIT
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*x.shape[-2:], self.features)
+        kernel = self.param("kernel", partitioned(self.kernel_init, "heads", "head_dim", "embed"), shape)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, "embed"), (self.features,))
+        return jnp.einsum("BTHK,HKD->BTD", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax of q k / sqrt(K), in float32.
+
+    Args:
+      query: (B, T, H, K).
+      key: (B, S, H, K).
+      mask: optional (B, S), 0 where a key must not be attended to.
+
+    Returns:
+      (B, H, T, S) in the query's dtype.
+    """
+    scores = jnp.einsum("BTHK,BSHK->BHTS", query * query.shape[-1] ** -0.5, key)
+    scores = scores.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+
+
+def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """(B, H, T, S) weights over (B, S, H, K) values -> (B, T, H, K)."""
+    return jnp.einsum("BHTS,BSHK->BTHK", weights, value)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between: (B, T, D) -> (B, T, D)."""
+
+    hidden: int
+    kernel_init: Initializer = BERT_INIT
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = {"kernel_init": self.kernel_init, "bias_init": nn.initializers.zeros, "dtype": self.dtype}
+        h = Linear(self.hidden, ("embed", "mlp"), name="fc1", **init)(x)
+        return Linear(x.shape[-1], ("mlp", "embed"), name="fc2", **init)(nn.gelu(h, approximate=False))

@@ -1,0 +1,204 @@
+"""LLaMA-family decoder (LLaMA, Vicuna, TinyLlama, SmolLM2), fed with embeddings."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from simvlg_jax.models import language_model
+from simvlg_jax.models.language_model import Cache, Einsum, LlmOutput
+
+LLAMA_SIZES = {
+    "smollm2_135m": dict(
+        width=576,
+        depth=30,
+        num_heads=9,
+        num_kv_heads=3,
+        ffn=1536,
+        vocab_size=49152,
+        rope_theta=100000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    ),
+    "tinyllama_1.1b": dict(
+        width=2048, depth=22, num_heads=32, num_kv_heads=4, ffn=5632, vocab_size=32000, norm_eps=1e-5
+    ),
+    "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000),
+    "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32000),
+    # The vocabulary of `data.text.character_tokenizer`.
+    "tiny": dict(width=32, depth=2, num_heads=4, num_kv_heads=2, ffn=64, vocab_size=98, tie_embeddings=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32: (..., D) -> (..., D) in the input's dtype."""
+
+    epsilon: float
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine (B, S, 1, H / 2), float32, of positions (B, S)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of x (B, S, N, H) in float32; the pairs are (i, i + H / 2), Hugging Face's layout."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, -1).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """x += attention(RMSNorm x); x += gated MLP(RMSNorm x). Fields as in `Llama`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+    norm_eps: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array | None, jax.Array | None],  # x (B, S, D), cached key, value (L, B, T, K, H)
+        layer: jax.Array,  # () int32, this layer's number
+        rotary: tuple[jax.Array, jax.Array],  # cos, sin (B, S, 1, H / 2)
+        visible: jax.Array,  # (B, S, T) bool
+        index: jax.Array | None,  # () int32, the first slot of the cache to write
+    ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
+        x, key_cache, value_cache = carry
+        width, heads, kv_heads, head_dim = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kv_shape, kv_axes = (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+
+        y = RMSNorm(self.norm_eps, self.param_dtype, name="attention_norm")(x)
+        query = Einsum((width, heads, head_dim), ("embed", "heads", "head_dim"), **dtypes, name="query")
+        query = rotate(query("BSD,DNH->BSNH", y), *rotary)
+        key = rotate(Einsum(kv_shape, kv_axes, **dtypes, name="key")("BSD,DKH->BSKH", y), *rotary)
+        value = Einsum(kv_shape, kv_axes, **dtypes, name="value")("BSD,DKH->BSKH", y)
+        if key_cache is not None:
+            key_cache, key = language_model.write_layer(key_cache, key, layer, index)
+            value_cache, value = language_model.write_layer(value_cache, value, layer, index)
+        context = language_model.grouped_attention(query, key, value, visible)  # (B, S, N, H)
+        out = Einsum((heads, head_dim, width), ("heads", "head_dim", "embed"), **dtypes, name="out")
+        x = x + out("BSNH,NHD->BSD", context)
+
+        y = RMSNorm(self.norm_eps, self.param_dtype, name="mlp_norm")(x)
+        gate = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="gate")("BSD,DF->BSF", y)
+        up = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="up")("BSD,DF->BSF", y)
+        down = Einsum((self.ffn, width), ("mlp", "embed"), **dtypes, name="down")
+        x = x + down("BSF,FD->BSD", nn.silu(gate) * up)
+        return (x, key_cache, value_cache), None
+
+
+class Llama(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `logits` are the two ends, called by the user.
+
+    Attributes:
+      width, depth, num_heads, ffn: sizes, see `LLAMA_SIZES`.
+      num_kv_heads: key and value heads, each shared by num_heads / num_kv_heads query heads.
+      vocab_size: rows of the embedding.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: of RMSNorm.
+      tie_embeddings: the output matrix is the embedding's.
+      head_dim: width of a head; width / num_heads when None.
+      scan: the blocks as one scanned block with stacked parameters ("blocks"), else unrolled ("blocks_0", ...).
+      remat: recompute each block's activations in the backward pass.
+      dtype: compute dtype; norms and softmax are float32 whatever it is.
+      param_dtype: dtype in which parameters are initialised.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    ffn: int
+    vocab_size: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    head_dim: int | None = None
+    scan: bool = True
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def _head_dim(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    def setup(self) -> None:
+        embedding_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, ("vocab", "embed"))
+        self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width), self.param_dtype)
+        sizes = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps)
+        sizes = (*sizes, self.dtype, self.param_dtype)
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        if self.scan:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(*sizes)
+        else:
+            self.blocks = [block(*sizes) for _ in range(self.depth)]
+        self.norm = RMSNorm(self.norm_eps, self.param_dtype)
+        if not self.tie_embeddings:
+            shape, axes = (self.width, self.vocab_size), ("embed", "vocab")
+            head_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, axes)
+            self.lm_head = self.param("lm_head", head_init, shape, self.param_dtype)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """ids (B, S) int32 -> (B, S, D)."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def __call__(
+        self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+    ) -> LlmOutput:
+        """Runs the blocks; token i sees the tokens up to i whose mask is 1, and those in the cache.
+
+        Args:
+          embeddings: (B, S, D).
+          mask: (B, S), 1 for real tokens; no query sees the others.
+          positions: (B, S) int32, for the rotary embedding.
+          cache: from `init_cache` or from an earlier call; the S tokens are added to it.
+        """
+        visible, key_mask = language_model.visible_keys(mask, cache)
+        rotary = rotary_angles(positions, self._head_dim, self.rope_theta)
+        index = None if cache is None else cache["index"]
+        cached = (None, None) if cache is None else (cache["key"], cache["value"])
+        carry = (embeddings.astype(self.dtype), *cached)
+        if self.scan:
+            carry, _ = self.blocks(carry, jnp.arange(self.depth), rotary, visible, index)
+        else:
+            for layer, block in enumerate(self.blocks):
+                carry, _ = block(carry, layer, rotary, visible, index)
+        x, key, value = carry
+        if cache is not None:
+            cache = {"key": key, "value": value, "mask": key_mask, "index": index + mask.shape[1]}
+        return LlmOutput(self.norm(x), cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (B, T, D) -> (B, T, V) float32."""
+        equation, kernel = ("BTD,VD->BTV", self.embedding) if self.tie_embeddings else ("BTD,DV->BTV", self.lm_head)
+        return jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for `batch` rows of up to `max_length` tokens; needs no parameters."""
+        return language_model.empty_cache(self.depth, batch, max_length, self.num_kv_heads, self._head_dim, self.dtype)

@@ -1,0 +1,99 @@
+"""SimVLG (EVLGen, arXiv 2310.03291): frozen ViT -> TomeFormer -> linear -> soft prompt of a frozen language model."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from simvlg_jax.models import layers, vit
+
+
+@struct.dataclass
+class VisualOutput:
+    """What the picture becomes on its way to the language model.
+
+    Attributes:
+      frames: (B, N, C) the ViT's output.
+      ln: (B, N, C) after ln_vision.
+      connector: (B, P, D) the TomeFormer's last hidden state.
+      prefix: (B, P, E) the soft prompt.
+      source_map: (B, N) int32, which prefix token each ViT token became part of.
+    """
+
+    frames: jax.Array
+    ln: jax.Array
+    connector: jax.Array
+    prefix: jax.Array
+    source_map: jax.Array
+
+
+@struct.dataclass
+class SimVLGOutput:
+    """visual: see `VisualOutput`; hidden: (B, P + L, E), the language model's states over [prefix; text]."""
+
+    visual: VisualOutput
+    hidden: jax.Array
+
+
+class SimVLG(nn.Module):
+    """The whole captioner. Parameters: vit, ln_vision, vl_proj, connector, llm_proj, llm.
+
+    Attributes:
+      vit: a `ViT`.
+      connector: a `TomeFormer`.
+      llm: a language model with `width`, `embed`, `logits` and `__call__` as `Llama` has.
+      dtype: compute dtype of the projections.
+      vit_grad: let gradients into the ViT (only for training it jointly).
+    """
+
+    vit: nn.Module
+    connector: nn.Module
+    llm: nn.Module
+    dtype: DTypeLike = jnp.float32
+    vit_grad: bool = False
+
+    def setup(self) -> None:
+        self.ln_vision = layers.LayerNorm(1e-5)
+        self.vl_proj = layers.Linear(self.connector.width, ("mlp", "embed"), dtype=self.dtype)
+        self.llm_proj = layers.Linear(self.llm.width, ("embed", "mlp"), dtype=self.dtype)
+
+    def encode_image(self, images: jax.Array, deterministic: bool = True) -> VisualOutput:
+        """images: (B, H, W, 3) uint8, or already normalised floats."""
+        if images.dtype == jnp.uint8:
+            images = vit.normalize_images(images, self.dtype)
+        frames = self.vit(images)
+        if not self.vit_grad:
+            frames = jax.lax.stop_gradient(frames)
+        ln = self.ln_vision(frames)
+        merged = self.connector(self.vl_proj(ln), deterministic)
+        return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
+
+    def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> SimVLGOutput:
+        """images (B, H, W, 3); ids, mask (B, L) int32, right-padded, mask 1 for real tokens."""
+        visual = self.encode_image(images, deterministic)
+        text = self.llm.embed(ids)
+        embeddings = jnp.concatenate([visual.prefix.astype(text.dtype), text], 1)  # (B, P + L, E)
+        mask = jnp.concatenate([jnp.ones(visual.prefix.shape[:2], mask.dtype), mask], 1)
+        positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+        return SimVLGOutput(visual, self.llm(embeddings, mask, positions).hidden)
+
+    def caption_losses(
+        self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """Next-token cross-entropy of each caption, summed over its targets, and how many it has.
+
+        Args:
+          images, ids, mask: as for `__call__`.
+          targets: (B, L) int32, the token expected at each text position, -100 where no loss is taken.
+
+        Returns:
+          ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32).
+        """
+        hidden = self(images, ids, mask, deterministic).hidden
+        # Text token i is predicted from the position before it, the first one from the last prefix token.
+        logits = self.llm.logits(hidden[:, -ids.shape[1] - 1 : -1])  # (B, L, V)
+        wanted = (targets >= 0).astype(jnp.float32)
+        log_probs = jax.nn.log_softmax(logits, -1)
+        picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]  # (B, L)
+        return -jnp.sum(picked * wanted, 1), jnp.sum(wanted, 1)

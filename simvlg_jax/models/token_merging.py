@@ -1,0 +1,114 @@
+"""Bipartite soft matching and merging of tokens, as pure functions on arrays.
+
+Source: ToMe (arXiv 2210.09461, section 3) as SimVLG uses it (arXiv 2310.03291, section 3.2): the class token is
+never merged, no proportional attention, plain mean of the merged tokens. Written from the description of the
+method. A merge is one integer per input token, the slot it lands in, so that merging, tracing tokens back to
+patches and counting token sizes are the same operation on different arrays.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def merge_schedule(num_layers: int, r: int | Sequence[int] | Mapping[str, float]) -> tuple[int, ...]:
+    """Tokens to remove in each layer.
+
+    Args:
+      num_layers: number of layers L.
+      r: the same number for every layer (published: 19); a list, padded with zeros to L; or
+        `{"r": r, "inflect": i}`, a linear ramp of the same total with i in [-1, 1] (-1: all early, 1: all late).
+
+    Returns:
+      L non-negative ints. Layers cap them at what they can remove, see `mergeable`.
+
+    Raises:
+      ValueError: a list longer than L, or a negative entry.
+    """
+    if isinstance(r, Mapping):
+        first = int(r["r"] * (1.0 - r["inflect"]))
+        step = (2 * r["r"] - 2 * first) / (num_layers - 1) if num_layers > 1 else 0.0
+        schedule = [int(first + i * step) for i in range(num_layers)]
+    elif isinstance(r, Sequence):
+        schedule = [*r, *[0] * (num_layers - len(r))]
+    else:
+        schedule = [r] * num_layers
+    if len(schedule) != num_layers or min(schedule, default=0) < 0:
+        raise ValueError(f"merge schedule {r!r} does not fit {num_layers} layers of non-negative counts")
+    return tuple(schedule)
+
+
+def mergeable(num_tokens: int, r: int) -> int:
+    """Caps r at what one bipartite step can remove with the class token protected: (T - 1) // 2."""
+    return max(0, min(r, (num_tokens - 1) // 2))
+
+
+def token_counts(num_tokens: int, schedule: Sequence[int]) -> list[int]:
+    """Token count entering the first layer, then leaving each one. 257 with twelve times 19: 257, 238, ..., 29."""
+    counts = [num_tokens]
+    for r in schedule:
+        counts.append(counts[-1] - mergeable(counts[-1], r))
+    return counts
+
+
+def match(metric: jax.Array, r: int) -> jax.Array:
+    """Decides which tokens merge: slots (B, T) int32 in [0, T - r').
+
+    Even-index tokens (A) seek their most cosine-similar odd-index token (B); the r' = `mergeable(T, r)` best
+    pairs merge into B. Output order is [unmerged A ascending; all B ascending], the class token (index 0) first;
+    with r' = 0 nothing moves. Ties go to the lower index. No gradient passes.
+
+    Args:
+      metric: (B, T, C) features to compare, any float dtype; similarities are taken in float32.
+      r: tokens wanted removed.
+    """
+    num_tokens = metric.shape[1]
+    r = mergeable(num_tokens, r)
+    if r == 0:
+        return jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), metric.shape[:2])
+    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
+    norm = jnp.linalg.norm(metric, axis=-1, keepdims=True)
+    metric = metric / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+    similarity = jnp.einsum(
+        "BAC,BDC->BAD", metric[:, ::2], metric[:, 1::2], precision="highest"
+    )  # (B, ceil(T/2), floor(T/2))
+    similarity = similarity.at[:, 0].set(-jnp.inf)
+    best = similarity.max(-1)  # (B, A)
+    partner = similarity.argmax(-1)  # (B, A)
+
+    # A rank by counting instead of sorting: no sort in the compiled program, and stable by construction.
+    ahead = best[:, None, :] > best[:, :, None]  # (B, A, A): is the last-axis token ahead?
+    index = jnp.arange(best.shape[1])
+    tied_before = (best[:, None, :] == best[:, :, None]) & (index[None, :] < index[:, None])
+    is_source = jnp.sum(ahead | tied_before, -1) < r  # (B, A)
+
+    num_unmerged = best.shape[1] - r
+    a_slots = jnp.where(is_source, num_unmerged + partner, jnp.cumsum(~is_source, -1) - 1)
+    b_slots = jnp.broadcast_to(num_unmerged + jnp.arange(num_tokens // 2), (metric.shape[0], num_tokens // 2))
+    slots = jnp.zeros(metric.shape[:2], jnp.int32)
+    return slots.at[:, ::2].set(a_slots.astype(jnp.int32)).at[:, 1::2].set(b_slots.astype(jnp.int32))
+
+
+def merge(tokens: jax.Array, slots: jax.Array, num_slots: int, reduce: str = "mean") -> jax.Array:
+    """Reduces tokens (B, T, D) that share a slot of `match`: (B, num_slots, D), the dtype of `tokens`.
+
+    Args:
+      tokens: (B, T, D).
+      slots: (B, T) int32, every slot used at least once.
+      num_slots: T - r'.
+      reduce: "mean" (published), "sum" or "amax".
+    """
+    if reduce == "amax":
+        return jax.vmap(lambda x, slot: jax.ops.segment_max(x, slot, num_slots))(tokens, slots)
+    one_hot = jax.nn.one_hot(slots, num_slots, dtype=tokens.dtype)  # (B, T, S)
+    # "highest": the sum must not lose bits where the default matmul precision is lower than the tokens' own.
+    total = jnp.einsum("BTS,BTD->BSD", one_hot, tokens, precision="highest", preferred_element_type=jnp.float32)
+    if reduce == "mean":
+        total = total / jnp.sum(one_hot, 1, dtype=jnp.float32)[..., None]
+    return total.astype(tokens.dtype)
+
+
+def compose(source_map: jax.Array, slots: jax.Array) -> jax.Array:
+    """Follows one more merge: `source_map` (B, N) of input tokens to tokens, `slots` (B, T); returns (B, N)."""
+    return jnp.take_along_axis(slots, source_map, axis=1)

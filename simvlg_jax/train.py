@@ -1,0 +1,26 @@
+"""Trains or resumes a run.
+
+    python -m simvlg_jax.train --config configs/tiny.py --workdir runs/tiny [--config.train.steps=100]
+
+Exit status: 0 done or out of time, 1 failed, 2 asked for wrongly, 130 or 143 after SIGINT or SIGTERM. In every case
+but 1 and 2 the run is saved; the same command goes on where it stopped.
+"""
+
+from pathlib import Path
+
+from simvlg_jax.config import config_parser, load_config
+from simvlg_jax.errors import run_verb
+
+
+def main() -> int:
+    parser = config_parser(__doc__, prog="python -m simvlg_jax.train")
+    parser.add_argument("--workdir", type=Path, required=True, help="gets checkpoints, metrics, the report")
+    arguments, overrides = parser.parse_known_args()
+    config = load_config(arguments.config, overrides)
+    from simvlg_jax.training.loop import train  # after the config is known to be sound: importing jax takes seconds
+
+    return train(config, arguments.workdir)
+
+
+if __name__ == "__main__":
+    run_verb(main)

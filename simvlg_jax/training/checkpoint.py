@@ -1,0 +1,107 @@
+"""Orbax checkpoints of a run: trained state and data position, asynchronously; frozen weights by name and hash."""
+
+import json
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from simvlg_jax import weights
+from simvlg_jax.errors import UserError
+from simvlg_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: holds checkpoints/.
+      keep_last: newest checkpoints kept.
+      keep_best: checkpoints kept by the highest score, beside the newest.
+    """
+
+    def __init__(self, workdir: Path, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
+        folder = (workdir / "checkpoints").resolve()
+        keep = [policies.LatestN(keep_last)]
+        if keep_best:
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics["score"], n=keep_best, keep_checkpoints_without_metrics=False
+            )
+            keep.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=lambda metrics: metrics["score"],
+            create=not read_only,
+            read_only=read_only,
+        )
+        if read_only and not folder.is_dir():
+            raise UserError(f"{workdir} holds no checkpoint; train with simvlg_jax.train first")
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def latest(self) -> int | None:
+        """Newest step saved, or None."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the highest score, else the newest."""
+        return self._manager.best_step() or self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, score: float | None) -> None:
+        """Starts saving in the background; `iterator` must not have drawn the batch after `step` yet."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
+        metrics = None if score is None else {"score": float(score)}
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def restore(self, step: int, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+        """State in the shardings of `abstract`; moves `iterator` to where it stood."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(iterator)
+        )
+        return self._restore(step, items)["state"]
+
+    def restore_params(self, step: int, abstract: dict) -> dict:
+        """The trained parameters alone, in the shardings of `abstract`."""
+        handler = ocp.args.PyTreeRestore(
+            {"params": abstract},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+            partial_restore=True,
+        )
+        return self._restore(step, ocp.args.Composite(state=handler))["state"]["params"]
+
+    def _restore(self, step: int, items: ocp.args.Composite):
+        try:
+            return self._manager.restore(step, args=items)
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(
+                f"cannot read checkpoint {step} ({type(error).__name__}: {str(error).splitlines()[0]}); if it is "
+                f"damaged, delete {self._manager.directory / str(step)} and the one before it is used"
+            ) from error
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def check_frozen(workdir: Path, frozen: dict, sources: dict[str, str]) -> None:
+    """Writes workdir/frozen.json (source and SHA-256 of each frozen tree), or holds the trees against it.
+
+    Raises:
+      UserError: a run is resumed over other frozen weights than it was started with.
+    """
+    found = {name: {"source": sources[name], "sha256": weights.digest(tree)} for name, tree in frozen.items()}
+    path = workdir / "frozen.json"
+    if path.exists():
+        known = json.loads(path.read_text())
+        for name, entry in found.items():
+            if known.get(name, {}).get("sha256") != entry["sha256"]:
+                raise UserError(
+                    f"the frozen {name} ({entry['source']}) is not the one this run was started with: "
+                    f"restore the old weights, or start anew in another --workdir"
+                )
+    elif jax.process_index() == 0:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found, indent=1))
+        partial.rename(path)

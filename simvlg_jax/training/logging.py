@@ -1,0 +1,83 @@
+"""What a run says while it goes: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+import tensorboardX
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Writes metrics of process 0.
+
+    Args:
+      workdir: gets metrics.jsonl and tensorboard/.
+      total: steps of the whole run; start: the step it begins at, lines of later steps are dropped.
+    """
+
+    def __init__(self, workdir: Path, total: int, start: int):
+        self._quiet = jax.process_index() > 0
+        if self._quiet:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start)
+        self._file = path.open("a", buffering=1)
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._started = time.monotonic()
+
+    def write(self, step: int, kind: str, metrics: dict[str, float | str]) -> None:
+        """One line for step `step`; kind is "train" or "eval"."""
+        if self._quiet:
+            return
+        seconds = round(time.monotonic() - self._started, 2)
+        self._file.write(json.dumps({"step": step, "kind": kind, **metrics, "seconds": seconds}) + "\n")
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        for key, value in numbers.items():
+            self._board.add_scalar(f"{metrics.get('split', kind)}/{key}", value, step)
+        if kind == "train" and not self._bar.disable:
+            self._bar.set_postfix(loss=f"{numbers['loss']:.3f}", img_s=f"{numbers['images_per_second']:.1f}")
+        else:
+            self.say(f"step {step}/{self._bar.total} " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    def advance(self) -> None:
+        if not self._quiet:
+            self._bar.update()
+
+    def say(self, message: str) -> None:
+        """A line for the person, above the progress bar."""
+        if not self._quiet:
+            tqdm.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if not self._quiet:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes lines of steps that a resumed run will write again, and a torn last line."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
+def memory_gb() -> float:
+    """Peak device memory in GB (10^9 bytes); on a CPU the peak resident memory of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,208 @@
+"""What is trained: SimVLG's captioning, or the contrastive pre-training of its vision encoder.
+
+A task binds a model to its losses, its text, its pre-trained weights and the split of its parameters into
+trained and frozen. The loop, the checkpoints and the step know only this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from simvlg_jax import weights
+from simvlg_jax.convert import bert as bert_weights
+from simvlg_jax.convert import gguf, stacking
+from simvlg_jax.data import text
+from simvlg_jax.errors import UserError
+from simvlg_jax.models.bert import BERT_SIZES, SentenceEncoder
+from simvlg_jax.models.contrastive import ContrastiveViT
+from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.token_merging import merge_schedule
+from simvlg_jax.models.tomeformer import TomeFormer
+from simvlg_jax.models.vit import VIT_SIZES, ViT
+
+Losses = tuple[jax.Array, jax.Array]  # ((B,) summed over each example's targets, (B,) number of targets)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and how it is trained.
+
+    Attributes:
+      model: the Linen module.
+      frozen: top-level parameter names that are not trained; every other one is.
+      init: key -> parameters, boxed with their logical axes.
+      losses: (params, batch, dropout key or None) -> `Losses`.
+      load_pretrained: abstract parameters -> {top-level name: host arrays} of those with named weights.
+      text_encoder: caption -> token ids and targets.
+      image_size: side of the pictures, pixels.
+      sources: top-level name -> where its frozen weights come from, in words.
+    """
+
+    model: nn.Module
+    frozen: tuple[str, ...]
+    init: Callable[[jax.Array], dict]
+    losses: Callable[[dict, dict, jax.Array | None], Losses]
+    load_pretrained: Callable[[dict], dict]
+    text_encoder: text.TextEncoder
+    image_size: int
+    sources: dict[str, str]
+
+
+def build_task(config: ConfigDict) -> Task:
+    """The task that `config.task` names."""
+    return {"caption": caption_task, "contrastive": contrastive_task}[config.task](config)
+
+
+def row(table: dict, key: str, name: str) -> dict:
+    if name not in table:
+        raise UserError(f"{key} is {name!r}; it takes {', '.join(map(repr, table))}", 2)
+    return table[name]
+
+
+def build_vit(config: ConfigDict) -> ViT:
+    size = row(VIT_SIZES, "vit.size", config.vit.size)
+    return ViT(**size, scan=config.vit.scan, remat=config.vit.remat, dtype=jnp.dtype(config.dtype))
+
+
+def build_model(config: ConfigDict) -> SimVLG:
+    """SimVLG in the sizes of a config."""
+    dtype = jnp.dtype(config.dtype)
+    size = row(BERT_SIZES, "connector.size", config.connector.size)
+    try:
+        merges = merge_schedule(size["depth"], tuple(config.connector.merges))
+    except ValueError as error:
+        raise UserError(f"connector.merges: {error}", 2) from error
+    connector = TomeFormer(**size, merges=merges, dropout=config.connector.dropout, dtype=dtype)
+    llm_size = row(LLAMA_SIZES, "llm.size", config.llm.size)
+    llm = Llama(**llm_size, scan=config.llm.scan, remat=config.llm.remat, dtype=dtype)
+    return SimVLG(build_vit(config), connector, llm, dtype, vit_grad=config.vit.train)
+
+
+def build_text_encoder(config: ConfigDict) -> text.TextEncoder:
+    """Captions as the language model's tokens; "" for llm.weights means one token per character."""
+    llm = config.llm
+    if llm.weights == "smollm2":
+        tokenizer, special = gguf.load_tokenizer(gguf.smollm2_path())
+        start_id = special.bos_id if special.bos_id is not None else special.eos_id
+        ids = dict(start_id=start_id, end_id=special.eos_id, pad_id=special.pad_id)
+    elif llm.weights == "":
+        tokenizer = text.character_tokenizer()
+        pad, start, end = map(tokenizer.token_to_id, ("<pad>", "<s>", "</s>"))
+        ids = dict(start_id=start, end_id=end, pad_id=pad)
+    else:
+        raise UserError(f"llm.weights is {llm.weights!r}; it takes 'smollm2' or ''", 2)
+    return text.CaptionText(
+        tokenizer, **ids, max_tokens=llm.max_text_tokens, start_is_target=llm.start_is_target, prompt=llm.prompt
+    )
+
+
+def caption_task(config: ConfigDict) -> Task:
+    """SimVLG: by default only the connector, ln_vision and the two projections are trained."""
+    model = build_model(config)
+    encoder = build_text_encoder(config)
+    side = model.vit.image_size
+
+    def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
+        return model.apply(
+            {"params": params},
+            batch["image"],
+            batch["ids"],
+            batch["mask"],
+            batch["targets"],
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+            method="caption_losses",
+        )
+
+    def init(key: jax.Array) -> dict:
+        token = jnp.zeros((1, 1), jnp.int32)
+        image = jnp.zeros((1, side, side, 3), jnp.uint8)
+        return model.init(key, image, token, token, token, method="caption_losses")["params"]
+
+    def load_pretrained(abstract: dict) -> dict:
+        loaded = {}
+        if config.vit.weights:
+            loaded["vit"] = load_vit(config, abstract["vit"])
+        if config.connector.weights == "minilm":
+            loaded["connector"] = load_minilm(config.connector.size, words=False)
+        elif config.connector.weights:
+            raise UserError(f"connector.weights is {config.connector.weights!r}; it takes 'minilm' or ''", 2)
+        if config.llm.weights == "smollm2":
+            params = gguf.load_llama(gguf.smollm2_path())[1]
+            loaded["llm"] = params if config.llm.scan else stacking.unstack_layers(params)
+        check_shapes(loaded, abstract)
+        return loaded
+
+    frozen = tuple(name for name in ("vit", "llm") if not config[name].train)
+    sources = {"vit": config.vit.weights or "random", "llm": config.llm.weights or "random"}
+    return Task(model, frozen, init, losses, load_pretrained, encoder, side, {n: sources[n] for n in frozen})
+
+
+def contrastive_task(config: ConfigDict) -> Task:
+    """The ViT and two projections are trained against a frozen sentence encoder."""
+    named = config.sentence_encoder.weights
+    if named not in ("minilm", ""):
+        raise UserError(f"sentence_encoder.weights is {named!r}; it takes 'minilm' or ''", 2)
+    vit = build_vit(config)
+    dtype = jnp.dtype(config.dtype)
+    if named:
+        encoder = text.SentenceText(text.minilm_tokenizer(), config.llm.max_text_tokens)
+        sentences = SentenceEncoder(**BERT_SIZES["minilm_l6"], dtype=dtype)
+    else:
+        encoder = build_text_encoder(config)
+        vocab_size = encoder.tokenizer.get_vocab_size()
+        sentences = SentenceEncoder(**BERT_SIZES["tiny"], vocab_size=vocab_size, dtype=dtype)
+    model = ContrastiveViT(vit, sentences, dtype=dtype)
+
+    def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
+        del key  # nothing in this model is random
+        inputs = (batch["image"], batch["ids"], batch["mask"])
+        return model.apply({"params": params}, *inputs, method="contrastive_losses")
+
+    def init(key: jax.Array) -> dict:
+        token = jnp.ones((1, 1), jnp.int32)
+        return model.init(key, jnp.zeros((1, vit.image_size, vit.image_size, 3), jnp.uint8), token, token)["params"]
+
+    def load_pretrained(abstract: dict) -> dict:
+        loaded = {"sentence_encoder": load_minilm("minilm_l6", words=True)} if named else {}
+        if config.vit.weights:
+            loaded["vit"] = load_vit(config, abstract["vit"])
+        check_shapes(loaded, abstract)
+        return loaded
+
+    sources = {"sentence_encoder": named or "random"}
+    return Task(model, ("sentence_encoder",), init, losses, load_pretrained, encoder, vit.image_size, sources)
+
+
+def load_vit(config: ConfigDict, abstract: dict) -> dict:
+    """The ViT of `vit.weights`, a file in the scanned layout, in the layout that `vit.scan` asks for."""
+    scanned = abstract if config.vit.scan else stacking.stack_layers(abstract)
+    params = weights.read_tree(Path(config.vit.weights), scanned)
+    return params if config.vit.scan else stacking.unstack_layers(params)
+
+
+def load_minilm(size_name: str, words: bool) -> dict:
+    size = row(BERT_SIZES, "connector.size", size_name)
+    path = bert_weights.minilm_folder() / "model.safetensors"
+    return bert_weights.load_bert(path, size["depth"], size["num_heads"], words)
+
+
+def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
+    """Raises UserError with every loaded array whose shape is not the model's."""
+    wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
+    found = traverse_util.flatten_dict(loaded, sep="/")
+    wrong = [
+        f"{name}: model {getattr(wanted.get(name), 'shape', 'has none')}, weights {np.shape(found.get(name))}"
+        for name in sorted(set(wanted) | set(found))
+        if name not in wanted or name not in found or wanted[name].shape != np.shape(found[name])
+    ]
+    if wrong:
+        raise UserError("the weights are of another architecture than the config:\n  " + "\n  ".join(wrong))

@@ -1,0 +1,62 @@
+"""Our own weight files: one nested tree of arrays in one safetensors file, named by their paths."""
+
+import hashlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from simvlg_jax.errors import UserError
+
+
+def write_tree(path: Path, tree: dict, dtype: np.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
+    """Writes host or device arrays, cast to `dtype` if given; the file appears whole or not at all."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    arrays = {name: np.ascontiguousarray(np.asarray(x).astype(dtype or x.dtype)) for name, x in flat.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(arrays, partial, metadata)
+    partial.rename(path)
+
+
+def read_flat(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file by name, bfloat16 included.
+
+    Raises:
+      UserError: absent, truncated or not a safetensors file.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(
+            f"no weights at {path}: train them first (configs/openmoji.py says how), or correct the config"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read weights from {path}: {error}") from error
+
+
+def read_tree(path: Path, abstract: dict) -> dict:
+    """The nested float32 tree of a file, which must hold exactly the names of `abstract`."""
+    flat = read_flat(path)
+    wanted = set(traverse_util.flatten_dict(abstract, sep="/"))
+    missing, extra = sorted(wanted - set(flat)), sorted(set(flat) - wanted)
+    if missing or extra:
+        raise UserError(
+            f"{path} does not fit the model.\n  missing: {', '.join(missing) or 'none'}\n"
+            f"  not known: {', '.join(extra) or 'none'}"
+        )
+    return traverse_util.unflatten_dict({name: x.astype(np.float32) for name, x in flat.items()}, sep="/")
+
+
+def digest(tree: dict) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a tree of host or addressable device arrays."""
+    total = hashlib.sha256()
+    for name, array in sorted(traverse_util.flatten_dict(tree, sep="/").items()):
+        array = np.ascontiguousarray(array)
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(array.view(np.uint8 if array.dtype == ml_dtypes.bfloat16 else array.dtype).data)
+    return total.hexdigest()

@@ -1,0 +1,219 @@
+"""Grain pipelines: order, resume, sharding, padding, damaged pictures."""
+
+import json
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
+from simvlg_jax.data.sources import load_source
+from simvlg_jax.data.text import IGNORE, CaptionText, character_tokenizer
+from simvlg_jax.errors import UserError
+
+TEXT = CaptionText(character_tokenizer(), start_id=1, end_id=2, pad_id=0, max_tokens=24, start_is_target=False)
+
+
+def config(train=40, **fields) -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "synthetic",
+            "synthetic_size": {"train": train, "val": 11, "test": 11},
+            "crop_scale": (0.5, 1.0),
+            "flip": True,
+            "pad_multiple": 4,
+            "length_window": 1,
+            "workers": 0,
+            "read_threads": 1,
+        }
+        | fields
+    )
+
+
+def train(data=None, source=None, **options):
+    data = data or config()
+    settings = {"image_size": 16, "batch_size": 8, "seed": 3}
+    return make_train_iterator(data, source or load_source(data, "train"), TEXT, **(settings | options))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+class Numbered:
+    """The caption is the record's number, the picture a constant colour."""
+
+    def __init__(self, count, damaged=()):
+        self.count, self.damaged = count, damaged
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        index = int(index)
+        image = b"damaged" if index in self.damaged else np.full((6, 6, 3), index, np.uint8)
+        return {"image": image, "caption": str(index), "references": [str(index)], "id": f"picture {index}"}
+
+
+def numbers(batch) -> list[int]:
+    rows = zip(batch["ids"], batch["mask"], strict=True)
+    return [int(TEXT.tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=True)) for ids, mask in rows]
+
+
+def drawn(iterator, count) -> list[int]:
+    return [number for batch in take(iterator, count) for number in numbers(batch)]
+
+
+def test_batch_layout():
+    batch = next(train())
+    length = batch["ids"].shape[1]
+    assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].dtype == np.uint8
+    for key in ("ids", "mask", "targets"):
+        assert batch[key].shape == (8, length) and batch[key].dtype == np.int32
+    assert set(batch) == {"image", "ids", "mask", "targets"}
+    # As short as the longest caption allows.
+    assert length % 4 == 0 and batch["mask"].sum(1).max() > length - 4
+    for ids, mask, targets in zip(batch["ids"], batch["mask"], batch["targets"], strict=True):
+        n = mask.sum()
+        assert mask.tolist() == [1] * n + [0] * (length - n)
+        assert ids[0] == 1 and ids[n - 1] == 2 and (ids[n:] == 0).all()
+        assert targets[0] == IGNORE and (targets[1:n] == ids[1:n]).all() and (targets[n:] == IGNORE).all()
+
+
+def test_pad_multiple_zero_pads_to_max_tokens_and_several_processes_agree():
+    assert next(train(config(length_window=1, pad_multiple=0)))["ids"].shape == (8, 24)
+    assert next(train(process_count=2))["ids"].shape == (4, 24)
+
+
+def test_each_epoch_is_a_new_permutation():
+    iterator = train(source=Numbered(40))
+    epochs = [drawn(iterator, 5) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(40))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_processes_share_each_epoch_and_augment_differently():
+    iterators = [train(source=Numbered(40), process_index=i, process_count=4) for i in range(4)]
+    for _ in range(2):
+        epoch = sorted(number for iterator in iterators for number in drawn(iterator, 5))
+        assert epoch == list(range(40))
+    same = [load_source(config(), "train")[0]] * 4
+    views = [next(train(source=same, batch_size=2, process_index=i, process_count=2)) for i in range(2)]
+    assert (views[0]["image"] != views[1]["image"]).any()
+
+
+def test_seed_decides_order_and_augmentation():
+    assert_equal(take(train(), 3), take(train(), 3))
+    assert numbers(next(train(source=Numbered(40), seed=4))) != numbers(next(train(source=Numbered(40), seed=3)))
+
+
+def test_pictures_are_augmented_anew_in_each_epoch():
+    one = config(train=1)
+    batches = take(train(one, batch_size=1), 4)
+    assert len({batch["image"].tobytes() for batch in batches}) == 4
+
+
+@pytest.mark.parametrize("read_threads", [0, 2])
+def test_resume_is_exact_in_the_middle_of_an_epoch(read_threads):
+    data = config(read_threads=read_threads)
+    straight = train(data)
+    take(straight, 7)  # an epoch has five batches
+    state = json.loads(json.dumps(straight.get_state()))
+    rest = take(straight, 6)
+    resumed = train(data)
+    resumed.set_state(state)
+    assert_equal(take(resumed, 6), rest)
+
+
+def test_position_is_saved_with_a_checkpoint(tmp_path):
+    straight = train()
+    take(straight, 3)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(straight)))
+        manager.wait_until_finished()
+        rest = take(straight, 2)
+        resumed = train()
+        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
+    assert_equal(take(resumed, 2), rest)
+
+
+def test_two_workers_give_the_same_batches_and_resume():
+    straight = train()
+    iterator = train(config(workers=2))
+    assert_equal(take(iterator, 3), take(straight, 3))
+    state = iterator.get_state()
+    rest = take(straight, 3)
+    take(iterator, 2)
+    iterator.set_state(state)
+    assert_equal(take(iterator, 3), rest)
+    iterator.close()
+
+
+def test_damaged_pictures_are_replaced_and_counted(caplog):
+    skipped = Skipped()
+    iterator = train(source=Numbered(40, damaged={5, 6, 20}), skipped=skipped)
+    epoch = sorted(drawn(iterator, 5))
+    assert epoch == sorted([*(set(range(40)) - {5, 6, 20}), 7, 7, 21])
+    assert skipped.count == 4  # 5 passes over 6 on its way to 7
+    assert "record 20" in caplog.text
+    again = train(source=Numbered(40, damaged={5, 6, 20}))
+    assert sorted(drawn(again, 5)) == epoch
+
+
+def test_only_damaged_pictures_stop_the_run():
+    with pytest.raises(UserError, match="10 pictures in a row"):
+        next(train(source=Numbered(10, damaged=range(10))))
+
+
+@pytest.mark.parametrize(("count", "processes"), [(11, 1), (11, 2), (3, 4), (8, 2), (1, 4)])
+def test_evaluation_sees_each_example_once(count, processes):
+    seen, lengths = [], set()
+    for index in range(processes):
+        batches = list(
+            make_eval_batches(
+                Numbered(count), TEXT, image_size=8, batch_size=4, process_index=index, process_count=processes
+            )
+        )
+        lengths.add(len(batches))
+        for batch in batches:
+            assert batch["image"].shape == (4 // processes, 8, 8, 3)
+            assert batch["ids"].shape == (4 // processes, 24)
+            assert batch["weight"].dtype == np.float32 and batch["index"].dtype == np.int32
+            real = batch["weight"] == 1
+            assert (batch["weight"][~real] == 0).all() and (batch["index"][~real] == -1).all()
+            assert (batch["targets"][~real] == IGNORE).all()
+            assert np.array(numbers(batch))[real].tolist() == batch["index"][real].tolist()
+            assert (batch["image"][real] == batch["index"][real][:, None, None, None]).all()
+            seen += batch["index"][real].tolist()
+    assert sorted(seen) == list(range(count))
+    assert lengths == {-(-count // 4)}  # or the processes would wait for each other
+
+
+def test_evaluation_can_pad_less_and_be_repeated():
+    batches = make_eval_batches(Numbered(11), TEXT, image_size=8, batch_size=4, length_window=1, pad_multiple=4)
+    first = list(batches)
+    assert [batch["ids"].shape[1] for batch in first] == [4, 4, 4]
+    assert_equal(first, list(batches))
+
+
+def test_damaged_picture_stops_evaluation_with_its_name():
+    with pytest.raises(UserError, match="cannot read the picture picture 5"):
+        list(make_eval_batches(Numbered(11, damaged={5}), TEXT, image_size=8, batch_size=4))
+
+
+def test_impossible_batch_sizes_are_refused():
+    with pytest.raises(UserError, match="9 does not divide among 2 processes"):
+        train(batch_size=9, process_count=2)
+    with pytest.raises(UserError, match="40 examples, less than one batch of 64"):
+        train(batch_size=64)

@@ -1,0 +1,107 @@
+"""Matching and merging: the published numbers, a brute-force reference, and invariants."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simvlg_jax.models import token_merging
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def brute_force_groups(metric: np.ndarray, r: int) -> list[list[int]]:
+    """One picture's output tokens as lists of input tokens, by loops and Python's stable sort."""
+    unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
+    even, odd = range(0, len(unit), 2), range(1, len(unit), 2)
+    r = min(r, (len(unit) - 1) // 2)
+    best = {i: max((float(unit[i] @ unit[j]), -j) for j in odd) for i in even if i > 0}
+    sources = sorted(best, key=lambda i: -best[i][0])[:r]
+    groups = [[i] for i in even if i not in sources]
+    return groups + [[j] + [i for i in sources if -best[i][1] == j] for j in odd]
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "amax"])
+def test_merge_equals_published_code(reduce):
+    golden = np.load(GOLDEN / "tome.npz")
+    cases = sorted({name.split("/")[0] for name in golden}, key=int)
+    assert cases
+    for case in cases:
+        metric, x, r = golden[f"{case}/metric"], golden[f"{case}/x"], int(golden[f"{case}/r"])
+        slots = token_merging.match(jnp.asarray(metric), r)
+        num_slots = x.shape[1] - token_merging.mergeable(x.shape[1], r)
+        merged = token_merging.merge(jnp.asarray(x), slots, num_slots, reduce)
+        np.testing.assert_allclose(merged, golden[f"{case}/{reduce}"], rtol=1e-5, atol=1e-6)
+
+
+def test_schedules_equal_published_code():
+    cases = json.loads((GOLDEN / "schedules.json").read_text())
+    assert [list(token_merging.merge_schedule(depth, r)) for depth, r, _ in cases] == [c[2] for c in cases]
+
+
+def test_published_token_counts():
+    counts = token_merging.token_counts(257, token_merging.merge_schedule(12, 19))
+    assert counts == [257, 238, 219, 200, 181, 162, 143, 124, 105, 86, 67, 48, 29]
+
+
+@pytest.mark.parametrize("r", [[1, 2, 3], [-1]])
+def test_unusable_schedules_raise(r):
+    with pytest.raises(ValueError, match="does not fit 2 layers"):
+        token_merging.merge_schedule(2, r)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(1, 48),
+    r=st.sampled_from([0, 1, 5, 19, 100]),
+    levels=st.sampled_from([2, 1000]),  # two levels make ties certain
+    seed=st.integers(0, 2**16),
+)
+def test_matching_equals_brute_force(tokens, r, levels, seed):
+    rng = np.random.default_rng(seed)
+    # Entries 1 or 1..levels keep the norms exact enough that equal pairs tie in both computations.
+    metric = rng.integers(1, levels, (2, tokens, 3), endpoint=True).astype(np.float32)
+    if levels == 1000:
+        metric += rng.random(metric.shape, np.float32)
+    slots = np.asarray(token_merging.match(jnp.asarray(metric), r))
+    num_slots = tokens - token_merging.mergeable(tokens, r)
+    for picture in range(2):
+        groups = [sorted(np.flatnonzero(slots[picture] == s)) for s in range(num_slots)]
+        assert groups[0] == [0], "the class token stays alone and first"
+        assert sum(map(len, groups)) == tokens
+        if levels == 1000 and num_slots < tokens:
+            assert groups == [sorted(g) for g in brute_force_groups(metric[picture], r)]
+
+
+@settings(deadline=None, max_examples=20)
+@given(tokens=st.integers(2, 40), r=st.integers(0, 40), seed=st.integers(0, 2**16))
+def test_sum_is_preserved_and_source_maps_compose(tokens, r, seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    x = jax.random.normal(keys[0], (2, tokens, 4))
+    source_map = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+    merged = x
+    for key in jax.random.split(keys[1], 3):
+        count = merged.shape[1]
+        slots = token_merging.match(jax.random.normal(key, (2, count, 5)), r)
+        merged = token_merging.merge(merged, slots, count - token_merging.mergeable(count, r), "sum")
+        source_map = token_merging.compose(source_map, slots)
+    np.testing.assert_allclose(merged.sum(1), x.sum(1), rtol=1e-4, atol=1e-4)
+    direct = token_merging.merge(x, source_map, merged.shape[1], "sum")
+    np.testing.assert_allclose(merged, direct, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_flows_through_values_not_through_matching():
+    x = jax.random.normal(jax.random.key(0), (1, 9, 4))
+
+    def merged_sum(values, metric):
+        slots = token_merging.match(metric, 3)
+        return jnp.sum(token_merging.merge(values, slots, 6) ** 2)
+
+    by_values, by_metric = jax.grad(merged_sum, (0, 1))(x, x)
+    assert np.abs(by_values).min() > 0
+    assert np.abs(by_metric).max() == 0

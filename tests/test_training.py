@@ -1,0 +1,174 @@
+"""Training as a whole, on the tiny config: what resuming, sharding, accumulating and freezing must not change."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from simvlg_jax import weights
+from simvlg_jax.config import load_config
+from simvlg_jax.errors import UserError
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.training import loop, restore
+from simvlg_jax.training.checkpoint import Checkpoints
+
+
+def tiny(mode="", mesh=(1, 1, 1), **overrides):
+    """configs/tiny.py with `train__steps=3` for train.steps, on mesh (data, fsdp, tensor)."""
+    overrides = {"train__log_every": 1, "evaluate__max_examples": 4, **overrides}
+    overrides |= dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return load_config(f"configs/tiny.py{':' + mode if mode else ''}", flags)
+
+
+def logged(workdir, kind="train"):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["kind"] == kind}
+
+
+def losses(workdir):
+    return {step: line["loss"] for step, line in logged(workdir).items()}
+
+
+def final_params(config, workdir):
+    run = restore.restore_run(config, workdir, "latest")
+    return jax.device_get(run.params)
+
+
+def interrupt_at(monkeypatch, step):
+    """SIGTERM to this process while it takes its `step`th step."""
+    run_step, taken = loop.Trainer.run_step, []
+
+    def run_and_interrupt(trainer, batch):
+        taken.append(batch)
+        if len(taken) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_step(trainer, batch)
+
+    monkeypatch.setattr(loop.Trainer, "run_step", run_and_interrupt)
+
+
+@pytest.mark.parametrize("mode", ["", "vit"])
+def test_interrupted_and_resumed_run_is_bit_equal(tmp_path, monkeypatch, mode):
+    config = tiny(mode, train__steps=9, train__eval_every=9, train__save_every=9)
+    assert loop.train(config, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        assert loop.train(config, tmp_path / "parts") == 128 + signal.SIGTERM
+    assert max(losses(tmp_path / "parts")) == 4
+    assert loop.train(config, tmp_path / "parts") == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (final_params(config, tmp_path / name) for name in ("whole", "parts"))
+    assert weights.digest(whole) == weights.digest(parts)
+    assert logged(tmp_path / "parts", "eval")[9]["loss"] == logged(tmp_path / "whole", "eval")[9]["loss"]
+
+
+def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
+    config = tiny(train__steps=3)
+    trainer = loop.Trainer(config, tmp_path)
+    before_frozen = weights.digest(trainer.frozen)
+    before = jax.device_get(trainer.state.params)
+    for _ in range(3):
+        trainer.run_step(meshes.put_batch(next(trainer.iterator), trainer.mesh))
+    assert set(trainer.frozen) == {"vit", "llm"}
+    assert set(before) == {"ln_vision", "vl_proj", "connector", "llm_proj"}
+    assert weights.digest(trainer.frozen) == before_frozen
+    moments = trainer.state.opt_state[0].mu
+    assert jax.tree.structure(moments) == jax.tree.structure(before)
+    unchanged = [
+        jax.tree_util.keystr(path)
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(trainer.state.params), strict=True
+        )
+        if np.array_equal(old, new)
+    ]
+    assert unchanged == []
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 2, 1), (2, 2, 2)])
+def test_losses_do_not_depend_on_the_mesh(tmp_path, mesh):
+    for name, sizes in (("one", (1, 1, 1)), ("many", mesh)):
+        loop.train(tiny(mesh=sizes, train__steps=4, train__eval_every=4), tmp_path / name)
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
+    evaluated = [logged(tmp_path / name, "eval")[4]["loss"] for name in ("one", "many")]
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-5)
+
+
+def test_parameters_and_moments_are_really_split(tmp_path):
+    trainer = loop.Trainer(tiny(mesh=(2, 2, 2)), tmp_path)
+    kernel = trainer.state.params["connector"]["layer_0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    moment = trainer.state.opt_state[0].mu["connector"]["layer_0"]["mlp"]["fc1"]["kernel"]
+    assert moment.sharding == kernel.sharding
+    embedding = trainer.frozen["llm"]["embedding"]
+    assert embedding.addressable_shards[0].data.size * 4 == embedding.size
+
+
+def test_checkpoint_of_one_mesh_is_read_on_another(tmp_path):
+    loop.train(tiny(train__steps=2, mesh=(4, 2, 1)), tmp_path)
+    here = final_params(tiny(train__steps=2), tmp_path)
+    there = final_params(tiny(train__steps=2, mesh=(1, 1, 2)), tmp_path)
+    assert weights.digest(here) == weights.digest(there)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    params = []
+    for accumulate in (1, 4):
+        config = tiny(train__accumulate=accumulate, connector__dropout=0.0)
+        trainer = loop.Trainer(config, tmp_path / str(accumulate))
+        trainer.run_step(meshes.put_batch(next(trainer.iterator), trainer.mesh))
+        params.append(jax.device_get(trainer.state.opt_state[0].mu))
+    flat = [np.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in params]
+    assert np.linalg.norm(flat[0] - flat[1]) < 1e-5 * np.linalg.norm(flat[0])
+
+
+def test_one_batch_is_learnt_by_heart(tmp_path):
+    loop.train(tiny("overfit", train__log_every=50), tmp_path)
+    assert list(losses(tmp_path).values())[-1] < 0.05
+
+
+def test_loss_that_is_not_finite_stops_with_the_step_and_saves_nothing_bad(tmp_path):
+    config = tiny(optimizer__lr=1e38, optimizer__warmup_lr=1e38, train__steps=8, train__save_every=4)
+    with pytest.raises(UserError, match=r"not finite at step [234]\b"):
+        loop.train(config, tmp_path)
+    assert Checkpoints(tmp_path, read_only=True).latest() is None
+
+
+def test_best_checkpoint_survives_and_is_the_one_used(tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(loop.validation, "validate", lambda *_: {"split": "val", "score": next(scores), "loss": 1.0})
+    config = tiny(train__steps=5, train__eval_every=1, train__save_every=1, train__keep_last=2)
+    loop.train(config, tmp_path)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2, 4, 5]
+    assert restore.restore_run(config, tmp_path, "best").step == 2
+
+
+def test_workdir_of_another_config_is_refused(tmp_path):
+    loop.train(tiny(train__steps=1), tmp_path)
+    with pytest.raises(UserError, match=r"another config(.|\n)*optimizer\.lr: 0\.003 there, 0\.5 now"):
+        loop.train(tiny(train__steps=1, optimizer__lr=0.5), tmp_path)
+
+
+def test_changed_frozen_weights_are_refused(tmp_path):
+    loop.train(tiny(train__steps=1), tmp_path)
+    known = json.loads((tmp_path / "frozen.json").read_text())
+    known["llm"]["sha256"] = "0" * 64
+    (tmp_path / "frozen.json").write_text(json.dumps(known))
+    with pytest.raises(UserError, match="frozen llm .* is not the one this run was started with"):
+        loop.train(tiny(train__steps=1), tmp_path)
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not divide over 8 devices"):
+        loop.Trainer(tiny(mesh=(8, 1, 1), train__batch_size=12), tmp_path)
+
+
+def test_time_limit_stops_saved_and_resumable(tmp_path):
+    config = tiny(train__max_minutes=1e-6)
+    assert loop.train(config, tmp_path) == 0
+    assert Checkpoints(tmp_path, read_only=True).latest() == 1
