@@ -159,7 +159,7 @@ def test_changed_frozen_weights_are_refused(tmp_path):
     known = json.loads((tmp_path / "frozen.json").read_text())
     known["llm"]["sha256"] = "0" * 64
     (tmp_path / "frozen.json").write_text(json.dumps(known))
-    with pytest.raises(UserError, match="frozen llm .* is not the one this run was started with"):
+    with pytest.raises(UserError, match=r"frozen llm .* is not the one this run was started with"):
         loop.train(tiny(train__steps=1), tmp_path)
 
 

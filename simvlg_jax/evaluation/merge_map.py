@@ -1,6 +1,7 @@
 """Draws which patches of a picture ended in which token of the connector."""
 
 import colorsys
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,7 +25,7 @@ def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Ima
       ValueError: a length that is not 1 + a square.
     """
     source_map = np.asarray(source_map)
-    grid = round((len(source_map) - 1) ** 0.5)
+    grid = math.isqrt(max(len(source_map) - 1, 0))
     if grid < 1 or len(source_map) != 1 + grid * grid:
         raise ValueError(f"a source map of {len(source_map)} tokens is not a class token and a square of patches")
     groups = source_map[1:].reshape(grid, grid)

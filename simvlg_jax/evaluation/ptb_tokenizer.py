@@ -10,9 +10,8 @@ remove because it is lower-cased by then).
 
 It works as a lexer does: at each position every rule is tried and the longest match wins, the earlier rule
 among equals. A rule may end in a context, the group `then`, which counts for the length but is left in the
-text. Rules follow the Penn Treebank tokenisation guidelines (https://www.cis.upenn.edu/~bies/manuals/
-tagguide.pdf) and the tokeniser's observed behaviour; scripts with combining vowel signs (Devanagari, Thai,
-...) and symbols outside the Basic Multilingual Plane (emoji: dropped) are not its subject.
+text. Rules follow the conventions of the Penn Treebank and the tokeniser's observed behaviour. Scripts with
+combining vowel signs (Devanagari, Thai, ...) are not its subject; emoji are dropped, as published.
 """
 
 import re

@@ -1,0 +1,204 @@
+"""Writes report.html: how a run trained, what it scores, and what it says about pictures.
+
+    python -m simvlg_jax.evaluation.report --workdir runs/openmoji
+
+One file with everything inside (pictures and curves included), made from what lies in the workdir: config.json,
+metrics.jsonl, eval/SPLIT.json and, of a vision encoder trained first, vit/metrics.jsonl. Whatever is missing is
+named as missing.
+"""
+
+import argparse
+import base64
+import io
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from simvlg_jax.errors import UserError, run_verb
+from simvlg_jax.evaluation import charts
+from simvlg_jax.evaluation.merge_map import merge_map
+
+_SPLITS = ("test", "novel", "val", "train")  # the order they are shown in; others follow
+_PACKAGES = ("simvlg_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers")
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes workdir/report.html anew (whole or not at all) and returns its path.
+
+    Raises:
+      UserError: no such workdir, or a results file in it that is no JSON.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"no run at {workdir}: give --workdir the folder that simvlg_jax.train wrote to")
+    config = _flat(_read_json(workdir / "config.json") or {})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("simvlg_jax.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    splits = [_split(path) for path in _result_files(workdir)]
+    page = environment.get_template("report.html.j2").render(
+        name=workdir.resolve().name,
+        config=config,
+        splits=splits,
+        top_cider=max([1e-9, *(s[kind].get("CIDEr", 0.0) for s in splits for kind in ("scores", "shuffled"))]),
+        curves=_curves(read_metrics(workdir / "metrics.jsonl")),
+        vit_curves=_curves(read_metrics(workdir / "vit" / "metrics.jsonl")),
+        versions=_versions(),
+        chart=charts,
+    )
+    path = workdir / "report.html"
+    partial = workdir / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; [] if there is none; lines that were cut off are left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _curves(records: list[dict]) -> list[charts.Chart]:
+    """Charts of what the records hold, of a captioning or a contrastive run."""
+
+    def points(kind: str, key: str, scale: float = 1.0) -> list[tuple[int, float]]:
+        chosen = [r for r in records if r.get("kind") == kind and isinstance(r.get(key), int | float)]
+        return [(r["step"], r[key] * scale) for r in chosen]
+
+    loss = points("train", "loss")
+    made = [
+        charts.line_chart(
+            "Loss", {"each step": loss, "smoothed": charts.smoothed(loss), "validation": points("eval", "loss")}
+        ),
+        charts.line_chart(
+            "Validation CIDEr",
+            {"own picture": points("eval", "CIDEr", 100), "shuffled": points("eval", "CIDEr_shuffled", 100)},
+            from_zero=True,
+        ),
+        charts.line_chart(
+            "Retrieval on validation pictures, %",
+            {"R@1": points("eval", "R@1", 100), "R@5": points("eval", "R@5", 100)},
+            from_zero=True,
+        ),
+        charts.line_chart("Learning rate", {"learning rate": points("train", "lr")}, from_zero=True),
+        charts.line_chart("Pictures per second", {"training": points("train", "images_per_second")}, from_zero=True),
+    ]
+    return [chart for chart in made if chart]
+
+
+def _result_files(workdir: Path) -> list[Path]:
+    order = {split: rank for rank, split in enumerate(_SPLITS)}
+    files = (workdir / "eval").glob("*.json")
+    return sorted(files, key=lambda path: (order.get(path.stem, len(order)), path.stem))
+
+
+def _split(path: Path) -> dict:
+    """A results file with what the page shows of it worked out."""
+    results = _read_json(path)
+    scores, shuffled = results.get("scores", {}), results.get("shuffled", {})
+    cider, control = scores.get("CIDEr"), shuffled.get("CIDEr")
+    examples = results.get("examples", [])
+    return {
+        "name": results.get("split", path.stem),
+        "step": results.get("step"),
+        "count": results.get("num_examples", len(examples)),
+        "loss": results.get("loss"),
+        "exact": results.get("exact_match"),
+        "recall": {key: results[key] for key in ("R@1", "R@5") if key in results},
+        "scores": scores,
+        "shuffled": shuffled,
+        "ratio": cider / control if cider is not None and control else None,
+        "gallery": [_card(example) for example in examples if "image" in example],
+        "examples": [_row(example) for example in examples],
+    }
+
+
+def _row(example: dict) -> dict:
+    cider, references = example.get("cider"), example["references"]
+    exact = example["caption"] in references
+    # A short caption cannot reach a high CIDEr, so an exact one is green whatever its score; 3 is a close match.
+    merit = 1.0 if exact else min((cider or 0.0) / 3.0, 1.0) * 0.85
+    return {
+        "id": example.get("id", ""),
+        "caption": example["caption"],
+        "references": references,
+        "cider": cider,
+        "exact": exact,
+        "hue": round(4 + 130 * math.sqrt(merit)),
+    }
+
+
+def _card(example: dict) -> dict:
+    """What a card of the gallery shows: `_row` with the picture, its merge map and the token counts."""
+    card = {**_row(example), "image": example["image"], "merged": None}
+    if "source_map" in example:
+        source_map = np.asarray(example["source_map"])  # (N,)
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(example["image"]))).convert("RGB"))
+        buffer = io.BytesIO()
+        # 128 colours are enough for flat tints and halve the page.
+        merge_map(picture, source_map).quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        card["merged"] = base64.b64encode(buffer.getvalue()).decode()
+        card["patches"], card["tokens"] = len(source_map) - 1, int(source_map.max()) + 1
+    return card
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error}): delete it and run simvlg_jax.evaluate again") from error
+
+
+def _flat(config: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; flat dicts stay as they are."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m simvlg_jax.evaluation.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
+    print(write_report(parser.parse_args().workdir))
+
+
+if __name__ == "__main__":
+    run_verb(main)
