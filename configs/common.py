@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.llm.scan = True
     config.llm.remat = False
     config.llm.prompt = ""  # text before every caption; never a target
+    config.llm.start_first = False  # [start; prefix; text] instead of the published [prefix; start; text]
     config.llm.start_is_target = False  # OPT as published: True; LLaMA: False
     config.llm.max_text_tokens = 32  # start token included; longer captions are cut and lose their end
 

@@ -21,7 +21,7 @@ find_python() {
 
 need_environment() {
   local wanted marker=.venv/installed base free
-  wanted=$(cat pyproject.toml "$@")
+  wanted=$(cat "$@")
   if [ -x "$PYTHON" ] && [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then return; fi
   base=$(find_python) || fail "Python 3.11 or newer is needed; install it, or name one: PYTHON_BASE=/path/to/python3.12"
   free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
@@ -38,7 +38,6 @@ need_environment() {
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" ||
       fail "pip could not install $file; with a network connection, run again"
   done
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -e . || fail "pip could not install this package"
   printf '%s\n' "$wanted" >"$marker"
   say "installed in $((SECONDS - started)) s"
 }

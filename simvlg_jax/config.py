@@ -84,6 +84,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{key} must be at least 1", 2)
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
+    if config.llm.start_first and config.llm.start_is_target:
+        raise UserError("a start token that stands first cannot be a target: llm.start_is_target=False", 2)
     if config.task == "contrastive" and config.train.accumulate > 1:
         raise UserError(
             "the contrastive loss compares within a batch, so accumulating would change it: train.accumulate=1", 2

@@ -59,11 +59,14 @@ def _caption(
     min_new_tokens: int,
 ) -> CaptionOutput:
     visual = model.apply({"params": params}, images, method="encode_image")
-    prompt = jnp.broadcast_to(prompt, (images.shape[0], prompt.shape[0]))
+    prompt = jnp.broadcast_to(prompt, (images.shape[0], prompt.shape[0]))  # (B, Q), the start token first
+    start = model.apply({"params": params}, prompt[:, :1], method="embed_text")
+    prefix = model.prompted(visual.prefix, start)
+    prompt = prompt[:, 1:]
     ids = greedy_decode(
         model.llm,
         params["llm"],
-        visual.prefix,
+        prefix,
         prompt,
         jnp.ones_like(prompt),
         eos_id=text.end,

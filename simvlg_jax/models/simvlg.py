@@ -44,6 +44,8 @@ class SimVLG(nn.Module):
       connector: a `TomeFormer`.
       llm: a language model with `width`, `embed`, `logits` and `__call__` as `Llama` has.
       dtype: compute dtype of the projections.
+      start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
+        published ([prefix; start; text]).
       vit_grad: let gradients into the ViT (only for training it jointly).
     """
 
@@ -51,6 +53,7 @@ class SimVLG(nn.Module):
     connector: nn.Module
     llm: nn.Module
     dtype: DTypeLike = jnp.float32
+    start_first: bool = False
     vit_grad: bool = False
 
     def setup(self) -> None:
@@ -69,11 +72,22 @@ class SimVLG(nn.Module):
         merged = self.connector(self.vl_proj(ln), deterministic)
         return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
 
+    def embed_text(self, ids: jax.Array) -> jax.Array:
+        """ids (B, L) int32 -> (B, L, E)."""
+        return self.llm.embed(ids)
+
+    @nn.nowrap
+    def prompted(self, prefix: jax.Array, start: jax.Array) -> jax.Array:
+        """prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
+        prefix = prefix.astype(start.dtype)
+        return jnp.concatenate([start, prefix] if self.start_first else [prefix, start], 1)
+
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> SimVLGOutput:
         """images (B, H, W, 3); ids, mask (B, L) int32, right-padded, mask 1 for real tokens."""
         visual = self.encode_image(images, deterministic)
         text = self.llm.embed(ids)
-        embeddings = jnp.concatenate([visual.prefix.astype(text.dtype), text], 1)  # (B, P + L, E)
+        parts = self.prompted(visual.prefix, text[:, :1]), text[:, 1:]
+        embeddings = jnp.concatenate(parts, 1)  # (B, P + L, E)
         mask = jnp.concatenate([jnp.ones(visual.prefix.shape[:2], mask.dtype), mask], 1)
         positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
         return SimVLGOutput(visual, self.llm(embeddings, mask, positions).hidden)

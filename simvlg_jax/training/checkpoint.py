@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: trained state and data position, asynchronously; frozen weights by name and hash."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Checkpoints:
         """Starts saving in the background; `iterator` must not have drawn the batch after `step` yet."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
         metrics = None if score is None else {"score": float(score)}
-        self._manager.save(step, args=items, metrics=metrics)
+        with disk_errors(self._manager.directory):
+            self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """State in the shardings of `abstract`; moves `iterator` to where it stood."""
@@ -81,8 +83,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with disk_errors(self._manager.directory):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path):
+    """Says in one line that a checkpoint could not be written; Orbax keeps the ones before it whole."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise several kinds
+        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"no space left for a checkpoint in {folder}: free some and run again to resume") from error
 
 
 def check_frozen(workdir: Path, frozen: dict, sources: dict[str, str]) -> None:

@@ -83,7 +83,9 @@ def build_model(config: ConfigDict) -> SimVLG:
     connector = TomeFormer(**size, merges=merges, dropout=config.connector.dropout, dtype=dtype)
     llm_size = row(LLAMA_SIZES, "llm.size", config.llm.size)
     llm = Llama(**llm_size, scan=config.llm.scan, remat=config.llm.remat, dtype=dtype)
-    return SimVLG(build_vit(config), connector, llm, dtype, vit_grad=config.vit.train)
+    return SimVLG(
+        build_vit(config), connector, llm, dtype, start_first=config.llm.start_first, vit_grad=config.vit.train
+    )
 
 
 def build_text_encoder(config: ConfigDict) -> text.TextEncoder:

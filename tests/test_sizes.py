@@ -1,0 +1,63 @@
+"""Parameter counts of the real sizes, without making one of them, and that merging needs no communication."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from simvlg_jax.models import token_merging
+from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.tomeformer import TomeFormer
+from simvlg_jax.models.vit import VIT_SIZES, ViT
+from simvlg_jax.training.flops import count_flops
+
+
+def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("eva_g", 985_894_528), ("small_64px", 1_222_912), ("tiny_32px", 23_904)]
+)
+def test_vit_sizes(name, parameters):
+    vit = ViT(**VIT_SIZES[name])
+    image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
+    assert count(jax.eval_shape(vit.init, jax.random.key(0), image)) == parameters
+
+
+def test_published_image_model_with_vicuna_trains_what_was_published():
+    connector = TomeFormer(**BERT_SIZES["base"], merges=token_merging.merge_schedule(12, 19))
+    model = SimVLG(ViT(**VIT_SIZES["eva_g"]), connector, Llama(**LLAMA_SIZES["vicuna_7b"]))
+    token = jnp.zeros((1, 1), jnp.int32)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)
+    method = "caption_losses"
+    params = jax.eval_shape(lambda k, x: model.init(k, x, token, token, token, method=method), jax.random.key(0), image)
+    trained = {name: tree for name, tree in params["params"].items() if name not in ("vit", "llm")}
+    assert count(trained) == 89_685_504
+
+    visual = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode_image"), params, image)
+    assert visual.frames.shape == (1, 257, 1408)
+    assert visual.prefix.shape == (1, 29, 4096)
+
+
+def test_merging_a_sharded_batch_compiles_without_collectives():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def merge(x):
+        return token_merging.merge(x, token_merging.match(x, 4), x.shape[1] - 4)
+
+    x = jax.ShapeDtypeStruct((16, 17, 8), jnp.float32)
+    program = jax.jit(merge, in_shardings=rows, out_shardings=rows).lower(x).compile().as_text()
+    assert "dot" in program
+    assert not any(op in program for op in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
+
+
+def test_flops_count_every_turn_of_a_scan():
+    def stacked(x, kernels):
+        return jax.lax.scan(lambda h, k: (h @ k, None), x, kernels)[0]
+
+    x, kernels = jnp.zeros((5, 7)), jnp.zeros((3, 7, 7))
+    assert count_flops(jax.make_jaxpr(jax.jit(stacked))(x, kernels)) == 3 * 2 * 5 * 7 * 7

@@ -1,0 +1,184 @@
+"""The command line: what each verb prints, its exit status, and one clear message for wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+import simvlg_jax
+from simvlg_jax import caption, errors, evaluate, export, train
+from simvlg_jax.data.sources import load_source
+from simvlg_jax.evaluation import metrics
+from simvlg_jax.model import CaptionModel
+
+TINY = ["--config", "configs/tiny.py", "--config.mesh.data=1"]
+OPENMOJI = ["--config", "configs/openmoji.py", "--config.mesh.data=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of configs/tiny.py."""
+    workdir = tmp_path_factory.mktemp("run")
+    assert call(train, *TINY, "--config.train.steps=4", "--workdir", workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("b.png", "red"), ("a.jpg", "blue")):
+        Image.new("RGB", (40, 20), colour).save(folder / name)
+    (folder / "broken.png").write_bytes(b"not a picture")
+    return folder
+
+
+def call(module, *arguments):
+    """The exit status of a verb in this process."""
+    before, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
+    try:
+        errors.run_verb(module.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([*TINY, "--config.train.stepz=3"], 2, "unknown config key 'train.stepz'; did you mean train.steps"),
+        ([*TINY, "--config.steps=3"], 2, "did you mean train.steps"),
+        ([*TINY, "--config.train.steps=many"], 2, "train.steps"),
+        ([*TINY, "--config.train.steps=0"], 2, "train.steps must be at least 1"),
+        ([*TINY, "--steps=3"], 2, "overrides look like --config.train.steps=100"),
+        (["--config", "configs/tony.py"], 2, "no config file configs/tony.py; known here: configs/openmoji.py"),
+        (["--config", "configs/tiny.py:huge"], 2, "'overfit'"),
+        ([*TINY, "--config.vit.size=giant"], 2, "vit.size is 'giant'; it takes 'eva_g'"),
+        ([*TINY, "--config.mesh.data=64"], 2, "needs 64 devices and 8 are here"),
+        ([*TINY, "--config.train.accumulate=3"], 2, "multiple of train.accumulate"),
+        ([*TINY, "--config.connector.merges=(1,2,3)"], 2, "does not fit 2 layers"),
+        ([*TINY, "--config.data.name=folder", "--config.data.path=/nowhere"], 1, "/nowhere"),
+        ([*OPENMOJI, "--config.data.dir=/nowhere", "--config.vit.weights="], 1, "python -m simvlg_jax.data.prepare"),
+        ([*TINY, "--config.vit.weights=/nowhere/vit.safetensors"], 1, "no weights at /nowhere/vit.safetensors"),
+    ],
+)
+def test_wrong_input_gives_one_message(tmp_path, capsys, arguments, status, message):
+    assert call(train, *arguments, "--workdir", tmp_path / "run") == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("error:") == 1 and "Traceback" not in error
+
+
+def test_weights_of_another_architecture_are_listed(tmp_path, capsys, run):
+    assert call(train, "--config", "configs/tiny.py:vit", "--config.mesh.data=1", "--config.train.steps=1",
+                "--workdir", tmp_path / "vit") == 0  # fmt: skip
+    weights = tmp_path / "vit" / "vit.safetensors"
+    override = f"--config.vit.weights={weights}"
+    assert call(train, *TINY, override, "--config.train.steps=1", "--workdir", tmp_path / "fits") == 0
+    capsys.readouterr()
+    assert call(train, *TINY, override, "--config.vit.size=small_64px", "--workdir", tmp_path / "not") == 1
+    assert "position: model (1, 65, 128), weights (1, 17, 32)" in capsys.readouterr().err
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert call(train, *TINY, override, "--workdir", tmp_path / "torn") == 1
+    assert f"cannot read weights from {weights}" in capsys.readouterr().err
+
+
+def test_evaluate_writes_results_and_report(run, capsys):
+    steps = "--config.train.steps=4"
+    assert call(evaluate, *TINY, steps, "--workdir", run, "--split", "test,val") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["split"] for line in lines] == ["test", "val"]
+    results = json.loads((run / "eval" / "test.json").read_text())
+    assert results["num_examples"] == len(results["examples"]) == 16
+    assert results["examples"][0]["references"] == load_source(simvlg_jax.config.read_config(run).data, "test")[0]["references"]
+    assert sorted(set(results["examples"][0]["source_map"])) == list(range(7))
+    assert "<html" in (run / "report.html").read_text()
+
+    assert call(evaluate, *TINY, steps, "--workdir", run, "--split", "trial") == 2
+    assert 'no split "trial"' in capsys.readouterr().err
+    assert call(evaluate, *TINY, steps, "--workdir", run / "nothing") == 1
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_caption_lines_keep_the_order_and_name_what_cannot_be_read(run, pictures, capsys):
+    missing = pictures / "missing.png"
+    assert call(caption, "--workdir", run, "--batch_size", 2, pictures, missing, pictures / "b.png") == 0
+    output = capsys.readouterr()
+    lines = [json.loads(line) for line in output.out.splitlines()]
+    names = ["a.jpg", "b.png", "broken.png", "missing.png", "b.png"]
+    assert [line["image"] for line in lines] == [str(pictures / name) for name in names]
+    assert [sorted(line) for line in lines] == [
+        ["caption", "image"], ["caption", "image"], ["error", "image"], ["error", "image"], ["caption", "image"],
+    ]  # fmt: skip
+    assert lines[1]["caption"] == lines[4]["caption"]
+    assert "2 of 5 pictures could not be read" in output.err
+    assert call(caption, "--workdir", run, pictures / "broken.png", missing) == 1
+    (pictures / "empty").mkdir()
+    assert call(caption, "--workdir", run, pictures / "empty") == 1
+
+
+def test_exported_model_captions_as_the_run_rounded_to_bfloat16(run, tmp_path, pictures):
+    assert call(export, "--workdir", run, "--output", tmp_path / "exported") == 0
+    whole, exported = simvlg_jax.load(run), simvlg_jax.load(tmp_path / "exported")
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(x.dtype), whole.params)
+    names = [pictures / "a.jpg", pictures / "b.png", np.zeros((9, 9, 3), np.uint8)]
+    config = simvlg_jax.config.read_config(run)
+    assert exported.captions(names) == CaptionModel(config, whole.task, rounded).captions(names)
+    assert exported.caption(pictures / "b.png", prompt="a red") == exported.captions(names, "a red")[1]
+
+
+def test_unreadable_picture_and_missing_model_raise_user_errors(run, pictures):
+    with pytest.raises(simvlg_jax.UserError, match="broken.png"):
+        simvlg_jax.load(run).caption(pictures / "broken.png")
+    with pytest.raises(simvlg_jax.UserError, match="holds no run"):
+        simvlg_jax.load(pictures)
+
+
+def test_full_disk_is_one_message(capsys):
+    def write():
+        raise OSError(28, "No space left on device", "file")
+
+    with pytest.raises(SystemExit) as stop:
+        errors.run_verb(write)
+    assert stop.value.code == 1
+    assert "no space left" in capsys.readouterr().err
+
+
+def test_terminated_process_saves_and_the_same_command_resumes(tmp_path):
+    arguments = [*TINY, "--config.train.steps=100000", "--config.train.eval_every=100000", "--config.train.log_every=1"]
+    command = [sys.executable, "-m", "simvlg_jax.train", *arguments, "--workdir", str(tmp_path / "run")]
+    for resumed in (False, True):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("step "):
+                process.send_signal(signal.SIGTERM)
+                break
+        said += process.communicate(timeout=120)[1].splitlines()
+        assert process.returncode == 128 + signal.SIGTERM, said
+        assert "stopped by SIGTERM" in said[-1]
+        assert any("resuming at step" in line for line in said) == resumed
+
+
+def test_committed_example_names_held_out_pictures(openmoji_data):
+    """The example checkpoint beats its shuffled control by far on pictures it has not seen."""
+    source = load_source(openmoji_data, "test")
+    records = [source[i] for i in range(0, len(source), 12)]
+    model = simvlg_jax.load("example")
+    from simvlg_jax.data import transforms
+
+    captions = model.captions([transforms.decode(r["image"]) for r in records])
+    references = {r["id"]: r["references"] for r in records}
+    hypotheses = {r["id"]: c for r, c in zip(records, captions, strict=True)}
+    right = metrics.score_captions(references, hypotheses).cider
+    assert right > 0.8
+    assert right > 4 * metrics.shuffled_control(references, hypotheses, 0)["CIDEr"]
