@@ -6,7 +6,7 @@ picture (locked-text contrastive, MiniLM sentence embeddings), then it is frozen
     python -m simvlg_jax.data.prepare
     python -m simvlg_jax.train --config configs/openmoji.py:vit --workdir runs/openmoji/vit
     python -m simvlg_jax.train --config configs/openmoji.py --workdir runs/openmoji
-    python -m simvlg_jax.evaluate --config configs/openmoji.py --workdir runs/openmoji
+    python -m simvlg_jax.evaluate --workdir runs/openmoji
 
 `launch/local.sh` does just this within a time limit. The scores to expect are in docs/example.md.
 """

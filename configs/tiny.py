@@ -1,7 +1,7 @@
 """The whole system in seconds on a CPU, offline: random weights, drawn shapes, characters as tokens.
 
     python -m simvlg_jax.train --config configs/tiny.py --workdir runs/tiny
-    python -m simvlg_jax.evaluate --config configs/tiny.py --workdir runs/tiny
+    python -m simvlg_jax.evaluate --workdir runs/tiny
 
 `:overfit` learns one batch by heart, the first thing to try after changing a model: its loss must go to near zero.
 `:vit` runs the contrastive task. There is no score to expect: the weights are random and stay small.

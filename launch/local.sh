@@ -21,20 +21,18 @@ need_environment requirements.txt requirements-example.txt
 run() { say "+ $*"; "$@"; }
 share() { awk -v m="$MINUTES" -v part="$1" 'BEGIN {printf "%.3f", m * part}'; }
 vit="$WORKDIR/vit/vit.safetensors"
-common=("--config.data.dir=$DATA")
-connector=("${common[@]}" "--config.vit.weights=$vit")
 
 run "$PYTHON" -m simvlg_jax.data.prepare --data_dir "$DATA"
 if [ ! -f "$vit" ]; then
   say "== 1/3 vision encoder: learns which name goes with which picture =="
-  run "$PYTHON" -m simvlg_jax.train --config configs/openmoji.py:vit --workdir "$WORKDIR/vit" "${common[@]}" \
-    "--config.train.max_minutes=$(share 0.4)"
+  run "$PYTHON" -m simvlg_jax.train --config configs/openmoji.py:vit --workdir "$WORKDIR/vit" \
+    "--config.data.dir=$DATA" "--config.train.max_minutes=$(share 0.4)"
 fi
 say "== 2/3 connector: teaches the frozen language model to read the pictures =="
-run "$PYTHON" -m simvlg_jax.train --config configs/openmoji.py --workdir "$WORKDIR" "${connector[@]}" \
-  "--config.train.max_minutes=$(share 0.6)"
+run "$PYTHON" -m simvlg_jax.train --config configs/openmoji.py --workdir "$WORKDIR" \
+  "--config.data.dir=$DATA" "--config.vit.weights=$vit" "--config.train.max_minutes=$(share 0.6)"
 say "== 3/3 held-out pictures =="
-run "$PYTHON" -m simvlg_jax.evaluate --config configs/openmoji.py --workdir "$WORKDIR" "${connector[@]}"
+run "$PYTHON" -m simvlg_jax.evaluate --workdir "$WORKDIR"
 run "$PYTHON" -m simvlg_jax.evaluation.samples --workdir "$WORKDIR"
 
 say ""

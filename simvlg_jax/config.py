@@ -137,11 +137,11 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def config_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
+def config_parser(description: str | None, *, required: bool = True, **kwargs) -> argparse.ArgumentParser:
     """A parser with --config; what it leaves over are overrides for `load_config`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
     )
-    parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:arg")
+    parser.add_argument("--config", required=required, help="configs/X.py or configs/X.py:arg")
     parser.epilog = "Any config value can be set: --config.train.steps=100"
     return parser

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from absl import logging
+
 
 class UserError(Exception):
     """Something the user can fix: the message says what is wrong and what to do.
@@ -18,6 +20,7 @@ class UserError(Exception):
 
 def run_verb(main: Callable[[], int | None]) -> None:
     """Runs a command-line verb and turns what it raises into an exit status."""
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS speak of their own affairs
     try:
         status = main() or 0
     except UserError as error:

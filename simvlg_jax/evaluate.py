@@ -1,6 +1,8 @@
 """Scores a checkpoint on held-out pictures and writes results and the report.
 
-    python -m simvlg_jax.evaluate --config configs/openmoji.py --workdir runs/openmoji [--split test,novel]
+    python -m simvlg_jax.evaluate --workdir runs/openmoji [--split test,novel] [--config configs/openmoji.py]
+
+Without --config the run's own config is used; with it, values can be overridden (--config.evaluate.batch_size=64).
 
 For each split: workdir/eval/SPLIT.json, with every caption; for all of it workdir/report.html. Captions are also
 scored against other pictures' references (the shuffled control): a model that does not look scores the same on both.
@@ -13,22 +15,24 @@ import json
 import sys
 from pathlib import Path
 
-from simvlg_jax.config import config_parser, load_config, save_config
+from simvlg_jax.config import config_parser, load_config, read_config, save_config
 from simvlg_jax.errors import UserError, run_verb
 
 GALLERY = 24  # examples whose picture and merge map the report shows
 
 
 def main() -> int:
-    parser = config_parser(__doc__, prog="python -m simvlg_jax.evaluate")
+    parser = config_parser(__doc__, required=False, prog="python -m simvlg_jax.evaluate")
     parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
     parser.add_argument("--split", default="", help="comma-separated; default: test, and novel where the data has it")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="best by validation score")
     arguments, overrides = parser.parse_known_args()
-    config = load_config(arguments.config, overrides)
-    if not (arguments.workdir / "config.json").exists():
-        raise UserError(f"{arguments.workdir} holds no run; train one with simvlg_jax.train first")
-    save_config(config, arguments.workdir)
+    config = read_config(arguments.workdir)
+    if arguments.config:
+        config = load_config(arguments.config, overrides)
+        save_config(config, arguments.workdir)
+    elif overrides:
+        raise UserError(f"{overrides[0]} needs --config beside it", 2)
     splits = arguments.split.split(",") if arguments.split else default_splits(config.data.name)
     return evaluate(config, arguments, splits)
 

@@ -119,7 +119,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     params = []
     for accumulate in (1, 4):
         config = tiny(train__accumulate=accumulate, connector__dropout=0.0)
-        trainer = loop.Trainer(config, tmp_path / str(accumulate))
+        trainer = loop.Trainer(config, tmp_path)
         trainer.run_step(meshes.put_batch(next(trainer.iterator), trainer.mesh))
         params.append(jax.device_get(trainer.state.opt_state[0].mu))
     flat = [np.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in params]

@@ -14,6 +14,7 @@ from PIL import Image
 
 import simvlg_jax
 from simvlg_jax import caption, errors, evaluate, export, train
+from simvlg_jax.config import read_config
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.evaluation import metrics
 from simvlg_jax.model import CaptionModel
@@ -92,20 +93,21 @@ def test_weights_of_another_architecture_are_listed(tmp_path, capsys, run):
 
 
 def test_evaluate_writes_results_and_report(run, capsys):
-    steps = "--config.train.steps=4"
-    assert call(evaluate, *TINY, steps, "--workdir", run, "--split", "test,val") == 0
+    assert call(evaluate, "--workdir", run, "--split", "test,val") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["split"] for line in lines] == ["test", "val"]
     results = json.loads((run / "eval" / "test.json").read_text())
     assert results["num_examples"] == len(results["examples"]) == 16
-    assert results["examples"][0]["references"] == load_source(simvlg_jax.config.read_config(run).data, "test")[0]["references"]
+    assert results["examples"][0]["references"] == load_source(read_config(run).data, "test")[0]["references"]
     assert sorted(set(results["examples"][0]["source_map"])) == list(range(7))
     assert "<html" in (run / "report.html").read_text()
 
-    assert call(evaluate, *TINY, steps, "--workdir", run, "--split", "trial") == 2
+    assert call(evaluate, "--workdir", run, "--split", "trial") == 2
     assert 'no split "trial"' in capsys.readouterr().err
-    assert call(evaluate, *TINY, steps, "--workdir", run / "nothing") == 1
+    assert call(evaluate, "--workdir", run / "nothing") == 1
     assert "holds no run" in capsys.readouterr().err
+    assert call(evaluate, "--workdir", run, "--config.evaluate.batch_size=4") == 2
+    assert "needs --config beside it" in capsys.readouterr().err
 
 
 def test_caption_lines_keep_the_order_and_name_what_cannot_be_read(run, pictures, capsys):
@@ -130,13 +132,13 @@ def test_exported_model_captions_as_the_run_rounded_to_bfloat16(run, tmp_path, p
     whole, exported = simvlg_jax.load(run), simvlg_jax.load(tmp_path / "exported")
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(x.dtype), whole.params)
     names = [pictures / "a.jpg", pictures / "b.png", np.zeros((9, 9, 3), np.uint8)]
-    config = simvlg_jax.config.read_config(run)
+    config = read_config(run)
     assert exported.captions(names) == CaptionModel(config, whole.task, rounded).captions(names)
     assert exported.caption(pictures / "b.png", prompt="a red") == exported.captions(names, "a red")[1]
 
 
 def test_unreadable_picture_and_missing_model_raise_user_errors(run, pictures):
-    with pytest.raises(simvlg_jax.UserError, match="broken.png"):
+    with pytest.raises(simvlg_jax.UserError, match=r"broken\.png"):
         simvlg_jax.load(run).caption(pictures / "broken.png")
     with pytest.raises(simvlg_jax.UserError, match="holds no run"):
         simvlg_jax.load(pictures)

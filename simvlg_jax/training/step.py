@@ -104,7 +104,7 @@ def make_step(
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss / weight, "grad_norm": optax.global_norm(grads), "lr": lr(state.step)}
+        metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(grads), "lr": lr(state.step)}
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
