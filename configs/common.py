@@ -63,6 +63,8 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-4
+    # Factors on the learning rate by top-level name, as in dict(connector=0.1); published: none.
+    config.optimizer.lr_multipliers = ConfigDict(dict(ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0))
     config.optimizer.min_lr = 1e-5
     config.optimizer.warmup_lr = 1e-6
     config.optimizer.warmup_steps = 100

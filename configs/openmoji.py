@@ -32,12 +32,16 @@ def get_config(mode: str = "") -> ConfigDict:
     config.data.flip = False  # names speak of left and right
     config.data.length_window = 8
     config.train.batch_size = 16
-    config.train.steps = 1500
-    config.train.eval_every = 300
+    config.train.steps = 1000
+    config.train.eval_every = 250
     config.train.save_every = 100
     config.optimizer.lr = 3e-4
     config.optimizer.min_lr = 1e-5
-    config.optimizer.warmup_steps = 50
+    config.optimizer.warmup_steps = 20
+    # With one learning rate the quickest way down is a constant prefix: after 400 steps 0.3 % of its power differed
+    # between pictures. A fast projection finds that constant before the connector forgets what it saw.
+    config.optimizer.lr_multipliers.connector = 0.1
+    config.optimizer.lr_multipliers.llm_proj = 10.0
     config.optimizer.clip_norm = 1.0  # batches this small have outliers
     config.evaluate.max_new_tokens = 20
     config.evaluate.max_examples = 96
@@ -51,6 +55,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.train.save_every = 150
         config.optimizer.lr = 1e-3
         config.optimizer.clip_norm = 0.0
+        config.optimizer.warmup_steps = 50
         config.evaluate.max_examples = 0
     elif mode:
         raise ValueError(f"configs/openmoji.py knows 'vit', not {mode!r}")

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: checks the machine, makes .venv once, and defines PYTHON and say.
 # need_environment FILE...: installs these requirement files, unless .venv already holds them (so it runs offline).
 

@@ -54,7 +54,7 @@ def _explain(spec: str, overrides: Sequence[str], error: Exception) -> str:
                 near = difflib.get_close_matches(key, keys, 3, 0.5)
                 near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near]
                 return f"unknown config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    return f"config {spec}: {error}"
+    return f"config {spec}: {str(error).strip().splitlines()[-1]}"  # absl puts a config's whole traceback before
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:

@@ -42,7 +42,19 @@ def decay_mask(params: dict) -> dict:
     return traverse_util.unflatten_dict({path: path[-1] not in NO_DECAY for path in flat})
 
 
+def scale_by_module(multipliers: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of top-level parameters by their own factor; 1 where none is given."""
+
+    def update(updates: dict, state: optax.EmptyState, params: dict | None = None) -> tuple[dict, optax.EmptyState]:
+        del params
+        scaled = {n: jax.tree.map(lambda u, n=n: u * multipliers.get(n, 1.0), tree) for n, tree in updates.items()}
+        return scaled, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+    """AdamW on the schedule, clipped if asked for, with the learning rate of each module multiplied as asked for."""
     adamw = optax.adamw(
         learning_rate(optimizer, total_steps),
         optimizer.b1,
@@ -51,6 +63,5 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTra
         weight_decay=optimizer.weight_decay,
         mask=decay_mask,
     )
-    if optimizer.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
-    return adamw
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
+    return optax.chain(clip, adamw, scale_by_module(dict(optimizer.lr_multipliers)))
