@@ -8,7 +8,7 @@ picture (locked-text contrastive, MiniLM sentence embeddings), then it is frozen
     python -m simvlg_jax.train --config configs/openmoji.py --workdir runs/openmoji
     python -m simvlg_jax.evaluate --workdir runs/openmoji
 
-`launch/local.sh` does just this within a time limit. The scores to expect are in docs/example.md.
+`launch/local.sh` does just this within a time limit.
 """
 
 from ml_collections import ConfigDict

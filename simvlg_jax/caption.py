@@ -1,10 +1,10 @@
 """Captions pictures: one JSON line each on standard output, in the order given.
 
-    python -m simvlg_jax.caption --example picture.png folder/
+    python -m simvlg_jax.caption --workdir runs/openmoji picture.png folder/
     python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
 
-`--example` uses the checkpoint that comes with the package. A picture that cannot be read gets an "error" instead of
-a "caption"; the exit status is 1 only if there was none that could.
+A picture that cannot be read gets an "error" instead of a "caption"; the exit status is 1 only if there was none that
+could.
 """
 
 import argparse
@@ -21,9 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m simvlg_jax.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", type=Path, help="a run of simvlg_jax.train, or an exported model")
-    which.add_argument("--example", action="store_true", help="the trained example that comes with the package")
+    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train, or an exported model")
     parser.add_argument("--prompt", help="words for the caption to go on from")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
@@ -36,7 +34,7 @@ def main() -> int:
 
     from simvlg_jax.model import load
 
-    model = load("example" if arguments.example else arguments.workdir)
+    model = load(arguments.workdir)
     failed = 0
     for start in range(0, len(pictures), arguments.batch_size):
         group = pictures[start : start + arguments.batch_size]

@@ -18,7 +18,6 @@ from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.training import restore
 from simvlg_jax.training.tasks import Task, build_task
 
-EXAMPLE = Path(__file__).parent / "example"
 WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -74,12 +73,12 @@ def read_picture(picture: Picture, side: int) -> np.ndarray:
 
 
 def load(name: str | Path) -> CaptionModel:
-    """A model from a run's workdir (its best checkpoint), an exported folder, or "example".
+    """A model from a run's workdir (its best checkpoint) or an exported folder.
 
     Raises:
       UserError: no model there, or weights it needs are absent.
     """
-    folder = EXAMPLE if name == "example" else Path(name)
+    folder = Path(name)
     config = read_config(folder)
     if config.task != "caption":
         raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")

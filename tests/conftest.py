@@ -8,9 +8,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from ml_collections import ConfigDict
-
-from simvlg_jax.data import prepare
 
 # The same small programs are compiled again and again.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="simvlg_jax_compiled_"))
@@ -22,11 +19,3 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def exact_matmuls():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-@pytest.fixture(scope="session")
-def openmoji_data(tmp_path_factory):
-    """The prepared example data, as a data config."""
-    folder = tmp_path_factory.mktemp("data")
-    prepare.prepare_openmoji(folder)
-    return ConfigDict({"name": "openmoji", "dir": str(folder)})

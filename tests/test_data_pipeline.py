@@ -90,8 +90,27 @@ def test_batch_layout():
         assert targets[0] == IGNORE and (targets[1:n] == ids[1:n]).all() and (targets[n:] == IGNORE).all()
 
 
+def test_length_groups_save_padding_resume_and_lose_no_example():
+    grouped = config(train=64, length_window=4)
+    batches = take(train(grouped), 8)
+    plain = take(train(config(train=64)), 8)
+    assert sum(b["ids"].size for b in batches) < sum(b["ids"].size for b in plain)
+
+    def epoch(some):
+        return sorted(ids[mask == 1].tolist() for b in some for ids, mask in zip(b["ids"], b["mask"], strict=True))
+
+    assert epoch(batches) == epoch(plain)
+    iterator = train(grouped)
+    take(iterator, 2)  # in the middle of a window
+    state = iterator.get_state()
+    following = take(iterator, 6)
+    resumed = train(grouped)
+    resumed.set_state(state)
+    assert_equal(following, take(resumed, 6))
+
+
 def test_pad_multiple_zero_pads_to_max_tokens_and_several_processes_agree():
-    assert next(train(config(length_window=1, pad_multiple=0)))["ids"].shape == (8, 24)
+    assert next(train(config(pad_multiple=0)))["ids"].shape == (8, 24)
     assert next(train(process_count=2))["ids"].shape == (4, 24)
 
 
@@ -201,7 +220,7 @@ def test_evaluation_sees_each_example_once(count, processes):
 
 
 def test_evaluation_can_pad_less_and_be_repeated():
-    batches = make_eval_batches(Numbered(11), TEXT, image_size=8, batch_size=4, length_window=1, pad_multiple=4)
+    batches = make_eval_batches(Numbered(11), TEXT, image_size=8, batch_size=4, pad_multiple=4)
     first = list(batches)
     assert [batch["ids"].shape[1] for batch in first] == [4, 4, 4]
     assert_equal(first, list(batches))

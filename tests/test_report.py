@@ -181,8 +181,9 @@ def test_read_metrics_leaves_out_what_was_cut_off(tmp_path):
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_ticks_span_the_range_in_round_steps(low, width):
     values = charts.ticks(low, low + width)
-    assert values[0] <= low + 1e-6 * max(abs(low), 1)
-    assert values[-1] >= (low + width) - 1e-6 * max(abs(low + width), 1)
+    rounding = 1e-6 * max(abs(low), abs(low + width), 1)
+    assert values[0] <= low + rounding
+    assert values[-1] >= low + width - rounding
     assert 2 <= len(values) <= 8
 
 

@@ -57,7 +57,7 @@ def test_unusable_schedules_raise(r):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    tokens=st.integers(1, 48),
+    tokens=st.sampled_from([1, 2, 3, 6, 17, 48]),
     r=st.sampled_from([0, 1, 5, 19, 100]),
     levels=st.sampled_from([2, 1000]),  # two levels make ties certain
     seed=st.integers(0, 2**16),
@@ -79,7 +79,7 @@ def test_matching_equals_brute_force(tokens, r, levels, seed):
 
 
 @settings(deadline=None, max_examples=20)
-@given(tokens=st.integers(2, 40), r=st.integers(0, 40), seed=st.integers(0, 2**16))
+@given(tokens=st.sampled_from([2, 9, 40]), r=st.sampled_from([0, 1, 7, 40]), seed=st.integers(0, 2**16))
 def test_sum_is_preserved_and_source_maps_compose(tokens, r, seed):
     keys = jax.random.split(jax.random.key(seed), 2)
     x = jax.random.normal(keys[0], (2, tokens, 4))
