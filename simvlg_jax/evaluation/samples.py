@@ -26,7 +26,8 @@ def main() -> None:
     chosen = np.random.default_rng(0).permutation(len(examples))[: arguments.count]
     print(f"{'reference':45} caption ({arguments.split}, step {results['step']})")
     for i in chosen:
-        print(f"{examples[i]['references'][0][:44]:45} {examples[i]['caption']}")
+        caption = " ".join(examples[i]["caption"].split())  # an untrained model writes whole paragraphs
+        print(f"{examples[i]['references'][0][:44]:45} {caption}")
 
 
 if __name__ == "__main__":
