@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import grain
@@ -50,9 +51,14 @@ class Checkpoints:
         return self._manager.best_step() or self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, score: float | None) -> None:
-        """Starts saving in the background; `iterator` must not have drawn the batch after `step` yet."""
+        """Starts saving in the background; `iterator` must not have drawn the batch after `step` yet.
+
+        Raises:
+          UserError: no space for it; nothing is written then, and what was saved before stays whole.
+        """
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
         metrics = None if score is None else {"score": float(score)}
+        need_space(Path(self._manager.directory), state)
         with disk_errors(self._manager.directory):
             self._manager.save(step, args=items, metrics=metrics)
 
@@ -88,9 +94,20 @@ class Checkpoints:
             self._manager.close()
 
 
+def need_space(folder: Path, state: TrainState) -> None:
+    """Raises UserError unless the disk has room for this process's part of `state`, uncompressed."""
+    shards = [shard for x in jax.tree.leaves(state) for shard in x.addressable_shards if shard.replica_id == 0]
+    needed, free = sum(shard.data.nbytes for shard in shards), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"no space left for a checkpoint in {folder}: it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
+            "free; free some and run again to resume from the last one"
+        )
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path):
-    """Says in one line that a checkpoint could not be written; Orbax keeps the ones before it whole."""
+    """For a disk that fills up meanwhile: one line says so; Orbax keeps the checkpoints before it whole."""
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise several kinds
