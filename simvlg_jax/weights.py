@@ -15,7 +15,7 @@ from simvlg_jax.errors import UserError
 def write_tree(path: Path, tree: dict, dtype: np.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
     """Writes host or device arrays, cast to `dtype` if given; the file appears whole or not at all."""
     flat = traverse_util.flatten_dict(tree, sep="/")
-    arrays = {name: np.ascontiguousarray(np.asarray(x).astype(dtype or x.dtype)) for name, x in flat.items()}
+    arrays = {name: np.asarray(np.asarray(x).astype(dtype or x.dtype), order="C") for name, x in flat.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(arrays, partial, metadata)
@@ -37,6 +37,12 @@ def read_flat(path: Path) -> dict[str, np.ndarray]:
         ) from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_tree` was given as metadata."""
+    with safe_open(path, "np") as file:
+        return file.metadata() or {}
 
 
 def read_tree(path: Path, abstract: dict) -> dict:

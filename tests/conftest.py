@@ -1,13 +1,28 @@
-"""Eight devices on one CPU, so that sharded runs are tested on any machine; set before jax starts."""
+"""Eight devices on one CPU, so that sharded runs are tested on any machine; set before jax starts.
+
+Programs here are small: compiling them takes far longer than running them, so they are compiled without optimising.
+"""
 
 import os
 import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="simvlg_jax_hf_")  # where transformers copies exported code to
 
 import jax
 import pytest
+from ml_collections import ConfigDict
+
+from simvlg_jax.data import prepare
 
 # The same small programs are compiled again and again.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="simvlg_jax_compiled_"))
@@ -19,3 +34,11 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def exact_matmuls():
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="session")
+def openmoji_data(tmp_path_factory):
+    """The prepared example data, as a data config."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare.prepare_openmoji(folder)
+    return ConfigDict({"name": "openmoji", "dir": str(folder)})

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from simvlg_jax.convert import hf_llama, stacking
 from simvlg_jax.errors import UserError
 from simvlg_jax.models.language_model import LlmOutput
-from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.llama import LLAMA_SIZES, Llama, RopeScaling
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(width=24, depth=2, num_heads=6, num_kv_heads=2, ffn=40, vocab_size=50, norm_eps=1e-5)
@@ -27,8 +27,12 @@ AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "layers", "nor
 PARAMETERS = {
     "smollm2_135m": 134_515_008,
     "tinyllama_1.1b": 1_100_048_384,
-    "vicuna_7b": 6_738_415_616,
-    "vicuna_13b": 13_015_864_320,
+    "vicuna_7b": 6_738_423_808,
+    "vicuna_13b": 13_015_874_560,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "llama3.1_8b": 8_030_261_248,
+    "llama3.2_1b": 1_235_814_400,
     "tiny": 21_728,
 }
 
@@ -55,6 +59,15 @@ def run(llm: Llama, params: dict, *args) -> LlmOutput:
 
 def torch_llama(size: dict, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": size.get("rope_theta", 10000.0)}
+    if scaling := size.get("rope_scaling"):
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_length,
+        }
     config = LlamaConfig(
         hidden_size=size["width"],
         num_hidden_layers=size["depth"],
@@ -63,7 +76,7 @@ def torch_llama(size: dict, seed: int = 0) -> LlamaForCausalLM:
         intermediate_size=size["ffn"],
         vocab_size=size["vocab_size"],
         rms_norm_eps=size.get("norm_eps", 1e-6),
-        rope_theta=size.get("rope_theta", 10000.0),
+        rope_parameters=rope,
         tie_word_embeddings=size.get("tie_embeddings", False),
         head_dim=size.get("head_dim"),
         initializer_range=0.2,
@@ -104,8 +117,9 @@ def test_parameter_counts_and_axes(name):
         TINY,
         TINY | dict(num_kv_heads=6, tie_embeddings=True, norm_eps=1e-6, rope_theta=500.0),
         TINY | dict(num_kv_heads=1, head_dim=10, depth=3),
+        TINY | dict(head_dim=16, rope_theta=500.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
     ],
-    ids=["grouped", "tied", "odd-head-dim"],
+    ids=["grouped", "tied", "odd-head-dim", "scaled-rope"],
 )
 def test_equals_transformers(size):
     model, llm = torch_llama(size), Llama(**size)

@@ -1,77 +1,106 @@
-"""The published checkpoint's names (EVLGen, image model with a LLaMA) and our SimVLG parameters.
-
-The vision encoder's rows are EVA-CLIP's: one matrix for query, key and value, and no bias for the key.
-"""
+"""The published checkpoint's names (EVLGen: image or video, OPT or LLaMA) and our SimVLG parameters."""
 
 from collections.abc import Mapping
 
-import numpy as np
+from flax import traverse_util
 
-from simvlg_jax.convert import bert, hf_llama, stacking, weight_map
+from simvlg_jax.convert import bert, hf_llama, hf_opt, stacking, vision, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
+from simvlg_jax.errors import UserError
+from simvlg_jax.models.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
 
-VIT_BLOCK = [
-    *weight_map.layer_norm("blocks_{i}/norm1", "blocks.{i}.norm1"),
-    *weight_map.layer_norm("blocks_{i}/norm2", "blocks.{i}.norm2"),
-    Row("blocks_{i}/query/kernel", "blocks.{i}.attn.q.weight", "heads_out"),
-    Row("blocks_{i}/query/bias", "blocks.{i}.attn.q_bias", "heads_bias"),
-    Row("blocks_{i}/key/kernel", "blocks.{i}.attn.k.weight", "heads_out"),
-    Row("blocks_{i}/value/kernel", "blocks.{i}.attn.v.weight", "heads_out"),
-    Row("blocks_{i}/value/bias", "blocks.{i}.attn.v_bias", "heads_bias"),
-    *weight_map.merge_heads("blocks_{i}/out", "blocks.{i}.attn.proj"),
-    *weight_map.linear("blocks_{i}/mlp/fc1", "blocks.{i}.mlp.fc1"),
-    *weight_map.linear("blocks_{i}/mlp/fc2", "blocks.{i}.mlp.fc2"),
+TEMPORAL = [
+    Row("blocks_{i}/temporal_merge/alpha", "blocks.{i}.temporal_merge.alpha"),
+    *weight_map.linear("blocks_{i}/temporal_merge/key", "blocks.{i}.temporal_merge.key"),
+    *weight_map.linear("blocks_{i}/temporal_merge/query", "blocks.{i}.temporal_merge.query"),
 ]
-VIT_ENDS = [
-    Row("cls", "cls_token"),
-    Row("position", "pos_embed"),
-    *weight_map.linear("patch_embed", "patch_embed.proj"),
-]
-TRAINED = [
-    *weight_map.layer_norm("ln_vision", "ln_vision"),
-    *weight_map.linear("vl_proj", "VL_proj"),
-    *weight_map.linear("llm_proj", "llm_proj"),
-]
+VISION, CONNECTOR = "visual_encoder.", "VLconnector."
+# The published code saves what `named_parameters` calls trained and what it does not name: tied heads, buffers.
+LEFTOVERS = ("lm_head.weight", "rotary_emb.inv_freq", "position_ids", "token_type_ids")
 
 
-def within(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+def family(model: SimVLG) -> str:
+    """The word that the published names of a model's language model and its projection begin with."""
+    return "opt" if isinstance(model.llm, Opt) else "llm"
 
 
-def vit_from_torch(tensors: Mapping[str, np.ndarray], depth: int, num_heads: int) -> dict:
-    """EVA-CLIP's tensors as a scanned `ViT`; blocks after the `depth`th are ignored, as published."""
-    split = dict(tensors)
-    for i in range(depth):
-        fused = split.pop(f"blocks.{i}.attn.qkv.weight")  # (3 D, D)
-        for name, part in zip("qkv", np.split(fused, 3), strict=True):
-            split[f"blocks.{i}.attn.{name}.weight"] = part
-    kernel = split["patch_embed.proj.weight"]  # (D, 3, P, P) -> (D, P P 3): our patches run (row, column, channel)
-    split["patch_embed.proj.weight"] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
-    rows = [*VIT_ENDS, *weight_map.numbered(VIT_BLOCK, depth)]
-    return stacking.stack_layers(weight_map.from_torch(rows, split, num_heads, [f"blocks.{depth}."]))
+def projections(model: SimVLG) -> list[Row]:
+    return [
+        *weight_map.layer_norm("ln_vision", "ln_vision"),
+        *weight_map.linear("vl_proj", "VL_proj"),
+        *weight_map.linear("llm_proj", f"{family(model)}_proj"),
+    ]
 
 
-def simvlg_from_torch(model: SimVLG, tensors: Mapping[str, np.ndarray]) -> dict:
-    """All parameters of a scanned image SimVLG with a LLaMA from a published state dict.
+def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
+    """The parameters in a published state dict: all of a scanned SimVLG's, or the trained ones alone.
+
+    Whatever else the file holds whole is read too: the vision encoder, the language model. A module that it lacks is
+    absent from the result.
 
     Raises:
-      UserError: names missing or left over, both lists shown.
+      UserError: names of a module missing, or names of none; both lists shown.
     """
-    connector = bert.encoder_rows(model.connector.depth)
-    trained = {n: x for n, x in tensors.items() if n.startswith(("ln_vision.", "VL_proj.", "llm_proj."))}
-    return {
-        **weight_map.from_torch(TRAINED, trained, 1),
-        "vit": vit_from_torch(within(tensors, "visual_encoder."), model.vit.depth, model.vit.num_heads),
-        "connector": weight_map.from_torch(connector, within(tensors, "VLconnector."), model.connector.num_heads),
-        "llm": hf_llama.from_hf(tensors, model.llm.num_heads, "llm_model."),
-    }
+    llm = f"{family(model)}_model."
+    within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
+    rest = {n: tensors[n] for n in tensors if not n.startswith(tuple(within))}
+    params = weight_map.from_torch(projections(model), rest, 1)
+    params["connector"] = weight_map.from_torch(
+        bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
+    )
+    if vit := vision_from_evlgen(model, within[VISION]):
+        params["vit"] = vit
+    if any(not name.endswith(LEFTOVERS) for name in within[llm]):
+        read = hf_opt.from_hf if family(model) == "opt" else hf_llama.from_hf
+        kept = {n: x for n, x in within[llm].items() if not n.endswith("rotary_emb.inv_freq")}
+        params["llm"] = read(kept, model.llm.num_heads)
+    return params
 
 
-def trained_to_torch(params: Mapping) -> Tensors:
-    """The trained parameters under their published names; also for their gradients."""
-    depth = sum(name.startswith("layer_") for name in params["connector"])
-    connector = weight_map.to_torch(bert.encoder_rows(depth), params["connector"])
-    named = {f"VLconnector.{name}": x for name, x in connector.items()}
-    return {**weight_map.to_torch(TRAINED, params), **named}
+def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
+    """The vision encoder's part: image blocks, temporal merging, both or neither.
+
+    A video model may start from an image model's file: what it lacks then starts as the identity.
+    """
+    depth = model.vit.depth
+    temporal = {name: x for name, x in tensors.items() if ".temporal_merge." in name}
+    if temporal and not model.vit.temporal:
+        raise UserError("this checkpoint is a video model's and the config an image model's: set vit.temporal=True")
+    image = {name: x for name, x in tensors.items() if name not in temporal}
+    parts = {}
+    if image:
+        parts = vision.vit_from_torch(image, depth, model.vit.num_heads)
+    if temporal:
+        rows = weight_map.numbered(TEMPORAL, depth)
+        merged = stacking.stack_layers(weight_map.from_torch(rows, temporal, 1))
+        flat = {**traverse_util.flatten_dict(parts), **traverse_util.flatten_dict(merged)}
+        parts = traverse_util.unflatten_dict(flat)
+    return parts
+
+
+def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
+    """Published names for the modules in `params`: all of a scanned SimVLG, or the trained part, or its gradients.
+
+    Traceable: `jax.eval_shape` gives names and shapes of a model too big for this machine.
+    """
+    tensors: Tensors = {}
+    if "vit" in params:
+        flat = traverse_util.flatten_dict(params["vit"])
+        if ("temporal_position",) in flat:
+            raise UserError("the published video model has no temporal positions (vit.max_frames), so none are written")
+        temporal = {path: x for path, x in flat.items() if "temporal_merge" in path}
+        image = {path: x for path, x in flat.items() if path not in temporal}
+        if temporal:
+            unrolled = stacking.unstack_layers(traverse_util.unflatten_dict(temporal))
+            tensors |= weight_map.to_torch(weight_map.numbered(TEMPORAL, model.vit.depth), unrolled)
+        if image:
+            tensors |= vision.vit_to_torch(traverse_util.unflatten_dict(image))
+        tensors = {VISION + name: x for name, x in tensors.items()}
+    connector = weight_map.to_torch(bert.encoder_rows(model.connector.depth), params["connector"])
+    tensors |= {CONNECTOR + name: x for name, x in connector.items()}
+    tensors |= weight_map.to_torch(projections(model), params)
+    if "llm" in params:
+        write = hf_opt.to_hf if family(model) == "opt" else hf_llama.to_hf
+        tensors |= write(params["llm"], f"{family(model)}_model.")
+    return tensors

@@ -56,12 +56,12 @@ def from_hf(tensors: Mapping[str, np.ndarray], num_heads: int, prefix: str = "")
 
 
 def to_hf(params: Mapping, prefix: str = "") -> Tensors:
-    """The inverse of `from_hf`: contiguous host arrays by Hugging Face name."""
+    """The inverse of `from_hf`: arrays by Hugging Face name."""
     blocks = dict(params["blocks"])
     for name in ("query", "key", "value"):
-        kernel = np.asarray(blocks[name]["kernel"])  # (L, D, N, H)
+        kernel = blocks[name]["kernel"]  # (L, D, N, H)
         blocks[name] = {"kernel": kernel.reshape(*kernel.shape[:2], -1)}
-    kernel = np.asarray(blocks["out"]["kernel"])  # (L, N, H, D)
+    kernel = blocks["out"]["kernel"]  # (L, N, H, D)
     blocks["out"] = {"kernel": kernel.reshape(kernel.shape[0], -1, kernel.shape[-1])}
     table = rows(kernel.shape[0], "lm_head" not in params, prefix)
     return weight_map.to_torch(table, stacking.unstack_layers({**params, "blocks": blocks}))

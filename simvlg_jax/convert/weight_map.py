@@ -57,6 +57,11 @@ def numbered(rows: Iterable[Row], count: int) -> list[Row]:
     return [Row(r.ours.format(i=i), r.torch.format(i=i), r.layout) for i in range(count) for r in rows]
 
 
+def within(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
 def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads: int, ignore: Iterable[str] = ()):
     """Our nested tree from PyTorch tensors; `ignore` are name prefixes that may be left over.
 
@@ -78,6 +83,6 @@ def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads
 
 
 def to_torch(rows: Iterable[Row], params: Mapping) -> Tensors:
-    """The inverse of `from_torch`: contiguous arrays by PyTorch name."""
+    """The inverse of `from_torch`: arrays by PyTorch name. Traceable, so that names and shapes cost nothing."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    return {row.torch: np.ascontiguousarray(LAYOUTS[row.layout][1](np.asarray(flat[row.ours]))) for row in rows}
+    return {row.torch: LAYOUTS[row.layout][1](flat[row.ours]) for row in rows}

@@ -66,7 +66,7 @@ class BertLayer(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
         query = layers.Projection(**heads, name="query")(x)
-        key = layers.Projection(**heads, name="key")(x)
+        key = layers.Projection(**heads, bias_grad=False, name="key")(x)
         value = layers.Projection(**heads, name="value")(x)
         weights = drop(layers.attention_weights(query, key, mask))  # (B, H, T, T)
         context = layers.weighted_values(weights, value)  # (B, T, H, K)

@@ -2,8 +2,11 @@
 
 A language model here is a Linen module fed with embeddings. It has `width`, `embed(ids)`,
 `__call__(embeddings, mask, positions, cache=None) -> LlmOutput`, `logits(hidden)` and `init_cache(batch, max_length)`;
-see `llama.Llama`.
+see `llama.Llama` and `opt.Opt`. Its blocks take `((x, cached key, cached value), layer number, visible, cache index,
+*what all blocks share)`.
 """
+
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -38,6 +41,44 @@ class Einsum(nn.Module):
         init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
         return jnp.einsum(equation, x, kernel.astype(self.dtype))
+
+
+def make_blocks(block: type[nn.Module], fields: Sequence, depth: int, scan: bool, remat: bool, shared: int):
+    """`depth` blocks for a `setup`: one scanned block with stacked parameters, or a list of blocks.
+
+    Args:
+      fields: the block's own.
+      shared: how many more arguments its call takes that are the same for all blocks.
+    """
+    block = nn.remat(block, prevent_cse=not scan) if remat else block
+    if not scan:
+        return [block(*fields) for _ in range(depth)]
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, *[nn.broadcast] * (2 + shared)),
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(*fields)
+
+
+def run_blocks(
+    blocks: Callable | Sequence[Callable], depth: int, x: jax.Array, mask: jax.Array, cache: Cache | None, *shared
+) -> tuple[jax.Array, Cache | None]:
+    """x (B, S, D) with mask (B, S) through `make_blocks`'s blocks, and the cache with its keys and values in it."""
+    visible, key_mask = visible_keys(mask, cache)
+    index = None if cache is None else cache["index"]
+    carry = (x, None, None) if cache is None else (x, cache["key"], cache["value"])
+    if isinstance(blocks, Sequence):
+        for layer, block in enumerate(blocks):
+            carry, _ = block(carry, layer, visible, index, *shared)
+    else:
+        carry, _ = blocks(carry, jnp.arange(depth), visible, index, *shared)
+    x, key, value = carry
+    if cache is not None:
+        cache = {"key": key, "value": value, "mask": key_mask, "index": index + mask.shape[1]}
+    return x, cache
 
 
 def empty_cache(

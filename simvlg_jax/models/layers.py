@@ -2,7 +2,12 @@
 
 Parameters carry logical axis names ('embed', 'heads', 'head_dim', 'mlp', ...) that `parallel.mesh` maps to the
 device mesh. Heads are an axis of their own in the kernels, so that tensor parallelism splits whole heads.
+
+A key's bias adds the same to all scores of a query, so softmax takes it out again and its gradient is zero. Where keys
+have a bias it is held constant (`bias_grad=False`): differentiating it gives rounding noise, which AdamW would magnify.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -46,6 +51,8 @@ class Linear(nn.Module):
       axes: logical names of the kernel's (input, output) axes.
       kernel_init, bias_init: initialisers; PyTorch's nn.Linear default when None.
       dtype: compute dtype.
+      use_bias: whether there is a b.
+      bias_grad: whether b takes a gradient.
     """
 
     features: int
@@ -53,6 +60,8 @@ class Linear(nn.Module):
     kernel_init: Initializer | None = None
     bias_init: Initializer | None = None
     dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    bias_grad: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (..., I) -> (..., O)
@@ -61,8 +70,11 @@ class Linear(nn.Module):
         kernel_init = partitioned(self.kernel_init or default, *self.axes)
         bias_init = partitioned(self.bias_init or default, self.axes[1])
         kernel = self.param("kernel", kernel_init, (fan_in, self.features))
-        bias = self.param("bias", bias_init, (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            out = out + (bias if self.bias_grad else jax.lax.stop_gradient(bias))
+        return out
 
 
 class Projection(nn.Module):
@@ -71,6 +83,7 @@ class Projection(nn.Module):
     num_heads: int
     head_dim: int
     use_bias: bool = True
+    bias_grad: bool = True
     kernel_init: Initializer = BERT_INIT
     dtype: DTypeLike = jnp.float32
 
@@ -81,7 +94,8 @@ class Projection(nn.Module):
         out = jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", partitioned(nn.initializers.zeros, "heads", "head_dim"), shape[1:])
-            out = out + bias.astype(self.dtype)
+            bias = bias.astype(self.dtype)
+            out = out + (bias if self.bias_grad else jax.lax.stop_gradient(bias))
         return out
 
 
@@ -123,10 +137,21 @@ def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("BHTS,BSHK->BTHK", weights, value)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU of BERT and EVA."""
+    return nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """CLIP's approximation, x sigmoid(1.702 x)."""
+    return x * nn.sigmoid(1.702 * x)
+
+
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between: (B, T, D) -> (B, T, D)."""
+    """Two linear layers with an activation between: (B, T, D) -> (B, T, D)."""
 
     hidden: int
+    activation: Callable[[jax.Array], jax.Array] = gelu
     kernel_init: Initializer = BERT_INIT
     dtype: DTypeLike = jnp.float32
 
@@ -134,4 +159,4 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = {"kernel_init": self.kernel_init, "bias_init": nn.initializers.zeros, "dtype": self.dtype}
         h = Linear(self.hidden, ("embed", "mlp"), name="fc1", **init)(x)
-        return Linear(x.shape[-1], ("mlp", "embed"), name="fc2", **init)(nn.gelu(h, approximate=False))
+        return Linear(x.shape[-1], ("mlp", "embed"), name="fc2", **init)(self.activation(h))

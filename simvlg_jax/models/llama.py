@@ -1,12 +1,29 @@
 """LLaMA-family decoder (LLaMA, Vicuna, TinyLlama, SmolLM2), fed with embeddings."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import language_model
 from simvlg_jax.models.language_model import Cache, Einsum, LlmOutput
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's stretching of the rotary frequencies to contexts longer than it was first trained on.
+
+    Wavelengths beyond original_length / low are slowed by `factor`, those below original_length / high are kept, and
+    between them the two are blended.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_length: int
+
 
 LLAMA_SIZES = {
     "smollm2_135m": dict(
@@ -23,8 +40,43 @@ LLAMA_SIZES = {
     "tinyllama_1.1b": dict(
         width=2048, depth=22, num_heads=32, num_kv_heads=4, ffn=5632, vocab_size=32000, norm_eps=1e-5
     ),
-    "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000),
-    "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32000),
+    # 32000 tokens and the pad token that the published code adds.
+    "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32001),
+    "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32001),
+    "llama2_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000, norm_eps=1e-5),
+    "llama3_8b": dict(
+        width=4096,
+        depth=32,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn=14336,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        norm_eps=1e-5,
+    ),
+    "llama3.1_8b": dict(
+        width=4096,
+        depth=32,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn=14336,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+    ),
+    "llama3.2_1b": dict(
+        width=2048,
+        depth=16,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn=8192,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    ),
     # The vocabulary of `data.text.character_tokenizer`.
     "tiny": dict(width=32, depth=2, num_heads=4, num_kv_heads=2, ffn=64, vocab_size=98, tie_embeddings=True),
 }
@@ -45,9 +97,18 @@ class RMSNorm(nn.Module):
         return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Radians each position turns the pairs of a head by: (H / 2,) float32."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if scaling:
+        turns = scaling.original_length * frequencies / (2 * np.pi)  # over the original context
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return frequencies.astype(np.float32)
+
+
+def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine (B, S, 1, H / 2), float32, of positions (B, S)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -75,9 +136,9 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, jax.Array | None, jax.Array | None],  # x (B, S, D), cached key, value (L, B, T, K, H)
         layer: jax.Array,  # () int32, this layer's number
-        rotary: tuple[jax.Array, jax.Array],  # cos, sin (B, S, 1, H / 2)
         visible: jax.Array,  # (B, S, T) bool
         index: jax.Array | None,  # () int32, the first slot of the cache to write
+        rotary: tuple[jax.Array, jax.Array],  # cos, sin (B, S, 1, H / 2)
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
         width, heads, kv_heads, head_dim = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim
@@ -112,6 +173,7 @@ class Llama(nn.Module):
       num_kv_heads: key and value heads, each shared by num_heads / num_kv_heads query heads.
       vocab_size: rows of the embedding.
       rope_theta: base of the rotary frequencies.
+      rope_scaling: see `RopeScaling`.
       norm_eps: of RMSNorm.
       tie_embeddings: the output matrix is the embedding's.
       head_dim: width of a head; width / num_heads when None.
@@ -128,6 +190,7 @@ class Llama(nn.Module):
     ffn: int
     vocab_size: int
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     head_dim: int | None = None
@@ -140,23 +203,16 @@ class Llama(nn.Module):
     def _head_dim(self) -> int:
         return self.head_dim or self.width // self.num_heads
 
+    @property
+    def rotary_frequencies(self) -> np.ndarray:
+        return rotary_frequencies(self._head_dim, self.rope_theta, self.rope_scaling)
+
     def setup(self) -> None:
         embedding_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, ("vocab", "embed"))
         self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width), self.param_dtype)
-        sizes = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps)
-        sizes = (*sizes, self.dtype, self.param_dtype)
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-        if self.scan:
-            self.blocks = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=self.depth,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(*sizes)
-        else:
-            self.blocks = [block(*sizes) for _ in range(self.depth)]
+        fields = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps)
+        fields = (*fields, self.dtype, self.param_dtype)
+        self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=1)
         self.norm = RMSNorm(self.norm_eps, self.param_dtype)
         if not self.tie_embeddings:
             shape, axes = (self.width, self.vocab_size), ("embed", "vocab")
@@ -178,19 +234,9 @@ class Llama(nn.Module):
           positions: (B, S) int32, for the rotary embedding.
           cache: from `init_cache` or from an earlier call; the S tokens are added to it.
         """
-        visible, key_mask = language_model.visible_keys(mask, cache)
-        rotary = rotary_angles(positions, self._head_dim, self.rope_theta)
-        index = None if cache is None else cache["index"]
-        cached = (None, None) if cache is None else (cache["key"], cache["value"])
-        carry = (embeddings.astype(self.dtype), *cached)
-        if self.scan:
-            carry, _ = self.blocks(carry, jnp.arange(self.depth), rotary, visible, index)
-        else:
-            for layer, block in enumerate(self.blocks):
-                carry, _ = block(carry, layer, rotary, visible, index)
-        x, key, value = carry
-        if cache is not None:
-            cache = {"key": key, "value": value, "mask": key_mask, "index": index + mask.shape[1]}
+        rotary = rotary_angles(positions, self.rotary_frequencies)
+        x = embeddings.astype(self.dtype)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, rotary)
         return LlmOutput(self.norm(x), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

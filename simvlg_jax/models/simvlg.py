@@ -14,7 +14,7 @@ class VisualOutput:
     """What the picture becomes on its way to the language model.
 
     Attributes:
-      frames: (B, N, C) the ViT's output.
+      frames: (B, N, C) the ViT's output; of a clip (B, F, N, C), averaged over its frames before ln_vision.
       ln: (B, N, C) after ln_vision.
       connector: (B, P, D) the TomeFormer's last hidden state.
       prefix: (B, P, E) the soft prompt.
@@ -46,7 +46,7 @@ class SimVLG(nn.Module):
       dtype: compute dtype of the projections.
       start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
         published ([prefix; start; text]).
-      vit_grad: let gradients into the ViT (only for training it jointly).
+      vit_grad: let gradients into the ViT (for training it jointly, or video's temporal merging inside it).
     """
 
     vit: nn.Module
@@ -62,13 +62,15 @@ class SimVLG(nn.Module):
         self.llm_proj = layers.Linear(self.llm.width, ("embed", "mlp"), dtype=self.dtype)
 
     def encode_image(self, images: jax.Array, deterministic: bool = True) -> VisualOutput:
-        """images: (B, H, W, 3) uint8, or already normalised floats."""
+        """images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or already normalised floats."""
         if images.dtype == jnp.uint8:
             images = vit.normalize_images(images, self.dtype)
+        if self.vit.temporal and images.ndim == 4:
+            images = images[:, None]  # a picture is a clip of one frame
         frames = self.vit(images)
         if not self.vit_grad:
             frames = jax.lax.stop_gradient(frames)
-        ln = self.ln_vision(frames)
+        ln = self.ln_vision(frames.mean(1) if images.ndim == 5 else frames)
         merged = self.connector(self.vl_proj(ln), deterministic)
         return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
 

@@ -18,6 +18,7 @@ from simvlg_jax.data.sources import load_source
 from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation import validation
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints, check_frozen
 from simvlg_jax.training.flops import count_flops
@@ -53,7 +54,7 @@ class Trainer:
         params, self.frozen = steps.init_params(self.task, self.mesh, key, jnp.dtype(config.frozen_dtype))
         boxed = jax.eval_shape(self.task.init, key)
         shardings = meshes.param_shardings(boxed, self.mesh)
-        param_shardings, frozen_shardings = steps.split_params(shardings, self.task.frozen)
+        param_shardings, frozen_shardings = partition.split(shardings, self.task.is_trained)
 
         def init_state(params: dict) -> steps.TrainState:
             return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -81,7 +82,7 @@ class Trainer:
 
     @property
     def params(self) -> dict:
-        return {**self.frozen, **self.state.params}
+        return partition.join(self.frozen, self.state.params)
 
     def flops(self, batch: dict[str, jax.Array]) -> int:
         """Matrix-product FLOPs of one step on such a batch, over all devices."""

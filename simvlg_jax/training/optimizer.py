@@ -6,7 +6,7 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-NO_DECAY = ("bias", "scale", "log_temperature")
+NO_DECAY = ("bias", "scale", "log_temperature", "alpha")
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -34,9 +34,9 @@ def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: dict) -> dict:
-    """True where weight decay applies: all but biases, LayerNorm scales and the contrastive temperature.
+    """True where weight decay applies: all but biases, LayerNorm scales, the contrastive temperature and video's alpha.
 
-    The published code goes by the number of dimensions, which decays its 0-D temperature; ours is not decayed.
+    The published code goes by the number of dimensions, which decays the two 0-D ones; ours are not decayed.
     """
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict({path: path[-1] not in NO_DECAY for path in flat})

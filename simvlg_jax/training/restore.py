@@ -1,18 +1,24 @@
-"""A trained run, put back together for evaluating, captioning and exporting."""
+"""A trained run or exported model, put back together for evaluating, captioning and exporting."""
 
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from simvlg_jax import weights
 from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints, check_frozen
-from simvlg_jax.training.tasks import Task, build_task
+from simvlg_jax.training.tasks import Task, build_task, check_shapes
+
+WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
 
 
 class Run(NamedTuple):
@@ -25,11 +31,13 @@ class Run(NamedTuple):
 
 
 def restore_run(config: ConfigDict, workdir: Path, which: str = "best") -> Run:
-    """Reads the "best" or "latest" checkpoint of a workdir, in the config's precision and placements.
+    """Reads the "best" or "latest" checkpoint of a workdir, or an exported model, in the config's placements.
 
     Raises:
       UserError: no checkpoint, or other frozen weights than the run was trained with.
     """
+    if (workdir / WEIGHTS).exists():
+        return read_export(config, workdir / WEIGHTS)
     mesh = meshes.make_mesh(config.mesh)
     task = build_task(config)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -38,6 +46,27 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best") -> Run:
         raise UserError(f"{workdir} holds no checkpoint yet; train with simvlg_jax.train first")
     trained, frozen = steps.init_params(task, mesh, jax.random.key(config.seed), jnp.dtype(config.frozen_dtype))
     check_frozen(workdir, frozen, task.sources)
-    params = {**frozen, **checkpoints.restore_params(found, trained)}
+    params = partition.join(frozen, checkpoints.restore_params(found, trained))
     checkpoints.close()
     return Run(task, params, mesh, found)
+
+
+def read_export(config: ConfigDict, path: Path) -> Run:
+    """An exported model: the weights in the file, and those its config names for the rest.
+
+    Raises:
+      UserError: a file that is damaged or of another architecture.
+    """
+    with config.unlocked():
+        config.vit.weights = config.connector.weights = ""  # both are in the file
+        config.vit.scan = True
+    mesh = meshes.make_mesh(config.mesh)
+    task = build_task(config)
+    boxed = jax.eval_shape(task.init, jax.random.key(config.seed))
+    abstract = nn.unbox(boxed)
+    loaded = {**task.load_pretrained(abstract), **traverse_util.unflatten_dict(weights.read_flat(path), sep="/")}
+    check_shapes({name: loaded.get(name, {}) for name in {**abstract, **loaded}}, abstract)
+    dtype = jnp.dtype(config.frozen_dtype)
+    shardings = meshes.param_shardings(boxed, mesh)
+    params = jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype), s), loaded, shardings)
+    return Run(task, params, mesh, int(weights.read_metadata(path).get("step", 0)))

@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import struct, traverse_util
 from jax.sharding import Mesh
 
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.training import partition
 from simvlg_jax.training.tasks import Task
 
 
@@ -81,7 +82,7 @@ def make_step(
     """
 
     def total_loss(params: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, weights = task.losses({**frozen, **params}, batch, key)
+        losses, weights = task.losses(partition.join(frozen, params), batch, key)
         return losses.sum(), weights.sum()
 
     def run(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -124,28 +125,19 @@ def init_params(task: Task, mesh: Mesh, key: jax.Array, frozen_dtype: jnp.dtype)
     """
     boxed = jax.eval_shape(task.init, key)
     abstract, shardings = nn.unbox(boxed), meshes.param_shardings(boxed, mesh)
-    loaded = task.load_pretrained(abstract)
+    places = traverse_util.flatten_dict(shardings)
+    loaded = traverse_util.flatten_dict(task.load_pretrained(abstract))
+    missing = [path for path in places if path not in loaded]
 
-    def dtype_of(name: str) -> jnp.dtype:
-        return frozen_dtype if name in task.frozen else jnp.float32
+    def cast(path: tuple[str, ...], x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32 if task.is_trained(path) else frozen_dtype)
 
-    params = {}
-    missing = [name for name in abstract if name not in loaded]
-    for name, tree in loaded.items():
-        params[name] = jax.tree.map(
-            lambda x, s, n=name: jax.device_put(x.astype(dtype_of(n)), s), tree, shardings[name]
-        )
+    params = {path: jax.device_put(cast(path, x), places[path]) for path, x in loaded.items()}
     if missing:
 
         def init_missing(key: jax.Array) -> dict:
-            fresh = nn.unbox(task.init(key))
-            return {n: jax.tree.map(lambda x, n=n: x.astype(dtype_of(n)), fresh[n]) for n in missing}
+            fresh = traverse_util.flatten_dict(nn.unbox(task.init(key)))
+            return {path: cast(path, fresh[path]) for path in missing}
 
-        params |= jax.jit(init_missing, out_shardings={n: shardings[n] for n in missing})(key)
-    return split_params(params, task.frozen)
-
-
-def split_params(params: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
-    """(trained, frozen) by top-level name."""
-    trained = {name: tree for name, tree in params.items() if name not in frozen}
-    return trained, {name: tree for name, tree in params.items() if name in frozen}
+        params |= jax.jit(init_missing, out_shardings={path: places[path] for path in missing})(key)
+    return partition.split(traverse_util.unflatten_dict(params), task.is_trained)

@@ -23,10 +23,12 @@ from simvlg_jax.errors import UserError
 from simvlg_jax.models.bert import BERT_SIZES, SentenceEncoder
 from simvlg_jax.models.contrastive import ContrastiveViT
 from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.opt import OPT_SIZES, Opt
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.models.token_merging import merge_schedule
 from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
+from simvlg_jax.training import partition
 
 Losses = tuple[jax.Array, jax.Array]  # ((B,) summed over each example's targets, (B,) number of targets)
 
@@ -37,7 +39,7 @@ class Task:
 
     Attributes:
       model: the Linen module.
-      frozen: top-level parameter names that are not trained; every other one is.
+      is_trained: whether the parameter at a path, ("connector", "layer_0", ...), is trained; else it is frozen.
       init: key -> parameters, boxed with their logical axes.
       losses: (params, batch, dropout key or None) -> `Losses`.
       load_pretrained: abstract parameters -> {top-level name: host arrays} of those with named weights.
@@ -47,7 +49,7 @@ class Task:
     """
 
     model: nn.Module
-    frozen: tuple[str, ...]
+    is_trained: Callable[[tuple[str, ...]], bool]
     init: Callable[[jax.Array], dict]
     losses: Callable[[dict, dict, jax.Array | None], Losses]
     load_pretrained: Callable[[dict], dict]
@@ -68,8 +70,26 @@ def row(table: dict, key: str, name: str) -> dict:
 
 
 def build_vit(config: ConfigDict) -> ViT:
-    size = row(VIT_SIZES, "vit.size", config.vit.size)
-    return ViT(**size, scan=config.vit.scan, remat=config.vit.remat, dtype=jnp.dtype(config.dtype))
+    vit = config.vit
+    return ViT(
+        **row(VIT_SIZES, "vit.size", vit.size),
+        temporal=vit.temporal,
+        max_frames=vit.max_frames,
+        scan=vit.scan,
+        remat=vit.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def build_llm(config: ConfigDict) -> Llama | Opt:
+    llm = config.llm
+    size = row({**LLAMA_SIZES, **OPT_SIZES}, "llm.size", llm.size)
+    options = dict(scan=llm.scan, remat=llm.remat, dtype=jnp.dtype(config.dtype))
+    if llm.size in OPT_SIZES:
+        return Opt(**size, dropout=llm.dropout, **options)
+    if llm.dropout:
+        raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
+    return Llama(**size, **options)
 
 
 def build_model(config: ConfigDict) -> SimVLG:
@@ -81,10 +101,13 @@ def build_model(config: ConfigDict) -> SimVLG:
     except ValueError as error:
         raise UserError(f"connector.merges: {error}", 2) from error
     connector = TomeFormer(**size, merges=merges, dropout=config.connector.dropout, dtype=dtype)
-    llm_size = row(LLAMA_SIZES, "llm.size", config.llm.size)
-    llm = Llama(**llm_size, scan=config.llm.scan, remat=config.llm.remat, dtype=dtype)
     return SimVLG(
-        build_vit(config), connector, llm, dtype, start_first=config.llm.start_first, vit_grad=config.vit.train
+        build_vit(config),
+        connector,
+        build_llm(config),
+        dtype,
+        start_first=config.llm.start_first,
+        vit_grad=config.vit.train or config.vit.temporal,
     )
 
 
@@ -143,9 +166,13 @@ def caption_task(config: ConfigDict) -> Task:
         check_shapes(loaded, abstract)
         return loaded
 
-    frozen = tuple(name for name in ("vit", "llm") if not config[name].train)
-    sources = {"vit": config.vit.weights or "random", "llm": config.llm.weights or "random"}
-    return Task(model, frozen, init, losses, load_pretrained, encoder, side, {n: sources[n] for n in frozen})
+    frozen = [name for name in ("vit", "llm") if not config[name].train]
+
+    def is_trained(path: tuple[str, ...]) -> bool:
+        return partition.is_trained(path, frozen)
+
+    sources = {name: config[name].weights or "random" for name in frozen}
+    return Task(model, is_trained, init, losses, load_pretrained, encoder, side, sources)
 
 
 def contrastive_task(config: ConfigDict) -> Task:
@@ -181,7 +208,11 @@ def contrastive_task(config: ConfigDict) -> Task:
         return loaded
 
     sources = {"sentence_encoder": named or "random"}
-    return Task(model, ("sentence_encoder",), init, losses, load_pretrained, encoder, vit.image_size, sources)
+
+    def is_trained(path: tuple[str, ...]) -> bool:
+        return path[0] != "sentence_encoder"
+
+    return Task(model, is_trained, init, losses, load_pretrained, encoder, vit.image_size, sources)
 
 
 def load_vit(config: ConfigDict, abstract: dict) -> dict:

@@ -1,0 +1,136 @@
+"""A folder that `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` loads, without JAX."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from simvlg_jax.convert import evlgen
+from simvlg_jax.convert.weight_map import Tensors
+from simvlg_jax.data.text import TextEncoder
+from simvlg_jax.errors import UserError
+from simvlg_jax.models.llama import Llama
+from simvlg_jax.models.opt import Opt
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.vit import CLIP_MEAN, CLIP_STD
+
+MODELING = Path(__file__).parent / "huggingface" / "modeling_simvlg.py"
+VISION = (
+    *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
+    *("key_bias", "patch_bias", "quick_gelu", "input_norm", "temporal"),
+)
+
+
+def text_config(llm: Llama | Opt) -> dict:
+    """transformers' config of a language model."""
+    common = dict(
+        hidden_size=llm.width,
+        num_hidden_layers=llm.depth,
+        num_attention_heads=llm.num_heads,
+        vocab_size=llm.vocab_size,
+    )
+    if isinstance(llm, Opt):
+        return common | dict(
+            model_type="opt",
+            ffn_dim=llm.ffn,
+            max_position_embeddings=llm.max_positions,
+            word_embed_proj_dim=llm.embed_width or llm.width,
+            do_layer_norm_before=llm.pre_norm,
+            dropout=llm.dropout,
+            tie_word_embeddings=True,
+        )
+    rope = {"rope_type": "default", "rope_theta": llm.rope_theta}
+    if scaling := llm.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return common | dict(
+        model_type="llama",
+        intermediate_size=llm.ffn,
+        num_key_value_heads=llm.num_kv_heads,
+        head_dim=llm.head_dim or llm.width // llm.num_heads,
+        rms_norm_eps=llm.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=llm.tie_embeddings,
+    )
+
+
+def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
+    """config.json of the folder; see `SimVLGConfig` in modeling_simvlg.py."""
+    connector = model.connector
+    return dict(
+        model_type="simvlg",
+        architectures=["SimVLG"],
+        auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
+        vision={name: getattr(model.vit, name) for name in VISION},
+        connector=dict(
+            width=connector.width,
+            depth=connector.depth,
+            num_heads=connector.num_heads,
+            dropout=connector.dropout,
+            merges=list(connector.merges),
+        ),
+        text_config=text_config(model.llm),
+        start_token_id=text.prefix[0],
+        prompt_ids=list(text.prefix[1:]),
+        end_token_id=text.end,
+        pad_token_id=text.pad_id,
+        start_first=model.start_first,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        min_new_tokens=config.evaluate.min_new_tokens,
+        dtype="float32",
+    )
+
+
+def preprocessor_config(image_size: int) -> dict:
+    """Squash to a square with PIL's bicubic filter, scale to 0..1, CLIP's mean and deviation."""
+    return dict(
+        image_processor_type="CLIPImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size={"height": image_size, "width": image_size},
+        resample=3,
+        do_center_crop=False,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
+
+
+def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, config: ConfigDict) -> None:
+    """Writes the folder: config, weights (safetensors, published names), tokenizer, preprocessor, modeling code.
+
+    Args:
+      params: host arrays of a scanned model, all of them.
+
+    Raises:
+      UserError: a model that the PyTorch code does not know (temporal positions).
+    """
+    if model.vit.max_frames:
+        raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
+    tensors: Tensors = {name: np.asarray(x, order="C") for name, x in evlgen.to_evlgen(model, params).items()}
+    if isinstance(model.llm, Opt):
+        del tensors["opt_model.lm_head.weight"]  # the embedding once more
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors.partial", {"format": "pt"})
+    (folder / "model.safetensors.partial").rename(folder / "model.safetensors")
+    text.tokenizer.save(str(folder / "tokenizer.json"))
+    special = {name: text.tokenizer.id_to_token(i) for name, i in (("eos_token", text.end), ("pad_token", text.pad_id))}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(model.vit.image_size))
+    write_json(folder / "config.json", model_config(model, text, config))
+    shutil.copyfile(MODELING, folder / MODELING.name)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

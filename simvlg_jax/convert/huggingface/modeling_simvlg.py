@@ -1,0 +1,335 @@
+"""SimVLG (EVLGen, arXiv 2310.03291) in PyTorch: pictures or clips in, captions out.
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    ids = model.generate(pixel_values)  # (B, 3, H, W), or clips (B, 3, F, H, W)
+
+Needs torch and transformers alone. Parameters carry the names of the published checkpoints.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+
+class SimVLGConfig(PretrainedConfig):
+    """Sizes.
+
+    Attributes:
+      vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
+        input_norm, temporal.
+      connector: width, depth, num_heads, merges (tokens merged away in each layer).
+      text_config: the language model's own config, OPT or LLaMA.
+      start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
+      start_first: the start token stands before the soft prompt instead of after it.
+      max_new_tokens, min_new_tokens: of a caption, if `generate` is not told otherwise.
+    """
+
+    model_type = "simvlg"
+
+    def __init__(
+        self,
+        vision: dict | None = None,
+        connector: dict | None = None,
+        text_config: dict | None = None,
+        start_token_id: int = 2,
+        end_token_id: int = 2,
+        pad_token_id: int = 1,
+        prompt_ids: list[int] | None = None,
+        start_first: bool = False,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        **kwargs,
+    ):
+        self.vision = vision or {}
+        self.connector = connector or {}
+        text_config = text_config or {"model_type": "opt"}
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.start_token_id, self.end_token_id = start_token_id, end_token_id
+        self.prompt_ids = prompt_ids or []
+        self.start_first = start_first
+        self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
+    """(B, T, D) each -> (B, T, D)."""
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class VisionAttention(nn.Module):
+    """One matrix for query, key and value, with biases of their own; EVA's keys have none."""
+
+    def __init__(self, width: int, num_heads: int, key_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.k_bias = nn.Parameter(torch.zeros(width)) if key_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key_bias = torch.zeros_like(self.v_bias) if self.k_bias is None else self.k_bias
+        bias = torch.cat([self.q_bias, key_bias, self.v_bias])
+        query, key, value = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        return self.proj(attention(query, key, value, self.num_heads))
+
+
+class VisionMlp(nn.Module):
+    def __init__(self, width: int, hidden: int, quick_gelu: bool):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.act = QuickGELU() if quick_gelu else nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TemporalMerge(nn.Module):
+    """Each token attends to the tokens of its own place in all frames; values are the tokens themselves."""
+
+    def __init__(self, width: int, hidden: int = 256, num_heads: int = 8):
+        super().__init__()
+        self.hidden, self.num_heads = hidden, num_heads
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.key, self.query = nn.Linear(width, hidden), nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, F, N, D) -> (B, F, N, D)
+        def heads(t: Tensor) -> Tensor:  # -> (B, N, heads, F, D / heads)
+            return t.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1, 4)
+
+        merged = F.scaled_dot_product_attention(
+            heads(self.query(x)), heads(self.key(x)), heads(x), scale=self.hidden**-0.5
+        )
+        return self.alpha * merged.permute(0, 3, 1, 2, 4).flatten(3)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, size: dict):
+        super().__init__()
+        width, eps = size["width"], size["norm_eps"]
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.attn = VisionAttention(width, size["num_heads"], size["key_bias"])
+        self.temporal_merge = TemporalMerge(width) if size["temporal"] else None
+        self.mlp = VisionMlp(width, size["mlp_dim"], size["quick_gelu"])
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:  # (B F, N, D)
+        x = x + self.attn(self.norm1(x))
+        if self.temporal_merge is not None:
+            x = x + self.temporal_merge(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, size: dict):
+        super().__init__()
+        patch = size["patch_size"]
+        self.proj = nn.Conv2d(3, size["width"], patch, patch, bias=size["patch_bias"])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N - 1, D)
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """The residual stream after the last block, the class token first: no final norm."""
+
+    def __init__(self, size: dict):
+        super().__init__()
+        width, tokens = size["width"], (size["image_size"] // size["patch_size"]) ** 2 + 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
+        self.patch_embed = PatchEmbed(size)
+        self.norm_pre = nn.LayerNorm(width, size["norm_eps"]) if size["input_norm"] else nn.Identity()
+        self.blocks = nn.ModuleList([VisionBlock(size) for _ in range(size["depth"])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, D); (B, 3, F, H, W) -> (B, F, N, D)."""
+        frames = x.shape[2] if x.ndim == 5 else 1
+        images = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+        patches = self.patch_embed(images)
+        cls = self.cls_token.expand(len(patches), -1, -1)
+        tokens = self.norm_pre(torch.cat([cls, patches], 1) + self.pos_embed)
+        for block in self.blocks:
+            tokens = block(tokens, frames)
+        return tokens.unflatten(0, (-1, frames)) if x.ndim == 5 else tokens
+
+
+def merge_similar(x: Tensor, metric: Tensor, r: int) -> Tensor:
+    """Merges r tokens of x (B, T, D) into those most similar to them by metric (B, T, C): (B, T - r, D).
+
+    Tokens of even index seek their most similar one of odd index; the r best pairs become means. The class token
+    (index 0) is never merged. Order: the even ones left over, then the odd ones.
+    """
+    num_tokens = x.shape[1]
+    r = min(r, (num_tokens - 1) // 2)
+    if r <= 0:
+        return x
+    with torch.no_grad():
+        unit = F.normalize(metric.float(), dim=-1)
+        similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+        similarity[:, 0] = -torch.inf
+        best, partner = similarity.max(-1)
+        sources = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
+        is_source = torch.zeros_like(best, dtype=torch.bool).scatter(1, sources, True)
+        unmerged = best.shape[1] - r
+        slots = torch.empty(x.shape[:2], dtype=torch.long, device=x.device)
+        slots[:, ::2] = torch.where(is_source, unmerged + partner, (~is_source).cumsum(1) - 1)
+        slots[:, 1::2] = unmerged + torch.arange(num_tokens // 2, device=x.device)
+    total = x.new_zeros(len(x), num_tokens - r, x.shape[2]).scatter_add(1, slots[..., None].expand_as(x), x)
+    count = x.new_zeros(len(x), num_tokens - r).scatter_add(1, slots, torch.ones_like(x[..., 0]))
+    return total / count[..., None]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The context (B, T, D), and the keys' mean over heads (B, T, D / heads)."""
+        key = self.key(x)
+        dropout = self.dropout if self.training else 0.0
+        context = attention(self.query(x), key, self.value(x), self.num_heads, dropout)
+        return context, key.unflatten(-1, (self.num_heads, -1)).mean(2)
+
+
+class AddAndNorm(nn.Module):
+    def __init__(self, hidden: int, width: int, dropout: float):
+        super().__init__()
+        self.dense, self.LayerNorm = nn.Linear(hidden, width), nn.LayerNorm(width, 1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class TomeFormerLayer(nn.Module):
+    """BERT's post-LayerNorm layer, with a merge between attention and MLP."""
+
+    def __init__(self, size: dict, merge_r: int):
+        super().__init__()
+        width, dropout = size["width"], size["dropout"]
+        self.merge_r = merge_r
+        self.attention = nn.ModuleDict(
+            {"self": SelfAttention(width, size["num_heads"], dropout), "output": AddAndNorm(width, width, dropout)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
+        self.output = AddAndNorm(4 * width, width, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context, metric = self.attention["self"](x)
+        x = merge_similar(self.attention["output"](context, x), metric, self.merge_r)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class TomeFormerEmbeddings(nn.Module):
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.position_embeddings, self.token_type_embeddings = nn.Embedding(512, width), nn.Embedding(2, width)
+        self.LayerNorm, self.dropout = nn.LayerNorm(width, 1e-12), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position_embeddings.weight[: x.shape[1]] + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(x))
+
+
+class TomeFormer(nn.Module):
+    def __init__(self, size: dict):
+        super().__init__()
+        self.embeddings = TomeFormerEmbeddings(size["width"], size["dropout"])
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([TomeFormerLayer(size, r) for r in size["merges"]])})
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, P, D)
+        x = self.embeddings(x)
+        for layer in self.encoder["layer"]:
+            x = layer(x)
+        return x
+
+
+class SimVLG(PreTrainedModel):
+    """Frozen vision encoder -> TomeFormer -> linear layer -> soft prompt of a frozen language model."""
+
+    config_class = SimVLGConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: SimVLGConfig):
+        super().__init__(config)
+        self.visual_encoder = VisionTransformer(config.vision)
+        width, hidden = config.connector["width"], config.text_config.hidden_size
+        self.ln_vision = nn.LayerNorm(config.vision["width"], 1e-5)
+        self.VL_proj = nn.Linear(config.vision["width"], width)
+        self.VLconnector = TomeFormer(config.connector)
+        family = "opt" if config.text_config.model_type == "opt" else "llm"
+        self.add_module(f"{family}_proj", nn.Linear(width, hidden))
+        self.add_module(f"{family}_model", AutoModelForCausalLM.from_config(config.text_config))
+        self.post_init()
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.opt_model if hasattr(self, "opt_model") else self.llm_model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: weights come from a checkpoint."""
+
+    def soft_prompt(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) or (B, 3, F, H, W), normalised -> (B, P, width of the language model)."""
+        frames = self.visual_encoder(pixel_values)
+        tokens = self.ln_vision(frames.mean(1) if frames.ndim == 4 else frames)
+        project = self.opt_proj if hasattr(self, "opt_proj") else self.llm_proj
+        return project(self.VLconnector(self.VL_proj(tokens)))
+
+    def prompted(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        """Embeddings (B, P + L, E) of the soft prompt and a text whose first id is the start token."""
+        prefix = self.soft_prompt(pixel_values)
+        text = self.language_model.get_input_embeddings()(input_ids).to(prefix.dtype)
+        start = [text[:, :1], prefix] if self.config.start_first else [prefix, text[:, :1]]
+        return torch.cat([*start, text[:, 1:]], 1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ):
+        """The language model's output over [soft prompt; text]; `labels` (B, L) as for it, -100 where no loss is taken.
+
+        The mean loss is over all labels but those of a start token that stands before the soft prompt.
+        """
+        embeddings = self.prompted(pixel_values, input_ids)
+        prefix = embeddings.shape[1] - input_ids.shape[1]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = F.pad(mask, (prefix, 0), value=1)
+        if labels is not None:
+            labels = F.pad(labels, (prefix, 0), value=-100)
+        return self.language_model(inputs_embeds=embeddings, attention_mask=mask, labels=labels)
+
+    @torch.no_grad()
+    def generate(self, pixel_values: Tensor, prompt_ids: list[int] | None = None, **kwargs) -> Tensor:
+        """New token ids (B, T), greedy unless told otherwise; keyword arguments go to the language model's generate."""
+        config = self.config
+        ids = [config.start_token_id, *(config.prompt_ids if prompt_ids is None else prompt_ids)]
+        input_ids = torch.tensor([ids], device=pixel_values.device).expand(len(pixel_values), -1)
+        embeddings = self.prompted(pixel_values, input_ids)
+        settings = {
+            "max_new_tokens": config.max_new_tokens,
+            "min_new_tokens": config.min_new_tokens or None,
+            "do_sample": False,
+            "bos_token_id": config.start_token_id,
+            "eos_token_id": config.end_token_id,
+            "pad_token_id": config.pad_token_id,
+            **kwargs,
+        }
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        return self.language_model.generate(inputs_embeds=embeddings, attention_mask=mask, **settings)

@@ -1,0 +1,249 @@
+"""Holds the models against golden numbers of the published PyTorch code: one line for each, the worst one last.
+
+    python tests/check_golden.py tests/golden
+
+Every known file of the folder is checked: NAME.json with NAME.safetensors and NAME.npz (whole models: outputs, loss,
+every gradient, decoded ids), keys_KIND_LLM.json (names and shapes of full-size models, never made), tome.npz,
+schedules.json, caption_metrics.json. The exit status is 1 if an error exceeds 1e-4 (scores: 1e-6), ids or names
+differ or something is missing; 2 if a file cannot be read.
+"""
+
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
+
+from simvlg_jax.convert import evlgen
+from simvlg_jax.decoding.generate import greedy_decode
+from simvlg_jax.errors import UserError
+from simvlg_jax.evaluation import metrics, ptb_tokenizer
+from simvlg_jax.models import token_merging
+from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.opt import OPT_SIZES, Opt
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.tomeformer import TomeFormer
+from simvlg_jax.models.vit import VIT_SIZES, ViT
+from simvlg_jax.training import partition
+
+TOLERANCE, SCORE_TOLERANCE = 1e-4, 1e-6
+FULL_SIZE = {"opt2.7b": "opt_2.7b", "opt6.7b": "opt_6.7b", "vicuna7b": "vicuna_7b", "vicuna13b": "vicuna_13b"}
+Check = tuple[str, float]  # what was compared, and its error in units of its tolerance: above 1 it fails
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
+    """||ours - theirs|| / ||theirs||; infinite where shapes differ or ours is not finite."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        return float("inf")
+    distance = np.linalg.norm(ours - theirs)
+    return float(distance / max(np.linalg.norm(theirs), floor, 1e-30)) if distance else 0.0
+
+
+def exact(equal: bool) -> float:
+    return 0.0 if equal else float("inf")
+
+
+def build(sizes: dict, **options) -> SimVLG:
+    """The model of a NAME.json."""
+    v, c, lm = sizes["vit"], sizes["connector"], sizes["lm"]
+    vit = ViT(
+        v["img"],
+        v["patch"],
+        v["dim"],
+        v["depth"],
+        v["heads"],
+        int(v["dim"] * v["mlp"]),
+        temporal=sizes["video"],
+        **options,
+    )
+    if sizes["llm"] == "opt":
+        llm = Opt(lm["dim"], lm["layers"], lm["heads"], lm.get("ffn", 4 * lm["dim"]), lm["vocab"], 128, **options)
+    else:
+        llm = Llama(lm["dim"], lm["layers"], lm["heads"], lm.get("kv", lm["heads"]), lm["ffn"], lm["vocab"], **options)
+    merges = token_merging.merge_schedule(c["layers"], c["r"])
+    return SimVLG(vit, TomeFormer(c["dim"], c["layers"], c["heads"], merges), llm, vit_grad=sizes["video"])
+
+
+def read_model(folder: Path, name: str) -> tuple[dict, dict, dict]:
+    """(sizes, tensors, arrays) of NAME.json, .safetensors, .npz."""
+    sizes = json.loads((folder / f"{name}.json").read_text())
+    with np.load(folder / f"{name}.npz") as archive:
+        arrays = dict(archive)
+    return sizes, load_file(folder / f"{name}.safetensors"), arrays
+
+
+def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
+    sizes, tensors, arrays = read_model(folder, name)
+    model = build(sizes, **options)
+    params = jax.tree.map(jnp.asarray, evlgen.from_evlgen(model, tensors))
+    trained, frozen = partition.split(params, lambda path: partition.is_trained(path, ("vit", "llm")))
+    images = jnp.asarray(np.moveaxis(arrays["image"], 1, -1))  # channels last: (B, [F,] H, W, 3)
+    text = [jnp.asarray(arrays[key]) for key in ("ids", "mask")]
+
+    @jax.jit
+    def outputs(params):
+        out = model.apply({"params": params}, images, *text)
+        return out.visual, model.llm.apply({"params": params["llm"]}, out.hidden, method="logits")
+
+    @jax.jit
+    def loss(trained, frozen):
+        variables = {"params": partition.join(trained, frozen)}
+        losses, counts = model.apply(variables, images, *text, jnp.asarray(arrays["targets"]), method="caption_losses")
+        return losses.sum() / counts.sum()
+
+    visual, logits = outputs(params)
+    for stage in ("frames", "ln", "connector", "prefix"):
+        yield stage, relative(getattr(visual, stage), arrays[stage]) / TOLERANCE
+    prefix = np.ones(visual.prefix.shape[:2], bool)
+    real = np.concatenate([prefix, arrays["mask"] > 0], 1)
+    yield "logits", relative(np.asarray(logits)[real], arrays["logits"][real]) / TOLERANCE
+    value, gradients = jax.value_and_grad(loss)(trained, frozen)
+    yield "loss", relative(value, arrays["loss"]) / TOLERANCE
+
+    ours = {f"grad/{key}": x for key, x in evlgen.to_evlgen(model, gradients).items()}
+    theirs = {key: x for key, x in arrays.items() if key.startswith("grad/")}
+    yield "names of the gradients", exact(set(ours) == set(theirs))
+    floor = 1e-6 * np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in theirs.values()))
+    for key in sorted(set(ours) & set(theirs)):
+        yield key, relative(ours[key], theirs[key], floor) / TOLERANCE
+    if "gen/greedy" in arrays:
+        yield "gen/greedy", exact(same_ids(greedy(model, params, sizes, visual.prefix), arrays["gen/greedy"], sizes))
+
+
+def greedy(model: SimVLG, params: dict, sizes: dict, prefix: jax.Array) -> np.ndarray:
+    """(B, max_length - 1): the dummy start that the published generate() counts is not among ours."""
+    start = jnp.full((prefix.shape[0], 1), sizes["bos_token_id"], jnp.int32)
+    special = dict(eos_id=sizes["eos_token_id"], pad_id=sizes["pad_token_id"])
+    decode = jax.jit(
+        lambda llm, prefix: greedy_decode(
+            model.llm, llm, prefix, start, jnp.ones_like(start), max_new_tokens=sizes["max_length"] - 1, **special
+        )
+    )
+    return np.asarray(decode(params["llm"], prefix))
+
+
+def same_ids(ours: np.ndarray, theirs: np.ndarray, sizes: dict) -> bool:
+    """Theirs begin with the dummy start and are cut to the longest row; the rest of ours must be padding."""
+    width = theirs.shape[1] - 1
+    return np.array_equal(ours[:, :width], theirs[:, 1:]) and bool((ours[:, width:] == sizes["pad_token_id"]).all())
+
+
+def check_keys(path: Path) -> Iterator[Check]:
+    """Names, shapes and what is trained of a full-size model, without making one of its arrays."""
+    _, kind, llm_name = path.stem.split("_")
+    size = FULL_SIZE[llm_name]
+    llm = Opt(**OPT_SIZES[size]) if size in OPT_SIZES else Llama(**LLAMA_SIZES[size])
+    connector = TomeFormer(**BERT_SIZES["base"], merges=token_merging.merge_schedule(12, 19))
+    model = SimVLG(ViT(**VIT_SIZES["eva_g"], temporal=kind == "video"), connector, llm)
+    image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = jax.eval_shape(
+        lambda *x: model.init(jax.random.key(0), *x, method="caption_losses"), image, token, token, token
+    )
+    params = nn.unbox(init)["params"]
+    tensors = jax.eval_shape(lambda p: evlgen.to_evlgen(model, p), params)
+    trained = partition.split(params, lambda path: partition.is_trained(path, ("vit", "llm")))[0]
+    wanted = json.loads(path.read_text())
+    shapes = {name: list(x.shape) for name, x in tensors.items()}
+    yield f"{len(wanted['parameters'])} names and shapes", exact(shapes == wanted["parameters"])
+    names = jax.eval_shape(lambda p: evlgen.to_evlgen(model, p), trained)
+    yield f"{len(wanted['trainable'])} trained names", exact(set(names) == set(wanted["trainable"]))
+
+
+def check_tome(path: Path) -> Iterator[Check]:
+    with np.load(path) as archive:
+        golden = dict(archive)
+    for case in sorted({name.split("/")[0] for name in golden}):
+        metric, x, r = golden[f"{case}/metric"], golden[f"{case}/x"], int(golden[f"{case}/r"])
+        slots = token_merging.match(jnp.asarray(metric), r)
+        num_slots = x.shape[1] - token_merging.mergeable(x.shape[1], r)
+        for reduce in ("mean", "sum", "amax"):
+            merged = token_merging.merge(jnp.asarray(x), slots, num_slots, reduce)
+            yield f"{case}/{reduce}", relative(merged, golden[f"{case}/{reduce}"]) / TOLERANCE
+
+
+def check_schedules(path: Path) -> Iterator[Check]:
+    for depth, r, wanted in json.loads(path.read_text()):
+        yield f"{depth} layers, r = {r}", exact(list(token_merging.merge_schedule(depth, r)) == wanted)
+
+
+def check_metrics(path: Path) -> Iterator[Check]:
+    golden = json.loads(path.read_text())
+    yield "tokenised hypotheses", exact(ptb_tokenizer.tokenize(golden["hypotheses"]) == golden["tokenized_hypotheses"])
+    tokens = [ptb_tokenizer.tokenize(texts) for texts in golden["references"]]
+    yield "tokenised references", exact(tokens == golden["tokenized_references"])
+    references = {str(i): texts for i, texts in enumerate(golden["references"])}
+    hypotheses = {str(i): text for i, text in enumerate(golden["hypotheses"])}
+    scores = metrics.score_captions(references, hypotheses)
+    for name, value in scores.as_dict().items():
+        yield name, relative(value, golden["scores"][name]) / SCORE_TOLERANCE
+    each = [scores.cider_per_example[key] for key in references]
+    yield "CIDEr of each", relative(each, golden["cider_each"]) / SCORE_TOLERANCE
+
+
+def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
+    """(name, its checks) of every known file.
+
+    Raises:
+      UserError: no known file, or a model whose files are not all there.
+    """
+    found = []
+    for path in sorted(folder.glob("keys_*.json")):
+        if path.stem.count("_") != 2 or path.stem.split("_")[2] not in FULL_SIZE:
+            raise UserError(f"{path.name}: known language models are {', '.join(FULL_SIZE)}")
+        found.append((path.stem, check_keys(path)))
+    arrays = [*folder.glob("*.npz"), *folder.glob("*.safetensors")]
+    for name in sorted({path.stem for path in arrays} - {"tome"}):
+        missing = [f for f in (f"{name}{s}" for s in (".json", ".safetensors", ".npz")) if not (folder / f).exists()]
+        if missing:
+            raise UserError(f"the model {name} lacks {', '.join(missing)}")
+        found.append((name, check_model(folder, name)))
+    known = {"tome.npz": check_tome, "schedules.json": check_schedules, "caption_metrics.json": check_metrics}
+    found += [(name, check(folder / name)) for name, check in known.items() if (folder / name).exists()]
+    if not found:
+        raise UserError(f"no golden file in {folder}")
+    return found
+
+
+UNREADABLE = (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, SafetensorError)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print(__doc__, file=sys.stderr)
+        return 2
+    status, worst = 0, ("nothing was compared", 0.0)
+    try:
+        found = checks_of(Path(arguments[0]))
+    except UserError as error:
+        print(f"missing: {error}", file=sys.stderr)
+        return 1
+    for name, checks in found:
+        try:
+            with jax.default_matmul_precision("highest"):
+                for what, error in checks:
+                    mark = "" if error <= 1 else "  <-- FAILS"
+                    print(f"{name:22} {what:78} {error * TOLERANCE:9.2e}{mark}", flush=True)
+                    worst = max(worst, (f"{name} {what}", error), key=lambda check: check[1])
+        except (UserError, KeyError) as error:
+            print(f"{name}: missing: {error}", file=sys.stderr)
+            status = max(status, 1)
+        except UNREADABLE as error:
+            print(f"{name}: cannot be read: {error}", file=sys.stderr)
+            status = 2
+    print(f"worst: {worst[1] * TOLERANCE:.2e} ({worst[0]})")
+    return max(status, 1 if worst[1] > 1 else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""Models carried to PyTorch: our own PyTorch code against the published numbers, and the same captions as in JAX."""
+
+import json
+import sys
+from pathlib import Path
+
+import check_golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from simvlg_jax import errors
+from simvlg_jax.config import load_config
+from simvlg_jax.convert import evlgen, hf_export, stacking, to_torch
+from simvlg_jax.data.text import CaptionText, character_tokenizer
+from simvlg_jax.evaluation.captioner import Captioner
+from simvlg_jax.models.vit import normalize_images
+from simvlg_jax.training import loop, partition
+from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.tasks import build_model
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_exported(folder: Path) -> torch.nn.Module:
+    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize("name", ["image_llama", "image_opt", "video_opt"])
+def test_exported_model_gives_the_published_numbers(name, tmp_path):
+    sizes, tensors, arrays = check_golden.read_model(GOLDEN, name)
+    model = check_golden.build(sizes)
+    special = (sizes["bos_token_id"], sizes["eos_token_id"], sizes["pad_token_id"])
+    text = CaptionText(character_tokenizer(), *special, max_tokens=14, start_is_target=True)
+    config = load_config("configs/tiny.py", ["--config.evaluate.max_new_tokens=13"])
+    hf_export.write_hf(tmp_path, model, evlgen.from_evlgen(model, tensors), text, config)
+    exported = load_exported(tmp_path)
+    assert {n: x.shape for n, x in exported.named_parameters()}.items() >= {
+        n: x.shape for n, x in tensors.items()
+    }.items()
+
+    inputs = {"image": torch.from_numpy(arrays["image"])}
+    ids, mask, targets = (torch.from_numpy(arrays[n]).long() for n in ("ids", "mask", "targets"))
+    with torch.no_grad():
+        prefix = exported.soft_prompt(inputs["image"]).numpy()
+        out = exported(inputs["image"], ids, mask, targets)
+    assert check_golden.relative(prefix, arrays["prefix"]) < 1e-5
+    real = np.concatenate([np.ones(prefix.shape[:2], bool), arrays["mask"] > 0], 1)
+    assert check_golden.relative(out.logits.numpy()[real], arrays["logits"][real]) < 1e-5
+    assert out.loss.item() == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    generated = exported.generate(inputs["image"]).numpy()
+    assert np.array_equal(generated, arrays["gen/greedy"][:, 1:])
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A workdir with a checkpoint of random weights, larger than at initialisation so that pictures differ."""
+    workdir = tmp_path_factory.mktemp("run")
+    flags = ["mesh.data=1", "llm.start_first=True", "vit.scan=False", "train.steps=1", "evaluate.max_new_tokens=12"]
+    config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
+    checkpoints = Checkpoints(workdir)
+    loop.configs.save_config(config, workdir)
+    trainer = loop.Trainer(config, workdir)
+    params = jax.tree.map(lambda x: 3 * x, trainer.state.params)
+    checkpoints.save(1, trainer.state.replace(params=params), trainer.iterator, None)
+    checkpoints.close()
+    return workdir, config, partition.join(trainer.frozen, params), trainer.task
+
+
+def call(*arguments) -> int:
+    before, sys.argv = sys.argv, ["to_torch", *map(str, arguments)]
+    try:
+        errors.run_verb(to_torch.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+
+
+def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
+    workdir, config, params, task = tiny_run
+    assert call("--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
+    exported = load_exported(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    captioner = Captioner(task.model, task.text_encoder, config.evaluate.max_new_tokens)
+    ours = captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))
+    pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
+    theirs = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in exported.generate(pixels)]
+    assert ours == theirs
+    assert len(set(ours)) > 5
+    preprocessor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert preprocessor["size"] == {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_state_dict_comes_back_bit_equal(tiny_run, tmp_path, suffix):
+    workdir, config, params, _ = tiny_run
+    for everything in (False, True):
+        path = tmp_path / f"weights{suffix}"
+        assert call("--workdir", workdir, "--format", "evlgen", "--output", path, *["--all"] * everything) == 0
+        if suffix == ".pth":
+            tensors = {n: x.numpy() for n, x in torch.load(path, weights_only=True)["model"].items()}
+        else:
+            tensors = load_file(path)
+        back = evlgen.from_evlgen(build_model(config), tensors)
+        assert set(back) == (set(params) if everything else set(params) - {"vit", "llm"})
+        wanted = jax.device_get({n: params[n] for n in back})
+        if everything:
+            wanted["vit"] = stacking.stack_layers(wanted["vit"])
+        jax.tree.map(np.testing.assert_array_equal, back, wanted)
+
+
+def test_wrong_requests_say_so(tiny_run, tmp_path, capsys):
+    workdir = tiny_run[0]
+    assert call("--workdir", workdir, "--format", "evlgen", "--output", tmp_path / "weights.bin") == 2
+    assert "a .pth or a .safetensors file" in capsys.readouterr().err
+    assert call("--workdir", tmp_path, "--format", "hf", "--output", tmp_path / "hf") == 1
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,113 @@
+"""Video: the temporal merge by its definition, what an untrained and a trained one can tell apart, what is trained."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simvlg_jax import weights
+from simvlg_jax.config import load_config
+from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.opt import OPT_SIZES, Opt
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.temporal_merge import TemporalMerge
+from simvlg_jax.models.token_merging import merge_schedule
+from simvlg_jax.models.tomeformer import TomeFormer
+from simvlg_jax.models.vit import VIT_SIZES, ViT
+from simvlg_jax.training import loop, partition
+
+SIZE = VIT_SIZES["tiny_32px"]
+CLIPS = np.random.default_rng(0).normal(size=(2, 4, 32, 32, 3)).astype(np.float32)
+
+
+def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
+    """Drawn larger than at initialisation, so that every part matters."""
+    abstract = nn.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), abstract)
+
+
+def apply(module: nn.Module, params: dict, *inputs) -> jax.Array:
+    return module.apply({"params": params}, *inputs)
+
+
+def test_merge_is_attention_over_frames_by_loops():
+    x = np.random.default_rng(1).normal(size=(2, 3, 4, 16)).astype(np.float32)  # (B, F, N, D)
+    module = TemporalMerge(width=8, num_heads=2)
+    params = random_params(module, x)
+    ours = apply(module, params, x)
+    query, key = (x @ params[n]["kernel"] + params[n]["bias"] for n in ("query", "key"))
+    for clip, token, head in np.ndindex(2, 4, 2):
+        q, k = (t[clip, :, token, 4 * head : 4 * head + 4] for t in (query, key))  # (F, 4)
+        values = x[clip, :, token, 8 * head : 8 * head + 8]  # (F, 8)
+        scores = np.exp(q @ k.T / np.sqrt(8))
+        merged = params["alpha"] * scores / scores.sum(1, keepdims=True) @ values
+        np.testing.assert_allclose(ours[clip, :, token, 8 * head : 8 * head + 8], merged, rtol=1e-4, atol=1e-6)
+
+
+def test_one_frame_is_scaled_by_alpha_and_frames_keep_their_order():
+    x = np.random.default_rng(1).normal(size=(2, 5, 4, 16)).astype(np.float32)
+    module = TemporalMerge(width=8, num_heads=2)
+    params = random_params(module, x)
+    single = apply(module, params, x[:, :1])
+    np.testing.assert_allclose(single, params["alpha"] * x[:, :1], rtol=1e-5, atol=1e-6)
+    order = np.array([3, 0, 4, 1, 2])
+    np.testing.assert_allclose(
+        apply(module, params, x[:, order]), apply(module, params, x)[:, order], rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_untrained_video_model_is_the_image_model(scan):
+    video = ViT(**SIZE, temporal=True, max_frames=4, scan=scan)
+    params = nn.unbox(video.init(jax.random.key(0), CLIPS))["params"]
+    image, temporal = partition.split(params, lambda path: partition.TEMPORAL.isdisjoint(path))
+    assert temporal
+    frames = apply(ViT(**SIZE, scan=scan), image, CLIPS.reshape(8, 32, 32, 3))
+    clips = apply(video, params, CLIPS)
+    np.testing.assert_allclose(clips.reshape(frames.shape), frames, rtol=1e-5, atol=1e-5)
+
+
+def test_published_model_cannot_tell_a_clip_from_its_reverse_and_temporal_positions_can():
+    reverse = CLIPS[:, ::-1]
+    published = ViT(**SIZE, temporal=True)
+    params = random_params(published, CLIPS)
+    forth, back = (apply(published, params, clip).mean(1) for clip in (CLIPS, reverse))
+    np.testing.assert_allclose(forth, back, rtol=1e-4, atol=1e-4)
+    ours = ViT(**SIZE, temporal=True, max_frames=4)
+    params = random_params(ours, CLIPS)
+    forth, back = (apply(ours, params, clip).mean(1) for clip in (CLIPS, reverse))
+    assert np.abs(forth - back).max() > 0.1
+
+
+def test_published_video_model_trains_what_was_published():
+    connector = TomeFormer(**BERT_SIZES["base"], merges=merge_schedule(12, 19))
+    counts = {}
+    for temporal in (False, True):
+        model = SimVLG(ViT(**VIT_SIZES["eva_g"], temporal=temporal), connector, Opt(**OPT_SIZES["opt_2.7b"]))
+        image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        boxed = jax.eval_shape(
+            lambda *x, model=model: model.init(jax.random.key(0), *x, method="caption_losses"),
+            *(image, token, token, token),
+        )
+        trained, _ = partition.split(nn.unbox(boxed)["params"], lambda path: partition.is_trained(path, ("vit", "llm")))
+        counts[temporal] = sum(x.size for x in jax.tree.leaves(trained))
+    assert counts == {False: 88_504_320, True: 116_639_271}
+
+
+def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
+    overrides = ["vit.temporal=True", "vit.max_frames=2", "llm.size=opt_tiny", "llm.start_is_target=True"]
+    config = load_config("configs/tiny.py", [f"--config.{o}" for o in (*overrides, "mesh.data=1", "train.steps=2")])
+    trainer = loop.Trainer(config, tmp_path)
+    before, frozen = jax.device_get(trainer.state.params), weights.digest(trainer.frozen)
+    assert set(before["vit"]) == {"blocks", "temporal_position"} and set(before["vit"]["blocks"]) == {"temporal_merge"}
+    for _ in range(2):
+        batch = next(trainer.iterator)
+        clips = np.repeat(batch["image"][:, None], 2, 1)
+        clips[:, 1] = 255 - clips[:, 1]  # (B, 2, H, W, 3): the second frame is the negative
+        trainer.run_step(loop.meshes.put_batch({**batch, "image": clips}, trainer.mesh))
+    after = jax.device_get(trainer.state.params)
+    assert weights.digest(trainer.frozen) == frozen
+    assert (after["vit"]["blocks"]["temporal_merge"]["alpha"] != 0).all()
+    assert (after["vit"]["temporal_position"] != 0).any()
