@@ -11,7 +11,7 @@ __all__ = ["UserError", "load"]
 
 
 def load(name: str) -> "CaptionModel":
-    """A trained model from a workdir or an exported folder; see `simvlg_jax.model.load`."""
+    """A trained model from a workdir, an exported folder, or "example"; see `simvlg_jax.model.load`."""
     from simvlg_jax.model import load as load_model  # late: importing the package must not start jax
 
     return load_model(name)

@@ -1,10 +1,10 @@
 """Captions pictures: one JSON line each on standard output, in the order given.
 
-    python -m simvlg_jax.caption --workdir runs/openmoji picture.png folder/
+    python -m simvlg_jax.caption --example picture.png folder/
     python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
 
-A picture that cannot be read gets an "error" instead of a "caption"; the exit status is 1 only if there was none that
-could.
+`--example` uses the checkpoint that comes with the package. A picture that cannot be read gets an "error" instead of
+a "caption"; the exit status is 1 only if there was none that could.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from simvlg_jax.config import add_model_arguments, model_folder
 from simvlg_jax.errors import UserError, run_verb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -21,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m simvlg_jax.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train, or an exported model")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", help="words for the caption to go on from")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
@@ -34,7 +35,7 @@ def main() -> int:
 
     from simvlg_jax.model import load
 
-    model = load(arguments.workdir)
+    model = load(model_folder(arguments))
     failed = 0
     for start in range(0, len(pictures), arguments.batch_size):
         group = pictures[start : start + arguments.batch_size]

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 from simvlg_jax.errors import UserError
 
+EXAMPLE = Path(__file__).parent / "example"  # the trained example: an exported model
+
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads "configs/X.py" or "configs/X.py:arg" and applies overrides such as "--config.train.steps=5".
@@ -145,3 +147,14 @@ def config_parser(description: str | None, *, required: bool = True, **kwargs) -
     parser.add_argument("--config", required=required, help="configs/X.py or configs/X.py:arg")
     parser.epilog = "Any config value can be set: --config.train.steps=100"
     return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--workdir DIR or --example: which trained model. See `model_folder`."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", type=Path, help="a run of simvlg_jax.train, or an exported model")
+    which.add_argument("--example", action="store_true", help="the trained example that comes with the package")
+
+
+def model_folder(arguments: argparse.Namespace) -> Path:
+    return EXAMPLE if arguments.example else arguments.workdir

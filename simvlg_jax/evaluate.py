@@ -1,21 +1,24 @@
 """Scores a checkpoint on held-out pictures and writes results and the report.
 
     python -m simvlg_jax.evaluate --workdir runs/openmoji [--split test,novel] [--config configs/openmoji.py]
+    python -m simvlg_jax.evaluate --example [--output runs/example]
 
 Without --config the run's own config is used; with it, values can be overridden (--config.evaluate.batch_size=64).
 
-For each split: workdir/eval/SPLIT.json, with every caption; for all of it workdir/report.html. Captions are also
-scored against other pictures' references (the shuffled control): a model that does not look scores the same on both.
+For each split: eval/SPLIT.json with every caption; for all of it report.html; both in the workdir or --output.
+Captions are also scored against other pictures' references (the shuffled control): a model that does not look scores
+the same on both.
 """
 
-import argparse
 import base64
 import io
 import json
 import sys
 from pathlib import Path
 
-from simvlg_jax.config import config_parser, load_config, read_config, save_config
+from ml_collections import ConfigDict
+
+from simvlg_jax.config import add_model_arguments, config_parser, load_config, model_folder, read_config, save_config
 from simvlg_jax.errors import UserError, run_verb
 
 GALLERY = 24  # examples whose picture and merge map the report shows
@@ -23,25 +26,28 @@ GALLERY = 24  # examples whose picture and merge map the report shows
 
 def main() -> int:
     parser = config_parser(__doc__, required=False, prog="python -m simvlg_jax.evaluate")
-    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
+    add_model_arguments(parser)
+    parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: test, and novel where the data has it")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="best by validation score")
     arguments, overrides = parser.parse_known_args()
-    config = read_config(arguments.workdir)
+    workdir = model_folder(arguments)
+    output = arguments.output or (Path("runs/example") if arguments.example else workdir)
+    config = read_config(workdir)
     if arguments.config:
         config = load_config(arguments.config, overrides)
-        save_config(config, arguments.workdir)
+        save_config(config, workdir)
     elif overrides:
         raise UserError(f"{overrides[0]} needs --config beside it", 2)
     splits = arguments.split.split(",") if arguments.split else default_splits(config.data.name)
-    return evaluate(config, arguments, splits)
+    return evaluate(config, workdir, output, arguments.checkpoint, splits)
 
 
 def default_splits(name: str) -> list[str]:
     return ["test", "novel"] if name == "openmoji" else ["test"]
 
 
-def evaluate(config, arguments: argparse.Namespace, splits: list[str]) -> int:
+def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, splits: list[str]) -> int:
     import jax
 
     from simvlg_jax.data.sources import load_source
@@ -50,7 +56,7 @@ def evaluate(config, arguments: argparse.Namespace, splits: list[str]) -> int:
     from simvlg_jax.training.restore import restore_run
 
     sources = {split: load_source(config.data, split) for split in splits}  # wrong names stop here
-    run = restore_run(config, arguments.workdir, arguments.checkpoint)
+    run = restore_run(config, workdir, checkpoint)
     for split, source in sources.items():
         print(f"scoring {len(source)} pictures of {split} at step {run.step}", file=sys.stderr)
         if config.task == "contrastive":
@@ -71,10 +77,12 @@ def evaluate(config, arguments: argparse.Namespace, splits: list[str]) -> int:
             }
             add_pictures(results["examples"], source, run.task.image_size, config.seed)
         if jax.process_index() == 0:
-            write_json(arguments.workdir / "eval" / f"{split}.json", results)
+            write_json(output / "eval" / f"{split}.json", results)
             print(json.dumps(headline))
     if jax.process_index() == 0:
-        print(f"report: {write_report(arguments.workdir)}", file=sys.stderr)
+        if output != workdir:
+            write_json(output / "config.json", json.loads(config.to_json()))
+        print(f"report: {write_report(output)}", file=sys.stderr)
     return 0
 
 

@@ -28,8 +28,7 @@ def main() -> int:
     from simvlg_jax import weights
     from simvlg_jax.config import read_config
     from simvlg_jax.convert import stacking
-    from simvlg_jax.model import WEIGHTS
-    from simvlg_jax.training.restore import restore_run
+    from simvlg_jax.training.restore import WEIGHTS, restore_run
 
     config = read_config(arguments.workdir)
     if config.task != "caption":

@@ -3,22 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simvlg_jax import weights
-from simvlg_jax.config import read_config
+from simvlg_jax.config import EXAMPLE, read_config
 from simvlg_jax.data import transforms
 from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.training import restore
-from simvlg_jax.training.tasks import Task, build_task
+from simvlg_jax.training.tasks import Task
 
-WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
 Picture = str | Path | Image.Image | np.ndarray
 
 
@@ -73,36 +68,14 @@ def read_picture(picture: Picture, side: int) -> np.ndarray:
 
 
 def load(name: str | Path) -> CaptionModel:
-    """A model from a run's workdir (its best checkpoint) or an exported folder.
+    """A model from a run's workdir (its best checkpoint), an exported folder, or "example".
 
     Raises:
       UserError: no model there, or weights it needs are absent.
     """
-    folder = Path(name)
+    folder = EXAMPLE if name == "example" else Path(name)
     config = read_config(folder)
     if config.task != "caption":
         raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")
-    if (folder / WEIGHTS).exists():
-        task, params = load_export(config, folder)
-    else:
-        run = restore.restore_run(config, folder)
-        task, params = run.task, run.params
-    return CaptionModel(config, task, params)
-
-
-def load_export(config: ConfigDict, folder: Path) -> tuple[Task, dict]:
-    """The weights in the folder, and those its config names for the rest."""
-    with config.unlocked():
-        config.vit.weights = config.connector.weights = ""  # both are in the file
-        config.vit.scan = True
-    task = build_task(config)
-    boxed = jax.eval_shape(task.init, jax.random.key(0))
-    abstract = jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: hasattr(x, "value"))
-    params = {
-        **task.load_pretrained(abstract),
-        **traverse_util.unflatten_dict(weights.read_flat(folder / WEIGHTS), sep="/"),
-    }
-    missing = sorted(set(abstract) - set(params))
-    if missing:
-        raise UserError(f"{folder / WEIGHTS} lacks {', '.join(missing)}")
-    return task, jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(config.frozen_dtype)), params)
+    run = restore.restore_run(config, folder)
+    return CaptionModel(config, run.task, run.params)

@@ -51,6 +51,9 @@ def jitted_losses(losses: Callable) -> Callable:
     return jax.jit(lambda params, batch: losses(params, batch, None))
 
 
+captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # one, so compiled once, for all validations of a run
+
+
 def gather(array: jax.Array) -> np.ndarray:
     """A global array as numpy on every process."""
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -84,7 +87,9 @@ def caption_split(task: Task, config: ConfigDict, params: dict, mesh: Mesh, sour
       {"loss": mean nats per target token, "examples": [{"id", "references", "caption", "source_map"}]} in the
       source's order, the same on every process.
     """
-    captioner = Captioner(task.model, task.text_encoder, config.evaluate.max_new_tokens, config.evaluate.min_new_tokens)
+    captioner = captioner_of(
+        task.model, task.text_encoder, config.evaluate.max_new_tokens, config.evaluate.min_new_tokens
+    )
     examples: list[dict | None] = [None] * len(source)
     total = weight = 0.0
     for _, batch in eval_batches(task, config, source, mesh):
