@@ -3,10 +3,11 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from simvlg_jax.convert import weight_map
+from simvlg_jax.convert.tensor_files import open_tensors
 from simvlg_jax.convert.weight_map import Row
 from simvlg_jax.errors import UserError
 
@@ -37,17 +38,29 @@ def encoder_rows(depth: int, prefix: str = "") -> list[Row]:
 
 
 def load_bert(path: Path, depth: int, num_heads: int, words: bool) -> dict:
-    """A BERT from a safetensors file as our nested float32 tree; `words` includes the word embeddings."""
-    rows = encoder_rows(depth)
+    """A BERT from anything `open_tensors` opens, as our nested float32 tree.
+
+    Of a deeper BERT the first `depth` layers are used. Names with "bert." before them and the old names of
+    LayerNorm's parameters (gamma, beta) are known.
+
+    Args:
+      words: include the word embeddings.
+
+    Raises:
+      UserError: a file that cannot be read; names missing or left over.
+    """
+    tensors = open_tensors(path)
+    names = {}
+    for name in tensors:
+        short = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        names[short.replace("LayerNorm.beta", "LayerNorm.bias")] = name
+    table = encoder_rows(depth)
     if words:
-        rows = [*rows, Row("word", "embeddings.word_embeddings.weight")]
-    ignore = ["embeddings.position_ids", "pooler.", *([] if words else ["embeddings.word_embeddings."])]
-    try:
-        with safe_open(path, "np") as file:
-            tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read BERT weights from {path}: {error}") from error
-    return weight_map.from_torch(rows, tensors, num_heads, ignore)
+        table = [*table, Row("word", "embeddings.word_embeddings.weight")]
+    deeper = [n for n in names if n.startswith("encoder.layer.") and int(n.split(".")[2]) >= depth]
+    ignore = ["embeddings.position_ids", "embeddings.word_embeddings.", "pooler.", "cls.", *deeper]
+    params = weight_map.from_torch(table, weight_map.View(tensors, names), num_heads, ignore)
+    return jax.tree.map(lambda x: x.astype(np.float32), params)
 
 
 def minilm_folder() -> Path:

@@ -44,7 +44,7 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     """
     llm = f"{family(model)}_model."
     within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
-    rest = {n: tensors[n] for n in tensors if not n.startswith(tuple(within))}
+    rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
     params = weight_map.from_torch(projections(model), rest, 1)
     params["connector"] = weight_map.from_torch(
         bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
@@ -53,8 +53,8 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
         params["vit"] = vit
     if any(not name.endswith(LEFTOVERS) for name in within[llm]):
         read = hf_opt.from_hf if family(model) == "opt" else hf_llama.from_hf
-        kept = {n: x for n, x in within[llm].items() if not n.endswith("rotary_emb.inv_freq")}
-        params["llm"] = read(kept, model.llm.num_heads)
+        kept = {name: name for name in within[llm] if not name.endswith("rotary_emb.inv_freq")}
+        params["llm"] = read(weight_map.View(within[llm], kept), model.llm.num_heads)
     return params
 
 
@@ -64,13 +64,15 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     A video model may start from an image model's file: what it lacks then starts as the identity.
     """
     depth = model.vit.depth
-    temporal = {name: x for name, x in tensors.items() if ".temporal_merge." in name}
+    temporal, image = (
+        weight_map.View(tensors, {name: name for name in tensors if (".temporal_merge." in name) == wanted})
+        for wanted in (True, False)
+    )
     if temporal and not model.vit.temporal:
         raise UserError("this checkpoint is a video model's and the config an image model's: set vit.temporal=True")
-    image = {name: x for name, x in tensors.items() if name not in temporal}
     parts = {}
     if image:
-        parts = vision.vit_from_torch(image, depth, model.vit.num_heads)
+        parts = vision.vit_from_torch(image, depth, model.vit.num_heads, model.vit.num_tokens)
     if temporal:
         rows = weight_map.numbered(TEMPORAL, depth)
         merged = stacking.stack_layers(weight_map.from_torch(rows, temporal, 1))

@@ -38,7 +38,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], num_heads: int, prefix: str = "")
     Raises:
       UserError: names missing or left over, both lists shown.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    tensors = weight_map.View(tensors, {name: name for name in tensors if name.startswith(prefix)})
     start = f"{prefix}model.layers."
     depth = len({name[len(start) :].split(".")[0] for name in tensors if name.startswith(start)})
     if depth == 0:

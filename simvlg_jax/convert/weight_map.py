@@ -3,7 +3,7 @@
 A row is (our path, PyTorch name, layout). Our paths are joined with "/"; `{i}` stands for the layer number.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -57,9 +57,25 @@ def numbered(rows: Iterable[Row], count: int) -> list[Row]:
     return [Row(r.ours.format(i=i), r.torch.format(i=i), r.layout) for i in range(count) for r in rows]
 
 
-def within(tensors: Mapping[str, np.ndarray], prefix: str) -> Tensors:
+class View(Mapping[str, np.ndarray]):
+    """Tensors under other names, read from `tensors` when asked for; `names` are {new: old}."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def within(tensors: Mapping[str, np.ndarray], prefix: str) -> View:
     """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    return View(tensors, {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)})
 
 
 def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads: int, ignore: Iterable[str] = ()):

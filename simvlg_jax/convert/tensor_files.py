@@ -1,0 +1,143 @@
+"""Tensors of published weights by name, each read from disk only when it is asked for."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from simvlg_jax.errors import UserError
+
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")  # of what a model on the Hub is made of
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+
+
+class Entry(NamedTuple):
+    """One tensor: its shape, its dtype, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """name -> array; names, shapes and dtypes are known without reading, arrays are read anew each time."""
+
+    def __init__(self, entries: dict[str, Entry]):
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def resolve(name: str) -> Path:
+    """A local path, or a model's name on the Hugging Face Hub, downloaded (or found in its cache).
+
+    Raises:
+      UserError: neither there nor to be had.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"no file or folder {name}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+    except Exception as error:  # the hub's client and the network raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no folder {name} here, and the Hugging Face Hub does not give it: {reason}") from error
+
+
+def open_tensors(path: Path) -> TensorFiles:
+    """The tensors of a .safetensors, .bin, .pth or .pt file, or of a Hugging Face folder, sharded or not.
+
+    A PyTorch file may hold its state dict under "model" or "state_dict". Nothing but tensors is read from one.
+
+    Raises:
+      UserError: nothing there, a shard missing, a damaged file, or one that holds code.
+    """
+    if path.is_dir():
+        for name in FILES:
+            if (path / name).exists():
+                return _sharded(path / name) if name.endswith(".json") else open_tensors(path / name)
+        raise UserError(f"no weights in {path}: looked for {', '.join(FILES)}")
+    if not path.exists():
+        raise UserError(f"no weights at {path}")
+    return TensorFiles(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
+
+
+def _sharded(index: Path) -> TensorFiles:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no index of shards: {error}") from error
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise UserError(f"{index} names shards that are not there: {', '.join(missing)}; download them again")
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        entries |= open_tensors(index.parent / shard).entries
+    return TensorFiles(entries)
+
+
+def _safetensors(path: Path) -> dict[str, Entry]:
+    def entry(name: str, header) -> Entry:
+        def read() -> np.ndarray:
+            with safe_open(path, "np") as file:
+                return file.get_tensor(name)
+
+        return Entry(tuple(header.get_shape()), np.dtype(DTYPES[header.get_dtype()]), read)
+
+    try:
+        with safe_open(path, "np") as file:
+            return {name: entry(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"cannot read weights from {path}: {error}; download it again") from error
+
+
+def _torch(path: Path) -> dict[str, Entry]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"reading {path} needs PyTorch: pip install torch") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds Python objects besides tensors, so it is not read: it could run code") from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}; download it again") from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors")
+
+    def entry(tensor: torch.Tensor) -> Entry:
+        is_bfloat16 = tensor.dtype == torch.bfloat16
+        dtype = ml_dtypes.bfloat16 if is_bfloat16 else torch.empty(0, dtype=tensor.dtype).numpy().dtype
+
+        def read() -> np.ndarray:
+            if is_bfloat16:
+                return tensor.contiguous().view(torch.int16).numpy().view(dtype)
+            return tensor.numpy()
+
+        return Entry(tuple(tensor.shape), np.dtype(dtype), read)
+
+    return {name: entry(x) for name, x in state.items() if isinstance(x, torch.Tensor)}

@@ -1,0 +1,258 @@
+"""Published vision encoders and BERTs, in each format they come in, against torch; and files that do not fit."""
+
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from transformers import BertConfig, BertModel, Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
+
+from simvlg_jax.convert import bert, vision
+from simvlg_jax.convert.tensor_files import open_tensors, resolve
+from simvlg_jax.errors import UserError
+from simvlg_jax.models.tomeformer import TomeFormer
+from simvlg_jax.models.vit import CLIP_STYLE, ViT
+
+SIZE = dict(image_size=28, patch_size=7, width=24, depth=2, num_heads=3, mlp_dim=40)
+IMAGES = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
+
+
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """Random values for every parameter, norms and biases too, so that each matters."""
+    generator = torch.Generator().manual_seed(0)
+    for name, x in model.named_parameters():
+        centre = 1.0 if x.ndim == 1 and name.endswith("weight") else 0.0
+        torch.nn.init.normal_(x, centre, 0.2, generator=generator)
+    return model.eval()
+
+
+def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: x.detach().numpy() for name, x in model.state_dict().items()}
+
+
+def common(**more) -> dict:
+    """Three layers: SimVLG takes the output of the last but one."""
+    return dict(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=28,
+        patch_size=7,
+        attn_implementation="eager",
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIPVisionModel:
+    return shaken(CLIPVisionModel(CLIPVisionConfig(**common())))
+
+
+@pytest.fixture(scope="module")
+def blip2() -> Blip2VisionModel:
+    model = shaken(Blip2VisionModel(Blip2VisionConfig(**common(layer_norm_eps=1e-6))))
+    for name, x in model.named_parameters():
+        if name.endswith("qkv.bias"):
+            x.data[24:48] = 0  # EVA's keys have no bias
+    return model
+
+
+def penultimate(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        pixels = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+        return model(pixels, output_hidden_states=True).hidden_states[-2].numpy()
+
+
+def close(ours: jax.Array, theirs: np.ndarray) -> bool:
+    return bool(np.linalg.norm(np.asarray(ours) - theirs) < 1e-5 * np.linalg.norm(theirs))
+
+
+def lavis_clip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same weights under the names of LAVIS's clip_vit_L.pth."""
+    tensors = {name[name.index("embeddings") :] if "embeddings" in name else name: x for name, x in tensors.items()}
+    tensors = {name.removeprefix("vision_model."): x for name, x in tensors.items()}
+    out = {
+        "class_embedding": tensors["embeddings.class_embedding"],
+        "positional_embedding": tensors["embeddings.position_embedding.weight"],
+        "conv1.weight": tensors["embeddings.patch_embedding.weight"],
+        "ln_post.weight": np.ones(24, np.float32),
+        "ln_post.bias": np.ones(24, np.float32),
+        "proj": np.ones((24, 8), np.float32),
+    }
+    for kind in ("weight", "bias"):
+        out[f"ln_pre.{kind}"] = tensors[f"pre_layrnorm.{kind}"]
+        for i in range(3):
+            theirs, ours = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            parts = [tensors[f"{theirs}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            out[f"{ours}.attn.in_proj_{kind}"] = np.concatenate(parts)
+            for new, old in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                *(("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")),
+            ):
+                out[f"{ours}.{new}.{kind}"] = tensors[f"{theirs}.{old}.{kind}"]
+    return out
+
+
+def test_clip_equals_transformers_in_both_formats(clip):
+    params = vision.vit_from_torch(state(clip), 2, 3)
+    for scan in (True, False):
+        tree = params if scan else vision.stacking.unstack_layers(params)
+        ours = ViT(**SIZE, **CLIP_STYLE, scan=scan).apply({"params": tree}, IMAGES)
+        assert close(ours, penultimate(clip))
+    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(lavis_clip(state(clip)), 2, 3), params)
+
+
+def test_clip_inside_a_whole_clip_is_found(clip):
+    whole = {f"vision_model.{n.removeprefix('vision_model.')}": x for n, x in state(clip).items()}
+    whole |= {"text_model.embeddings.token_embedding.weight": np.ones(3), "logit_scale": np.ones(())}
+    params = vision.vit_from_torch(state(clip), 2, 3)
+    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(whole, 2, 3), params)
+
+
+def test_blip2_tower_equals_transformers_and_goes_out_as_eva(blip2):
+    tensors = state(blip2)
+    params = vision.vit_from_torch(tensors, 2, 3)
+    whole = {f"vision_model.{name}": x for name, x in tensors.items()} | {"qformer.layernorm.weight": np.ones(3)}
+    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(whole, 2, 3), params)
+    assert close(ViT(**SIZE).apply({"params": params}, IMAGES), penultimate(blip2))
+    eva = vision.vit_to_torch(params)
+    assert eva["blocks.1.attn.qkv.weight"].shape == (72, 24) and "blocks.1.attn.k_bias" not in eva
+    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(eva, 2, 3), params)
+    deeper = eva | {f"blocks.2.{n}": np.ones(1) for n in ("norm1.weight", "attn.q_bias")} | {"head.weight": np.ones(1)}
+    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(deeper, 2, 3), params)
+    biased = next(name for name in tensors if name.endswith("qkv.bias"))
+    with pytest.raises(UserError, match="gives keys a bias"):
+        vision.vit_from_torch(tensors | {biased: np.ones(72, np.float32)}, 2, 3)
+
+
+def test_clip_goes_out_and_comes_back(clip):
+    params = vision.vit_from_torch(state(clip), 2, 3)
+    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(vision.vit_to_torch(params), 2, 3), params)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (4, 4), (16, 26)])
+def test_positions_are_resized_as_torch_does(old, new, align_corners):
+    position = np.random.default_rng(0).normal(size=(1, 1 + old * old, 5)).astype(np.float32)
+    grid = torch.from_numpy(position[:, 1:]).reshape(1, old, old, 5).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=align_corners)
+    ours = vision.resize_positions(position, 1 + new * new, align_corners)
+    np.testing.assert_array_equal(ours[:, 0], position[:, 0])
+    assert close(ours[:, 1:], wanted.permute(0, 2, 3, 1).reshape(1, -1, 5).numpy())
+
+
+def test_foreign_vision_files_say_what_does_not_fit(clip):
+    tensors = lavis_clip(state(clip))
+    with pytest.raises(UserError, match="no vision encoder known here"):
+        vision.vit_from_torch({"layer1.0.conv1.weight": np.ones(3)}, 2, 3)
+    del tensors["transformer.resblocks.1.mlp.c_fc.bias"]
+    tensors["extra.weight"] = np.ones(2)
+    with pytest.raises(UserError, match=r"missing.*blocks\.1\.mlp\.fc1\.bias\n.*not known.*extra\.weight"):
+        vision.vit_from_torch(tensors, 2, 3)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_bert_without_merging_equals_transformers(tmp_path, old_names):
+    config = BertConfig(vocab_size=30, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96)
+    model = shaken(BertModel(config))
+    tensors = state(model)
+    if old_names:
+        tensors = {
+            "bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+            for name, x in tensors.items()
+        }
+        tensors |= {"cls.predictions.bias": np.ones(3, np.float32)}
+    save_file({name: np.array(x) for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    x = np.random.default_rng(0).normal(size=(2, 9, 24)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model(inputs_embeds=torch.from_numpy(x), output_hidden_states=True).hidden_states[2].numpy()
+    ours = TomeFormer(24, 2, 3, (0, 0)).apply({"params": bert.load_bert(tmp_path, 2, 3, words=False)}, x)
+    assert close(ours.tokens, theirs)
+
+
+TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((), np.float32)}
+
+
+def as_torch() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(x) for name, x in TENSORS.items()}
+
+
+def sharded(folder, save, suffix, index):
+    save({"a.weight": TENSORS["a.weight"]}, folder / f"1{suffix}")
+    save({"b": TENSORS["b"]}, folder / f"2{suffix}")
+    (folder / index).write_text(json.dumps({"weight_map": {"a.weight": f"1{suffix}", "b": f"2{suffix}"}}))
+
+
+def save_torch(tensors, path):
+    torch.save({name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("x.safetensors", lambda path: save_file(TENSORS, path)),
+        ("x.pth", lambda path: torch.save(as_torch(), path)),
+        ("x.bin", lambda path: torch.save({"model": as_torch(), "iters": 3, "config": {"run": "x"}}, path)),
+        ("folder", lambda path: (path.mkdir(), save_file(TENSORS, path / "model.safetensors"))),
+        ("old", lambda path: (path.mkdir(), save_torch(TENSORS, path / "pytorch_model.bin"))),
+        (
+            "shards",
+            lambda path: (path.mkdir(), sharded(path, save_file, ".safetensors", "model.safetensors.index.json")),
+        ),
+        ("old_shards", lambda path: (path.mkdir(), sharded(path, save_torch, ".bin", "pytorch_model.bin.index.json"))),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_tensors(tmp_path, name, write):
+    write(tmp_path / name)
+    found = open_tensors(tmp_path / name)
+    assert {n: e.shape for n, e in found.entries.items()} == {n: x.shape for n, x in TENSORS.items()}
+    assert all(np.array_equal(found[n], x) and found[n].dtype == x.dtype for n, x in TENSORS.items())
+
+
+def test_bfloat16_keeps_its_bits(tmp_path):
+    torch.save({"a": torch.tensor([1.0, -2.5]).bfloat16()}, tmp_path / "x.pth")
+    tensor = open_tensors(tmp_path / "x.pth")["a"]
+    assert tensor.dtype == "bfloat16" and tensor.astype(np.float32).tolist() == [1.0, -2.5]
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (print, ("boom",))
+
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"a": Bomb()}))
+    torch.save({"a": Bomb()}, tmp_path / "zipped.pth")
+    torch.save(as_torch(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert np.array_equal(open_tensors(tmp_path / "old.pth")["a.weight"], TENSORS["a.weight"])
+    save_file(TENSORS, tmp_path / "cut.safetensors")
+    torch.save(as_torch(), tmp_path / "cut.pth")
+    for name in ("cut.safetensors", "cut.pth"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:90])
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "bomb.pth": "could run code",
+        "zipped.pth": "could run code",
+        "cut.safetensors": "cannot read weights",
+        "cut.pth": "cannot read weights|could run code",
+        "list.pth": "no state dict",
+        "shards": r"shards that are not there: gone\.safetensors",
+        "empty": r"looked for model\.safetensors",
+        "nothing": "no weights at",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            open_tensors(tmp_path / name)
+
+
+def test_names_of_the_hub_need_the_network(tmp_path):
+    assert resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match="no file or folder"):
+        resolve(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="facebook/opt-125m here, and the Hugging Face Hub does not give it"):
+        resolve("facebook/opt-125m")
