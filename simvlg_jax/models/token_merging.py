@@ -6,6 +6,7 @@ method. A merge is one integer per input token, the slot it lands in, so that me
 patches and counting token sizes are the same operation on different arrays.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -37,6 +38,27 @@ def merge_schedule(num_layers: int, r: int | Sequence[int] | Mapping[str, float]
     if len(schedule) != num_layers or min(schedule, default=0) < 0:
         raise ValueError(f"merge schedule {r!r} does not fit {num_layers} layers of non-negative counts")
     return tuple(schedule)
+
+
+def schedule_down_to(num_layers: int, num_tokens: int, wanted: int) -> tuple[int, ...]:
+    """Tokens to remove in each layer so that `wanted` of `num_tokens` are left, the same number in each if possible.
+
+    What does not divide is removed early; layers that cannot remove as many (half at most) remove what they can.
+
+    Raises:
+      ValueError: more than can be merged in so many layers, or fewer than one wanted.
+    """
+    for r in range(num_tokens):
+        counts = token_counts(num_tokens, [r] * num_layers)
+        if 0 < counts[-1] <= wanted <= num_tokens:
+            schedule = [before - after for before, after in itertools.pairwise(counts)]
+            full = [layer for layer, removed in enumerate(schedule) if removed == r]
+            surplus = wanted - counts[-1]
+            for layer in full[len(full) - surplus :]:
+                schedule[layer] -= 1
+            return tuple(schedule)
+    nearest = token_counts(num_tokens, [num_tokens] * num_layers)[-1]
+    raise ValueError(f"{num_tokens} tokens cannot become {wanted} in {num_layers} layers; {nearest} is the least")
 
 
 def mergeable(num_tokens: int, r: int) -> int:
@@ -90,7 +112,9 @@ def match(metric: jax.Array, r: int) -> jax.Array:
     return slots.at[:, ::2].set(a_slots.astype(jnp.int32)).at[:, 1::2].set(b_slots.astype(jnp.int32))
 
 
-def merge(tokens: jax.Array, slots: jax.Array, num_slots: int, reduce: str = "mean") -> jax.Array:
+def merge(
+    tokens: jax.Array, slots: jax.Array, num_slots: int, reduce: str = "mean", sizes: jax.Array | None = None
+) -> jax.Array:
     """Reduces tokens (B, T, D) that share a slot of `match`: (B, num_slots, D), the dtype of `tokens`.
 
     Args:
@@ -98,15 +122,23 @@ def merge(tokens: jax.Array, slots: jax.Array, num_slots: int, reduce: str = "me
       slots: (B, T) int32, every slot used at least once.
       num_slots: T - r'.
       reduce: "mean" (published), "sum" or "amax".
+      sizes: optional (B, T), how much each token counts in the mean (ToMe: how many patches it is made of).
     """
     if reduce == "amax":
         return jax.vmap(lambda x, slot: jax.ops.segment_max(x, slot, num_slots))(tokens, slots)
-    one_hot = jax.nn.one_hot(slots, num_slots, dtype=tokens.dtype)  # (B, T, S)
+    weights = jax.nn.one_hot(slots, num_slots, dtype=jnp.float32 if sizes is not None else tokens.dtype)  # (B, T, S)
+    if sizes is not None:
+        weights = weights * sizes[..., None]
     # "highest": the sum must not lose bits where the default matmul precision is lower than the tokens' own.
-    total = jnp.einsum("BTS,BTD->BSD", one_hot, tokens, precision="highest", preferred_element_type=jnp.float32)
+    total = jnp.einsum("BTS,BTD->BSD", weights, tokens, precision="highest", preferred_element_type=jnp.float32)
     if reduce == "mean":
-        total = total / jnp.sum(one_hot, 1, dtype=jnp.float32)[..., None]
+        total = total / jnp.sum(weights, 1, dtype=jnp.float32)[..., None]
     return total.astype(tokens.dtype)
+
+
+def slot_sizes(source_map: jax.Array, num_slots: int) -> jax.Array:
+    """How many input tokens each of the slots of `source_map` (B, N) is made of: (B, num_slots) float32."""
+    return jax.nn.one_hot(source_map, num_slots, dtype=jnp.float32).sum(1)
 
 
 def compose(source_map: jax.Array, slots: jax.Array) -> jax.Array:

@@ -16,10 +16,12 @@ class TomeFormerOutput:
     Attributes:
       tokens: (B, N', D), the class token first.
       source_map: (B, N) int32, the output token that each input token became part of.
+      sizes: (B, N') float32, how many input tokens each output token is made of.
     """
 
     tokens: jax.Array
     source_map: jax.Array
+    sizes: jax.Array
 
 
 class TomeFormer(nn.Module):
@@ -32,6 +34,8 @@ class TomeFormer(nn.Module):
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
       merges: tokens to remove in each layer, from `token_merging.merge_schedule`.
       dropout: rate at BERT's usual places.
+      weighted_mean, proportional_attention: ToMe's ways of accounting for sizes, which SimVLG leaves out; see
+        `bert.BertLayer`.
     """
 
     width: int
@@ -39,6 +43,8 @@ class TomeFormer(nn.Module):
     num_heads: int
     merges: tuple[int, ...]
     dropout: float = 0.1
+    weighted_mean: bool = False
+    proportional_attention: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -47,9 +53,17 @@ class TomeFormer(nn.Module):
         source_map = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x.astype(self.dtype), deterministic)
         for i, r in enumerate(self.merges):
-            layer = bert.BertLayer(self.num_heads, r, self.dropout, dtype=self.dtype, name=f"layer_{i}")
-            out = layer(x, deterministic=deterministic)
+            layer = bert.BertLayer(
+                self.num_heads,
+                r,
+                self.dropout,
+                self.weighted_mean,
+                self.proportional_attention,
+                dtype=self.dtype,
+                name=f"layer_{i}",
+            )
+            out = layer(x, deterministic=deterministic, sizes=token_merging.slot_sizes(source_map, x.shape[1]))
             x = out.tokens
             if out.slots is not None:
                 source_map = token_merging.compose(source_map, out.slots)
-        return TomeFormerOutput(x, source_map)
+        return TomeFormerOutput(x, source_map, token_merging.slot_sizes(source_map, x.shape[1]))

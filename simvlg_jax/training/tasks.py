@@ -21,7 +21,7 @@ from simvlg_jax.models.contrastive import ContrastiveViT
 from simvlg_jax.models.llama import LLAMA_SIZES, Llama
 from simvlg_jax.models.opt import OPT_SIZES, Opt
 from simvlg_jax.models.simvlg import SimVLG
-from simvlg_jax.models.token_merging import merge_schedule
+from simvlg_jax.models.token_merging import merge_schedule, schedule_down_to
 from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
 from simvlg_jax.training import partition, pretrained
@@ -88,20 +88,40 @@ def build_llm(config: ConfigDict) -> Llama | Opt:
     return Llama(**size, **options)
 
 
+def build_connector(config: ConfigDict, num_tokens: int) -> TomeFormer:
+    """The TomeFormer for `num_tokens` visual tokens, with the schedule that the config asks for."""
+    connector = config.connector
+    size = row(BERT_SIZES, "connector.size", connector.size)
+    if connector.r and connector.tokens:
+        raise UserError("connector.r and connector.tokens are two ways to say one thing: set one of them to 0", 2)
+    try:
+        if connector.tokens:
+            merges = schedule_down_to(size["depth"], num_tokens, connector.tokens)
+        elif connector.r:
+            ramp = {"r": connector.r, "inflect": connector.inflect} if connector.inflect else connector.r
+            merges = merge_schedule(size["depth"], ramp)
+        else:
+            merges = merge_schedule(size["depth"], tuple(connector.merges))
+    except ValueError as error:
+        raise UserError(f"connector.{'tokens' if connector.tokens else 'merges'}: {error}", 2) from error
+    return TomeFormer(
+        **size,
+        merges=merges,
+        dropout=connector.dropout,
+        weighted_mean=connector.weighted_mean,
+        proportional_attention=connector.proportional_attention,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
 def build_model(config: ConfigDict) -> SimVLG:
     """SimVLG in the sizes of a config."""
-    dtype = jnp.dtype(config.dtype)
-    size = row(BERT_SIZES, "connector.size", config.connector.size)
-    try:
-        merges = merge_schedule(size["depth"], tuple(config.connector.merges))
-    except ValueError as error:
-        raise UserError(f"connector.merges: {error}", 2) from error
-    connector = TomeFormer(**size, merges=merges, dropout=config.connector.dropout, dtype=dtype)
+    vit = build_vit(config)
     return SimVLG(
-        build_vit(config),
-        connector,
+        vit,
+        build_connector(config, vit.num_tokens),
         build_llm(config),
-        dtype,
+        jnp.dtype(config.dtype),
         start_first=config.llm.start_first,
         vit_grad=config.vit.train or config.vit.temporal,
     )
