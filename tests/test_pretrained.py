@@ -143,10 +143,8 @@ def test_converted_once_is_the_same(folders, tmp_path, capsys):
     with with_arguments(arguments):
         from_torch.main()
     printed = capsys.readouterr().out.split()
-    assert printed == [
-        f"--config.llm.weights={tmp_path / 'llm.safetensors'}",
-        f"--config.llm.tokenizer={folders['opt']}",
-    ]
+    wanted = {"weights": tmp_path / "llm.safetensors", "tokenizer": folders["opt"]}
+    assert printed == [f"--config.llm.{key}={value}" for key, value in wanted.items()]
     direct = task_of(*overrides)
     converted = task_of("llm.size=opt_tiny", *[flag.removeprefix("--config.") for flag in printed])
     trees = [task.load_pretrained(abstract(task))["llm"] for task in (direct, converted)]

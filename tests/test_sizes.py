@@ -18,10 +18,10 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("eva_g", 985_894_528), ("clip_l", 290_581_504), ("small_64px", 1_222_016), ("tiny_32px", 23_776)],
-)
+VITS = {"eva_g": 985_894_528, "clip_l": 290_581_504, "small_64px": 1_222_016, "tiny_32px": 23_776}
+
+
+@pytest.mark.parametrize(("name", "parameters"), VITS.items())
 def test_vit_sizes(name, parameters):
     vit = ViT(**VIT_SIZES[name])
     image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
