@@ -19,7 +19,7 @@ from simvlg_jax.models.llama import LLAMA_SIZES, Llama
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[dict, dict]:
     size, params = gguf.load_llama(gguf.smollm2_path())
-    return size, jax.device_put(params)
+    return size, jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, params))
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_vicuna_starts_with_its_end_and_gains_a_pad_row(folders, monkeypatch):
     tensors = state(folders["vicuna_model"])
     np.testing.assert_array_equal(loaded["embedding"][:64], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(loaded["lm_head"][:, :64], tensors["lm_head.weight"].T)
-    assert not loaded["embedding"][64].any() and not loaded["lm_head"][:, 64].any()
+    assert not np.any(loaded["embedding"][64]) and not np.any(loaded["lm_head"][:, 64])
     assert task.text_encoder("w1")[0] == [2, 5, 2] and task.text_encoder.pad_id == 64
 
 

@@ -170,7 +170,8 @@ def test_bert_without_merging_equals_transformers(tmp_path, old_names):
     x = np.random.default_rng(0).normal(size=(2, 9, 24)).astype(np.float32)
     with torch.no_grad():
         theirs = model(inputs_embeds=torch.from_numpy(x), output_hidden_states=True).hidden_states[2].numpy()
-    ours = TomeFormer(24, 2, 3, (0, 0)).apply({"params": bert.load_bert(tmp_path, 2, 3, words=False)}, x)
+    params = jax.tree.map(np.asarray, bert.load_bert(tmp_path, 2, 3, words=False))
+    ours = TomeFormer(24, 2, 3, (0, 0)).apply({"params": params}, x)
     assert close(ours.tokens, theirs)
 
 
@@ -209,14 +210,14 @@ def save_torch(tensors, path):
 def test_every_kind_of_file_gives_the_same_tensors(tmp_path, name, write):
     write(tmp_path / name)
     found = open_tensors(tmp_path / name)
-    assert {n: e.shape for n, e in found.entries.items()} == {n: x.shape for n, x in TENSORS.items()}
-    assert all(np.array_equal(found[n], x) and found[n].dtype == x.dtype for n, x in TENSORS.items())
+    assert {n: (x.shape, x.dtype) for n, x in found.items()} == {n: (x.shape, x.dtype) for n, x in TENSORS.items()}
+    assert all(np.array_equal(found[n], x) for n, x in TENSORS.items())
 
 
 def test_bfloat16_keeps_its_bits(tmp_path):
     torch.save({"a": torch.tensor([1.0, -2.5]).bfloat16()}, tmp_path / "x.pth")
     tensor = open_tensors(tmp_path / "x.pth")["a"]
-    assert tensor.dtype == "bfloat16" and tensor.astype(np.float32).tolist() == [1.0, -2.5]
+    assert tensor.dtype == "bfloat16" and tensor.astype(np.float32).read().tolist() == [1.0, -2.5]
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path):

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from simvlg_jax.convert import hf_llama
+from simvlg_jax.convert.lazy import Lazy
 from simvlg_jax.errors import UserError
 
 INSTALL = "run `pip install --no-deps -r requirements-example.txt`"
@@ -92,7 +93,7 @@ def load_llama(path: str | Path, dtype: DTypeLike = np.float32) -> tuple[dict, d
     """Sizes and weights of a LLaMA-architecture GGUF file of any quantisation that `gguf` knows.
 
     Returns:
-      (fields for `Llama(**size)`, its scanned parameters as host arrays of `dtype`).
+      (fields for `Llama(**size)`, its scanned parameters as lazy arrays of `dtype`).
 
     Raises:
       UserError: unreadable file, another architecture, tensors missing or not known.
@@ -107,10 +108,14 @@ def load_llama(path: str | Path, dtype: DTypeLike = np.float32) -> tuple[dict, d
     num_kv_heads = _field(reader, path, "llama.attention.head_count_kv")
     tensors = {}
     for tensor in reader.tensors:
-        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype, copy=False)
-        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight = _half_split(weight, num_heads if "attn_q" in tensor.name else num_kv_heads)
-        tensors[_hf_name(tensor.name)] = weight
+        heads = {"attn_q.weight": num_heads, "attn_k.weight": num_kv_heads}.get(tensor.name.split(".", 2)[-1])
+
+        def read(tensor: gguf.ReaderTensor = tensor, heads: int | None = heads) -> np.ndarray:
+            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype, copy=False)
+            return _half_split(weight, heads) if heads else weight
+
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensors[_hf_name(tensor.name)] = Lazy(shape, dtype, read)
     try:
         params = hf_llama.from_hf(tensors, num_heads)
     except UserError as error:

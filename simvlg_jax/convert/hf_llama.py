@@ -44,24 +44,28 @@ def from_hf(tensors: Mapping[str, np.ndarray], num_heads: int, prefix: str = "")
     if depth == 0:
         raise UserError(f"no LLaMA layers here: no name starts with {start!r}")
     tied = prefix + HEAD.torch not in tensors
-    params = stacking.stack_layers(weight_map.from_torch(rows(depth, tied, prefix), tensors, num_heads))
-    blocks = params["blocks"]
-    head_dim = blocks["query"]["kernel"].shape[-1] // num_heads
-    for name in ("query", "key", "value"):
-        kernel = blocks[name]["kernel"]  # (L, D, N H)
-        blocks[name]["kernel"] = kernel.reshape(*kernel.shape[:2], -1, head_dim)
-    kernel = blocks["out"]["kernel"]  # (L, N H, D)
-    blocks["out"]["kernel"] = kernel.reshape(depth, -1, head_dim, kernel.shape[-1])
-    return params
+    params = weight_map.from_torch(rows(depth, tied, prefix), tensors, num_heads)
+    head_dim = params["blocks_0"]["query"]["kernel"].shape[-1] // num_heads
+    for i in range(depth):
+        block = params[f"blocks_{i}"]
+        for name in ("query", "key", "value"):
+            kernel = block[name]["kernel"]  # (D, N H)
+            block[name]["kernel"] = kernel.reshape(kernel.shape[0], -1, head_dim)
+        kernel = block["out"]["kernel"]  # (N H, D)
+        block["out"]["kernel"] = kernel.reshape(-1, head_dim, kernel.shape[-1])
+    return stacking.stack_layers(params)
 
 
 def to_hf(params: Mapping, prefix: str = "") -> Tensors:
     """The inverse of `from_hf`: arrays by Hugging Face name."""
-    blocks = dict(params["blocks"])
-    for name in ("query", "key", "value"):
-        kernel = blocks[name]["kernel"]  # (L, D, N, H)
-        blocks[name] = {"kernel": kernel.reshape(*kernel.shape[:2], -1)}
-    kernel = blocks["out"]["kernel"]  # (L, N, H, D)
-    blocks["out"] = {"kernel": kernel.reshape(kernel.shape[0], -1, kernel.shape[-1])}
-    table = rows(kernel.shape[0], "lm_head" not in params, prefix)
-    return weight_map.to_torch(table, stacking.unstack_layers({**params, "blocks": blocks}))
+    unrolled = stacking.unstack_layers(dict(params))
+    depth = sum(name.startswith("blocks_") for name in unrolled)
+    for i in range(depth):
+        block = dict(unrolled[f"blocks_{i}"])
+        for name in ("query", "key", "value"):
+            kernel = block[name]["kernel"]  # (D, N, H)
+            block[name] = {"kernel": kernel.reshape(kernel.shape[0], -1)}
+        kernel = block["out"]["kernel"]  # (N, H, D)
+        block["out"] = {"kernel": kernel.reshape(-1, kernel.shape[-1])}
+        unrolled[f"blocks_{i}"] = block
+    return weight_map.to_torch(rows(depth, "lm_head" not in params, prefix), unrolled)

@@ -3,13 +3,19 @@
 import jax
 import numpy as np
 
+from simvlg_jax.convert.lazy import Lazy, LazyStack
+
 
 def stack_layers(params: dict, name: str = "blocks") -> dict:
-    """Replaces "NAME_0", "NAME_1", ... by one "NAME" whose arrays gain a leading layer axis; host arrays."""
+    """Replaces "NAME_0", "NAME_1", ... by one "NAME" whose arrays gain a leading layer axis; host or lazy arrays."""
     depth = sum(key.startswith(f"{name}_") for key in params)
     layers = [params[f"{name}_{i}"] for i in range(depth)]
     rest = {key: value for key, value in params.items() if not key.startswith(f"{name}_")}
-    return {**rest, name: jax.tree.map(lambda *arrays: np.stack(arrays), *layers)}
+    return {**rest, name: jax.tree.map(_stack, *layers)}
+
+
+def _stack(*arrays: np.ndarray | Lazy) -> np.ndarray | LazyStack:
+    return LazyStack(arrays) if isinstance(arrays[0], Lazy) else np.stack(arrays)
 
 
 def unstack_layers(params: dict, name: str = "blocks") -> dict:

@@ -1,17 +1,16 @@
-"""Tensors of published weights by name, each read from disk only when it is asked for."""
+"""Tensors of published weights by name; shapes and dtypes are known, each is read from disk only when it is used."""
 
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from simvlg_jax.convert.lazy import Lazy
 from simvlg_jax.errors import UserError
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -19,30 +18,6 @@ PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")  # of what a
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-
-
-class Entry(NamedTuple):
-    """One tensor: its shape, its dtype, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
-class TensorFiles(Mapping[str, np.ndarray]):
-    """name -> array; names, shapes and dtypes are known without reading, arrays are read anew each time."""
-
-    def __init__(self, entries: dict[str, Entry]):
-        self.entries = entries
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.entries[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
 
 def resolve(name: str) -> Path:
@@ -65,7 +40,7 @@ def resolve(name: str) -> Path:
         raise UserError(f"no folder {name} here, and the Hugging Face Hub does not give it: {reason}") from error
 
 
-def open_tensors(path: Path) -> TensorFiles:
+def open_tensors(path: Path) -> dict[str, Lazy]:
     """The tensors of a .safetensors, .bin, .pth or .pt file, or of a Hugging Face folder, sharded or not.
 
     A PyTorch file may hold its state dict under "model" or "state_dict". Nothing but tensors is read from one.
@@ -80,10 +55,10 @@ def open_tensors(path: Path) -> TensorFiles:
         raise UserError(f"no weights in {path}: looked for {', '.join(FILES)}")
     if not path.exists():
         raise UserError(f"no weights at {path}")
-    return TensorFiles(_safetensors(path) if path.suffix == ".safetensors" else _torch(path))
+    return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
 
 
-def _sharded(index: Path) -> TensorFiles:
+def _sharded(index: Path) -> dict[str, Lazy]:
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
@@ -91,19 +66,19 @@ def _sharded(index: Path) -> TensorFiles:
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise UserError(f"{index} names shards that are not there: {', '.join(missing)}; download them again")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Lazy] = {}
     for shard in shards:
-        entries |= open_tensors(index.parent / shard).entries
-    return TensorFiles(entries)
+        entries |= open_tensors(index.parent / shard)
+    return entries
 
 
-def _safetensors(path: Path) -> dict[str, Entry]:
-    def entry(name: str, header) -> Entry:
+def _safetensors(path: Path) -> dict[str, Lazy]:
+    def entry(name: str, header) -> Lazy:
         def read() -> np.ndarray:
             with safe_open(path, "np") as file:
                 return file.get_tensor(name)
 
-        return Entry(tuple(header.get_shape()), np.dtype(DTYPES[header.get_dtype()]), read)
+        return Lazy(tuple(header.get_shape()), np.dtype(DTYPES[header.get_dtype()]), read)
 
     try:
         with safe_open(path, "np") as file:
@@ -112,7 +87,7 @@ def _safetensors(path: Path) -> dict[str, Entry]:
         raise UserError(f"cannot read weights from {path}: {error}; download it again") from error
 
 
-def _torch(path: Path) -> dict[str, Entry]:
+def _torch(path: Path) -> dict[str, Lazy]:
     try:
         import torch
     except ImportError as error:
@@ -129,7 +104,7 @@ def _torch(path: Path) -> dict[str, Entry]:
     if not isinstance(state, dict) or not any(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{path} holds no state dict of tensors")
 
-    def entry(tensor: torch.Tensor) -> Entry:
+    def entry(tensor: torch.Tensor) -> Lazy:
         is_bfloat16 = tensor.dtype == torch.bfloat16
         dtype = ml_dtypes.bfloat16 if is_bfloat16 else torch.empty(0, dtype=tensor.dtype).numpy().dtype
 
@@ -138,6 +113,6 @@ def _torch(path: Path) -> dict[str, Entry]:
                 return tensor.contiguous().view(torch.int16).numpy().view(dtype)
             return tensor.numpy()
 
-        return Entry(tuple(tensor.shape), np.dtype(dtype), read)
+        return Lazy(tuple(tensor.shape), np.dtype(dtype), read)
 
     return {name: entry(x) for name, x in state.items() if isinstance(x, torch.Tensor)}

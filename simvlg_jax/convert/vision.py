@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simvlg_jax.convert import stacking, weight_map
+from simvlg_jax.convert import lazy, stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.errors import UserError
 
@@ -125,8 +125,8 @@ def unfused(name: str, tensor: np.ndarray, is_clip: bool) -> Tensors:
     if not match:
         return {name: tensor}
     form = "{}{}.weight" if match[2] == "weight" else "{}{}_bias"
-    parts = {form.format(match[1], letter): part for letter, part in zip("qkv", np.split(tensor, 3), strict=True)}
-    if not is_clip and parts.pop(f"{match[1]}k_bias", np.zeros(1)).any():  # BLIP-2 keeps zeros for it
+    parts = {form.format(match[1], letter): part for letter, part in zip("qkv", lazy.split(tensor, 3), strict=True)}
+    if not is_clip and np.any(parts.pop(f"{match[1]}k_bias", 0)):  # BLIP-2 keeps zeros for it
         raise UserError(f"{name} gives keys a bias, which this vision encoder (EVA) does not have")
     return parts
 
@@ -158,6 +158,7 @@ def resize_positions(position: np.ndarray, num_tokens: int, align_corners: bool)
     if old == new:
         return position
     weights = bicubic_weights(old, new, align_corners)  # (new, old)
+    position = np.asarray(position)
     grid = position[0, 1:].astype(np.float32).reshape(old, old, -1)
     grid = np.einsum("io,jp,opd->ijd", weights, weights, grid).reshape(1, new * new, -1)
     return np.concatenate([position[:, :1], grid.astype(position.dtype)], 1)

@@ -94,7 +94,7 @@ def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads
             f"  missing in the file ({len(missing)}): {', '.join(missing) or 'none'}\n"
             f"  not known to the model ({len(extra)}): {', '.join(extra) or 'none'}"
         )
-    flat = {row.ours: LAYOUTS[row.layout][0](np.asarray(tensors[row.torch]), num_heads) for row in rows}
+    flat = {row.ours: LAYOUTS[row.layout][0](tensors[row.torch], num_heads) for row in rows}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

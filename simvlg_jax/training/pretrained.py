@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -56,9 +55,9 @@ def load_llm(name: str, model: Llama | Opt) -> dict:
         params = own_tree(tensors) or read(tensors, model.num_heads)
     missing = model.vocab_size - len(params["embedding"])
     if missing == 1:
-        params["embedding"] = np.pad(params["embedding"], [(0, 1), (0, 0)])
+        params["embedding"] = params["embedding"].apply(lambda x: np.pad(x, [(0, 1), (0, 0)]))
         if "lm_head" in params:
-            params["lm_head"] = np.pad(params["lm_head"], [(0, 0), (0, 1)])
+            params["lm_head"] = params["lm_head"].apply(lambda x: np.pad(x, [(0, 0), (0, 1)]))
     return params if model.scan else stacking.unstack_layers(params)
 
 
@@ -68,7 +67,7 @@ def load_published(name: str, model: SimVLG) -> dict:
     for module in ("vit", "llm"):
         if module in params and not getattr(model, module).scan:
             params[module] = stacking.unstack_layers(params[module])
-    return jax.tree.map(np.asarray, params)
+    return params
 
 
 class TokenIds(NamedTuple):

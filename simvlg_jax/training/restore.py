@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax import weights
+from simvlg_jax.convert import lazy
 from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
@@ -68,5 +69,5 @@ def read_export(config: ConfigDict, path: Path) -> Run:
     check_shapes({name: loaded.get(name, {}) for name in {**abstract, **loaded}}, abstract)
     dtype = jnp.dtype(config.frozen_dtype)
     shardings = meshes.param_shardings(boxed, mesh)
-    params = jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype), s), loaded, shardings)
+    params = jax.tree.map(lambda x, s: lazy.put(x.astype(dtype), s), loaded, shardings)
     return Run(task, params, mesh, int(weights.read_metadata(path).get("step", 0)))

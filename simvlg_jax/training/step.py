@@ -10,6 +10,7 @@ import optax
 from flax import struct, traverse_util
 from jax.sharding import Mesh
 
+from simvlg_jax.convert import lazy
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
 from simvlg_jax.training.tasks import Task
@@ -132,7 +133,7 @@ def init_params(task: Task, mesh: Mesh, key: jax.Array, frozen_dtype: jnp.dtype)
     def cast(path: tuple[str, ...], x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32 if task.is_trained(path) else frozen_dtype)
 
-    params = {path: jax.device_put(cast(path, x), places[path]) for path, x in loaded.items()}
+    params = {path: lazy.put(cast(path, x), places[path]) for path, x in loaded.items()}
     if missing:
 
         def init_missing(key: jax.Array) -> dict:

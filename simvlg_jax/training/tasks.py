@@ -38,7 +38,7 @@ class Task:
       is_trained: whether the parameter at a path, ("connector", "layer_0", ...), is trained; else it is frozen.
       init: key -> parameters, boxed with their logical axes.
       losses: (params, batch, dropout key or None) -> `Losses`.
-      load_pretrained: abstract parameters -> {top-level name: host arrays} of those with named weights.
+      load_pretrained: abstract parameters -> {top-level name: lazy or host arrays} of those with named weights.
       text_encoder: caption -> token ids and targets.
       image_size: side of the pictures, pixels.
       sources: top-level name -> where its frozen weights come from, in words.

@@ -1,0 +1,115 @@
+"""Arrays that are read only when they are put somewhere, so that a model bigger than the host's memory can be loaded.
+
+A `Lazy` knows its shape and dtype, and can be reshaped, transposed, cut and cast before it is read. A `LazyStack` is
+one array of several, layer upon layer, that never stands whole in host memory: `put` fills it on the devices.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+
+class Lazy:
+    """A numpy array to be: `read` gives it, each time anew."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+
+    def apply(self, function: Callable[[np.ndarray], np.ndarray]) -> "Lazy":
+        """`function` of it, still unread; its shape is learnt from an array that takes no memory."""
+        outline = function(np.broadcast_to(np.zeros((), self.dtype), self.shape))
+        return Lazy(outline.shape, outline.dtype, lambda: function(self.read()))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def T(self) -> "Lazy":
+        return self.apply(lambda x: x.T)
+
+    def reshape(self, *shape: int) -> "Lazy":
+        return self.apply(lambda x: x.reshape(*shape))
+
+    def transpose(self, *axes: int) -> "Lazy":
+        return self.apply(lambda x: x.transpose(*axes))
+
+    def astype(self, dtype: DTypeLike) -> "Lazy":
+        return Lazy(self.shape, dtype, lambda: self.read().astype(dtype))
+
+    def __getitem__(self, index) -> "Lazy":
+        return self.apply(lambda x: x[index])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+class LazyStack:
+    """(L, ...): L arrays of one shape, each `Lazy` or not."""
+
+    def __init__(self, layers: Sequence):
+        self.layers = list(layers)
+        self.shape, self.dtype = (len(self.layers), *self.layers[0].shape), np.dtype(self.layers[0].dtype)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def astype(self, dtype: DTypeLike) -> "LazyStack":
+        return LazyStack([layer.astype(dtype) for layer in self.layers])
+
+    def __getitem__(self, index: int):
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(np.stack([np.asarray(layer) for layer in self.layers]), dtype)
+
+
+def split(x, parts: int) -> list:
+    """Equal parts along the first axis, of any kind of array."""
+    size = x.shape[0] // parts
+    return [x[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def put(x, sharding: NamedSharding) -> jax.Array:
+    """Any kind of array onto its devices; of a stack, one layer at a time is in host memory."""
+    if not isinstance(x, LazyStack):
+        return jax.device_put(np.asarray(x) if isinstance(x, Lazy) else x, sharding)
+    first, *rest = sharding.spec or (None,)
+    if first is not None:
+        return jax.device_put(np.asarray(x), sharding)  # the layers themselves are split over devices
+    layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*rest))
+    zeros, write = _stack_writer(x.shape, x.dtype, sharding)
+    stack = zeros()
+    for index, layer in enumerate(x.layers):
+        stack = write(stack, jax.device_put(np.asarray(layer), layer_sharding), index)
+        jax.block_until_ready(stack)  # else the host would run ahead and hold several layers
+    return stack
+
+
+@functools.lru_cache(maxsize=64)
+def _stack_writer(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> tuple[Callable, Callable]:
+    def write(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    return zeros, jax.jit(write, donate_argnums=0, out_shardings=sharding)
