@@ -32,8 +32,8 @@ def get_config(mode: str = "") -> ConfigDict:
     config.data.flip = False  # names speak of left and right
     config.data.length_window = 8
     config.train.batch_size = 16
-    config.train.steps = 1000
-    config.train.eval_every = 250
+    config.train.steps = 2500
+    config.train.eval_every = 500
     config.train.save_every = 100
     config.optimizer.lr = 3e-4
     config.optimizer.min_lr = 1e-5
@@ -44,7 +44,6 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.lr_multipliers.llm_proj = 10.0
     config.optimizer.clip_norm = 1.0  # batches this small have outliers
     config.evaluate.max_new_tokens = 20
-    config.evaluate.max_examples = 96
     if mode == "vit":
         config.task = "contrastive"
         config.vit.weights = ""
@@ -56,7 +55,6 @@ def get_config(mode: str = "") -> ConfigDict:
         config.optimizer.lr = 1e-3
         config.optimizer.clip_norm = 0.0
         config.optimizer.warmup_steps = 50
-        config.evaluate.max_examples = 0
     elif mode:
         raise ValueError(f"configs/openmoji.py knows 'vit', not {mode!r}")
     return config.lock()

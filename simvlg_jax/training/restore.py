@@ -59,7 +59,7 @@ def read_export(config: ConfigDict, path: Path) -> Run:
       UserError: a file that is damaged or of another architecture.
     """
     with config.unlocked():
-        config.vit.weights = config.connector.weights = ""  # both are in the file
+        config.vit.weights = config.connector.weights = config.train.init_from = ""  # all in the file
         config.vit.scan = True
     mesh = meshes.make_mesh(config.mesh)
     task = build_task(config)
