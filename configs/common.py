@@ -45,8 +45,10 @@ def get_config() -> ConfigDict:
     config.llm.start_is_target = False  # OPT as published: True; LLaMA: False
     config.llm.max_text_tokens = 32  # start token included; longer captions are cut and lose their end
 
-    config.sentence_encoder = ConfigDict()  # contrastive task only
-    config.sentence_encoder.weights = "minilm"  # "minilm", or "" for a small random one
+    config.sentence_encoder = ConfigDict()  # of the contrastive task, and of the captioning task's train.beta
+    config.sentence_encoder.size = "minilm_l6"  # a row of models.bert.BERT_SIZES; published: "base"
+    config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or hub name, "" for a small random one
+    config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
 
     config.data = ConfigDict()
     config.data.name = "openmoji"  # "openmoji", "folder" or "synthetic"
@@ -64,6 +66,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 32  # global, over all devices
     config.train.init_from = ""  # a published SimVLG/EVLGen checkpoint to start from instead of the connector's weights
     config.train.accumulate = 1  # micro-batches per optimizer step; equal to one batch of their sum
+    config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
     config.train.log_every = 10

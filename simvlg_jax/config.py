@@ -80,6 +80,7 @@ def check(config: ConfigDict) -> None:
     one_of("dtype", "float32", "bfloat16")
     one_of("frozen_dtype", "float32", "bfloat16")
     one_of("optimizer.schedule", "cosine", "staircase")
+    one_of("sentence_encoder.pooling", "mean", "pooler")
     one_of("data.name", "openmoji", "folder", "synthetic")
     for key in ("train.batch_size", "train.accumulate", "train.steps", "train.log_every", "evaluate.batch_size"):
         if flat_keys(config)[key] < 1:

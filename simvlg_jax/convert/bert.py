@@ -37,7 +37,7 @@ def encoder_rows(depth: int, prefix: str = "") -> list[Row]:
     ]
 
 
-def load_bert(path: Path, depth: int, num_heads: int, words: bool) -> dict:
+def load_bert(path: Path, depth: int, num_heads: int, words: bool, pooler: bool = False) -> dict:
     """A BERT from anything `open_tensors` opens, as our nested float32 tree.
 
     Of a deeper BERT the first `depth` layers are used. Names with "bert." before them and the old names of
@@ -45,6 +45,7 @@ def load_bert(path: Path, depth: int, num_heads: int, words: bool) -> dict:
 
     Args:
       words: include the word embeddings.
+      pooler: include the layer on the class token.
 
     Raises:
       UserError: a file that cannot be read; names missing or left over.
@@ -57,6 +58,8 @@ def load_bert(path: Path, depth: int, num_heads: int, words: bool) -> dict:
     table = encoder_rows(depth)
     if words:
         table = [*table, Row("word", "embeddings.word_embeddings.weight")]
+    if pooler:
+        table = [*table, *weight_map.linear("pooler", "pooler.dense")]
     deeper = [n for n in names if n.startswith("encoder.layer.") and int(n.split(".")[2]) >= depth]
     ignore = ["embeddings.position_ids", "embeddings.word_embeddings.", "pooler.", "cls.", *deeper]
     params = weight_map.from_torch(table, weight_map.View(tensors, names), num_heads, ignore)

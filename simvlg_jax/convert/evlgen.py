@@ -15,6 +15,11 @@ TEMPORAL = [
     *weight_map.linear("blocks_{i}/temporal_merge/key", "blocks.{i}.temporal_merge.key"),
     *weight_map.linear("blocks_{i}/temporal_merge/query", "blocks.{i}.temporal_merge.query"),
 ]
+CONTRAST = [  # of checkpoints trained with beta > 0
+    *weight_map.linear("vision_proj", "vision_proj"),
+    *weight_map.linear("text_proj", "text_proj"),
+    Row("temperature", "temp"),
+]
 VISION, CONNECTOR = "visual_encoder.", "VLconnector."
 # The published code saves what `named_parameters` calls trained and what it does not name: tied heads, buffers.
 LEFTOVERS = ("lm_head.weight", "rotary_emb.inv_freq", "position_ids", "token_type_ids")
@@ -30,6 +35,7 @@ def projections(model: SimVLG) -> list[Row]:
         *weight_map.layer_norm("ln_vision", "ln_vision"),
         *weight_map.linear("vl_proj", "VL_proj"),
         *weight_map.linear("llm_proj", f"{family(model)}_proj"),
+        *(CONTRAST if model.sentence_encoder is not None else []),
     ]
 
 

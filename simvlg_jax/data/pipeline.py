@@ -76,11 +76,15 @@ class Augment:
     scale: tuple[float, float]
     flip: bool
     encode: TextEncoder
+    encode_sentence: TextEncoder | None = None
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         ids, targets = self.encode(record["caption"])
         image = transforms.augment(record["image"], self.size, self.scale, self.flip, rng)
-        return {"image": image, "ids": ids, "targets": targets, "skipped": record["skipped"]}
+        example = {"image": image, "ids": ids, "targets": targets, "skipped": record["skipped"]}
+        if self.encode_sentence is not None:
+            example["sentence"] = self.encode_sentence(record["caption"])[0]
+        return example
 
 
 def _pad(rows: Sequence[list[int]], length: int, value: int) -> np.ndarray:
@@ -91,10 +95,18 @@ def _pad(rows: Sequence[list[int]], length: int, value: int) -> np.ndarray:
     return padded
 
 
-def collate(examples: Sequence[dict[str, Any]], *, pad_id: int, multiple: int, max_tokens: int) -> Batch:
-    """Examples with "image", "ids", "targets" (and numbers) -> one batch.
+def collate(
+    examples: Sequence[dict[str, Any]],
+    *,
+    pad_id: int,
+    multiple: int,
+    max_tokens: int,
+    sentence_encoder: TextEncoder | None = None,
+) -> Batch:
+    """Examples with "image", "ids", "targets" (and numbers, and "sentence") -> one batch.
 
     Args:
+      sentence_encoder: gave the "sentence" ids, which become "sentence_ids" and "sentence_mask" of its max_tokens.
       multiple: L is the longest example's length rounded up to a multiple of this; 0 stands for L = max_tokens.
     """
     longest = max(len(example["ids"]) for example in examples)
@@ -106,6 +118,10 @@ def collate(examples: Sequence[dict[str, Any]], *, pad_id: int, multiple: int, m
         "mask": _pad([[1] * len(row) for row in ids], length, 0),
         "targets": _pad([example["targets"] for example in examples], length, IGNORE),
     }
+    if sentence_encoder is not None:
+        sentences, length = [example["sentence"] for example in examples], sentence_encoder.max_tokens
+        batch["sentence_ids"] = _pad(sentences, length, sentence_encoder.pad_id)
+        batch["sentence_mask"] = _pad([[1] * len(row) for row in sentences], length, 0)
     if "skipped" in examples[0]:
         batch["skipped"] = np.array([example["skipped"] for example in examples], np.int32)
     return batch
@@ -156,6 +172,7 @@ def make_train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     skipped: Skipped | None = None,
+    sentence_encoder: TextEncoder | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process.
 
@@ -167,13 +184,14 @@ def make_train_iterator(
       data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
       batch_size: of all processes together.
       skipped: counts the unreadable pictures, if given.
+      sentence_encoder: adds the captions as "sentence_ids" and "sentence_mask", if given.
     """
     local = _local_size(batch_size, process_count)
     if len(source) < batch_size:
         raise UserError(
             f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
         )
-    augment = Augment(image_size, tuple(data_config.crop_scale), bool(data_config.flip), text_encoder)
+    augment = Augment(image_size, tuple(data_config.crop_scale), bool(data_config.flip), text_encoder, sentence_encoder)
     # Grain numbers the examples of each process from 0, so processes need seeds of their own to augment differently.
     augment_seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
     collate_fn = functools.partial(
@@ -181,6 +199,7 @@ def make_train_iterator(
         pad_id=text_encoder.pad_id,
         multiple=data_config.pad_multiple if process_count == 1 else 0,
         max_tokens=text_encoder.max_tokens,
+        sentence_encoder=sentence_encoder,
     )
     window = data_config.length_window if process_count == 1 and data_config.pad_multiple else 1
     dataset = (

@@ -43,12 +43,22 @@ class ContrastiveViT(nn.Module):
 
     def contrastive_losses(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """((B,) mean of the picture->text and text->picture cross-entropies in nats, (B,) weights of one)."""
-        picture, text = self(images, ids, mask)
-        temperature = jnp.clip(jnp.exp(self.log_temperature), 0.001, 0.5)
-        similarity = jnp.einsum("IS,JS->IJ", picture, text, precision="highest") / temperature
-        targets = optax.smooth_labels(jnp.eye(similarity.shape[0]), 0.1)
-        losses = optax.softmax_cross_entropy(similarity, targets) + optax.softmax_cross_entropy(similarity.T, targets)
-        return losses / 2, jnp.ones_like(losses)
+        losses = matching_losses(*self(images, ids, mask), jnp.exp(self.log_temperature))
+        return losses, jnp.ones_like(losses)
+
+
+def matching_losses(picture: jax.Array, text: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Which text belongs to which picture, and the reverse: the mean of both cross-entropies of each row, (B,) nats.
+
+    Args:
+      picture, text: (B, S) unit vectors, row i of the one belonging to row i of the other. B is the global batch.
+      temperature: () divides the similarities; held within 0.001 and 0.5, as published.
+    """
+    temperature = jnp.clip(temperature, 0.001, 0.5)
+    similarity = jnp.einsum("IS,JS->IJ", picture, text, precision="highest") / temperature
+    targets = optax.smooth_labels(jnp.eye(similarity.shape[0]), 0.1)
+    losses = optax.softmax_cross_entropy(similarity, targets) + optax.softmax_cross_entropy(similarity.T, targets)
+    return losses / 2
 
 
 def unit(x: jax.Array) -> jax.Array:

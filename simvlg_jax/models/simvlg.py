@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import layers, vit
+from simvlg_jax.models import contrastive, layers, vit
 
 
 @struct.dataclass
@@ -36,8 +36,13 @@ class SimVLGOutput:
     hidden: jax.Array
 
 
+CONTRAST_WIDTH = 256  # of the space that pictures and sentences are compared in
+
+
 class SimVLG(nn.Module):
     """The whole captioner. Parameters: vit, ln_vision, vl_proj, connector, llm_proj, llm.
+
+    With a sentence encoder also sentence_encoder, vision_proj, text_proj, temperature: the auxiliary contrastive loss.
 
     Attributes:
       vit: a `ViT`.
@@ -46,6 +51,8 @@ class SimVLG(nn.Module):
       dtype: compute dtype of the projections.
       start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
         published ([prefix; start; text]).
+      sentence_encoder: a `SentenceEncoder` whose embeddings of captions the connector's class token is held against, or
+        None (published recipes).
       vit_grad: let gradients into the ViT (for training it jointly, or video's temporal merging inside it).
     """
 
@@ -55,11 +62,16 @@ class SimVLG(nn.Module):
     dtype: DTypeLike = jnp.float32
     start_first: bool = False
     vit_grad: bool = False
+    sentence_encoder: nn.Module | None = None
 
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
         self.vl_proj = layers.Linear(self.connector.width, ("mlp", "embed"), dtype=self.dtype)
         self.llm_proj = layers.Linear(self.llm.width, ("embed", "mlp"), dtype=self.dtype)
+        if self.sentence_encoder is not None:
+            self.vision_proj = layers.Linear(CONTRAST_WIDTH, ("embed", "mlp"), dtype=self.dtype)
+            self.text_proj = layers.Linear(CONTRAST_WIDTH, ("embed", "mlp"), dtype=self.dtype)
+            self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
 
     def encode_image(self, images: jax.Array, deterministic: bool = True) -> VisualOutput:
         """images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or already normalised floats."""
@@ -106,10 +118,40 @@ class SimVLG(nn.Module):
         Returns:
           ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32).
         """
-        hidden = self(images, ids, mask, deterministic).hidden
+        return self.next_token_losses(self(images, ids, mask, deterministic).hidden, ids, targets)
+
+    def next_token_losses(self, hidden: jax.Array, ids: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`caption_losses` from the language model's states (B, P + L, E)."""
         # Text token i is predicted from the position before it, the first one from the last prefix token.
         logits = self.llm.logits(hidden[:, -ids.shape[1] - 1 : -1])  # (B, L, V)
         wanted = (targets >= 0).astype(jnp.float32)
         log_probs = jax.nn.log_softmax(logits, -1)
         picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]  # (B, L)
         return -jnp.sum(picked * wanted, 1), jnp.sum(wanted, 1)
+
+    def joint_losses(
+        self,
+        images: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        targets: jax.Array,
+        sentence_ids: jax.Array,
+        sentence_mask: jax.Array,
+        beta: float,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`caption_losses` with beta times the contrastive loss (section 3.2) in them.
+
+        The sum of the first output over that of the second is the mean caption loss plus beta times the mean
+        contrastive loss over the batch.
+
+        Args:
+          sentence_ids, sentence_mask: (B, L') int32, the captions for the sentence encoder.
+        """
+        out = self(images, ids, mask, deterministic)
+        losses, counts = self.next_token_losses(out.hidden, ids, targets)
+        sentences = jax.lax.stop_gradient(self.sentence_encoder(sentence_ids, sentence_mask))
+        picture = contrastive.unit(self.vision_proj(out.visual.connector[:, 0]))
+        text = contrastive.unit(self.text_proj(sentences))
+        matching = contrastive.matching_losses(picture, text, self.temperature)
+        return losses + beta * matching * counts.mean(), counts

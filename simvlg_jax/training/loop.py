@@ -108,6 +108,7 @@ def make_iterator(config: ConfigDict, task: Task, skipped: pipeline.Skipped) -> 
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         skipped=skipped,
+        sentence_encoder=task.sentence_encoder,
     )
     if config.train.overfit_one_batch:
         first = next(iterator)

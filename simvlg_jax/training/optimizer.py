@@ -6,7 +6,7 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-NO_DECAY = ("bias", "scale", "log_temperature", "alpha")
+NO_DECAY = ("bias", "scale", "log_temperature", "temperature", "alpha")
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:

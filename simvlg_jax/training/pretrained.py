@@ -38,11 +38,22 @@ def load_vit(name: str, model: ViT) -> dict:
     return params if model.scan else stacking.unstack_layers(params)
 
 
-def load_bert(name: str, size_name: str, words: bool = False) -> dict:
-    """A BERT's parameters for the connector, or with its words for the sentence encoder."""
+def load_bert(name: str, size_name: str) -> dict:
+    """A BERT's parameters for the connector."""
     size = BERT_SIZES[size_name]
     path = bert.minilm_folder() if name == "minilm" else resolve(name)
-    return own_tree(open_tensors(path)) or bert.load_bert(path, size["depth"], size["num_heads"], words)
+    return own_tree(open_tensors(path)) or bert.load_bert(path, size["depth"], size["num_heads"], words=False)
+
+
+def load_sentence_encoder(sentence: ConfigDict) -> dict:
+    """The frozen sentence encoder's parameters, words included."""
+    name, size = sentence.weights, BERT_SIZES[sentence.size]
+    path = bert.minilm_folder() if name == "minilm" else resolve(name)
+    return bert.load_bert(path, size["depth"], size["num_heads"], words=True, pooler=sentence.pooling == "pooler")
+
+
+def load_sentence_tokenizer(name: str) -> Tokenizer:
+    return text.minilm_tokenizer() if name == "minilm" else load_hf_tokenizer(resolve(name)).backend_tokenizer
 
 
 def load_llm(name: str, model: Llama | Opt) -> dict:

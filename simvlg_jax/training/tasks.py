@@ -42,6 +42,7 @@ class Task:
       text_encoder: caption -> token ids and targets.
       image_size: side of the pictures, pixels.
       sources: top-level name -> where its frozen weights come from, in words.
+      sentence_encoder: caption -> token ids of the auxiliary contrastive loss, if there is one.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Task:
     text_encoder: text.TextEncoder
     image_size: int
     sources: dict[str, str]
+    sentence_encoder: text.TextEncoder | None = None
 
 
 def build_task(config: ConfigDict) -> Task:
@@ -124,6 +126,7 @@ def build_model(config: ConfigDict) -> SimVLG:
         jnp.dtype(config.dtype),
         start_first=config.llm.start_first,
         vit_grad=config.vit.train or config.vit.temporal,
+        sentence_encoder=build_sentence_encoder(config) if config.train.beta else None,
     )
 
 
@@ -135,28 +138,49 @@ def build_text_encoder(config: ConfigDict) -> text.TextEncoder:
     )
 
 
+def build_sentence_encoder(config: ConfigDict) -> SentenceEncoder:
+    """The frozen encoder of the contrastive losses; a tiny one, over the caption's own tokens, without weights."""
+    sentence, dtype = config.sentence_encoder, jnp.dtype(config.dtype)
+    if not sentence.weights:
+        vocab_size = build_text_encoder(config).tokenizer.get_vocab_size()
+        return SentenceEncoder(**BERT_SIZES["tiny"], vocab_size=vocab_size, dtype=dtype)
+    size = row(BERT_SIZES, "sentence_encoder.size", sentence.size)
+    return SentenceEncoder(**size, pooling=sentence.pooling, dtype=dtype)
+
+
+def build_sentence_text(config: ConfigDict) -> text.TextEncoder:
+    """Captions as the sentence encoder's tokens."""
+    if not config.sentence_encoder.weights:
+        return build_text_encoder(config)
+    return text.SentenceText(
+        pretrained.load_sentence_tokenizer(config.sentence_encoder.weights), config.llm.max_text_tokens
+    )
+
+
 def caption_task(config: ConfigDict) -> Task:
     """SimVLG: by default only the connector, ln_vision and the two projections are trained."""
     model = build_model(config)
     encoder = build_text_encoder(config)
-    side = model.vit.image_size
+    side, beta = model.vit.image_size, config.train.beta
+    sentences = build_sentence_text(config) if beta else None
 
     def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
-        return model.apply(
-            {"params": params},
-            batch["image"],
-            batch["ids"],
-            batch["mask"],
-            batch["targets"],
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
-            method="caption_losses",
-        )
+        inputs = [batch[name] for name in ("image", "ids", "mask", "targets")]
+        if key is None:
+            return model.apply({"params": params}, *inputs, method="caption_losses")
+        options = dict(deterministic=False, rngs={"dropout": key})
+        if not beta:
+            return model.apply({"params": params}, *inputs, method="caption_losses", **options)
+        inputs += [batch["sentence_ids"], batch["sentence_mask"], beta]
+        return model.apply({"params": params}, *inputs, method="joint_losses", **options)
 
     def init(key: jax.Array) -> dict:
-        token = jnp.zeros((1, 1), jnp.int32)
+        token = jnp.ones((1, 1), jnp.int32)
         image = jnp.zeros((1, side, side, 3), jnp.uint8)
-        return model.init(key, image, token, token, token, method="caption_losses")["params"]
+        inputs, method = [image, token, token, token], "caption_losses"
+        if beta:
+            inputs, method = [*inputs, token, token, beta], "joint_losses"
+        return model.init(key, *inputs, method=method)["params"]
 
     def load_pretrained(abstract: dict) -> dict:
         loaded = {}
@@ -166,34 +190,28 @@ def caption_task(config: ConfigDict) -> Task:
             loaded["connector"] = pretrained.load_bert(config.connector.weights, config.connector.size)
         if config.llm.weights:
             loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
+        if beta and config.sentence_encoder.weights:
+            loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
         if config.train.init_from:
             loaded = partition.join(loaded, pretrained.load_published(config.train.init_from, model))
         check_shapes(loaded, abstract)
         return loaded
 
-    frozen = [name for name in ("vit", "llm") if not config[name].train]
+    frozen = [name for name in ("vit", "llm") if not config[name].train] + ["sentence_encoder"] * bool(beta)
 
     def is_trained(path: tuple[str, ...]) -> bool:
         return partition.is_trained(path, frozen)
 
     sources = {name: config[name].weights or "random" for name in frozen}
-    return Task(model, is_trained, init, losses, load_pretrained, encoder, side, sources)
+    return Task(model, is_trained, init, losses, load_pretrained, encoder, side, sources, sentences)
 
 
 def contrastive_task(config: ConfigDict) -> Task:
     """The ViT and two projections are trained against a frozen sentence encoder."""
     named = config.sentence_encoder.weights
-    if named not in ("minilm", ""):
-        raise UserError(f"sentence_encoder.weights is {named!r}; it takes 'minilm' or ''", 2)
     vit = build_vit(config)
     dtype = jnp.dtype(config.dtype)
-    if named:
-        encoder = text.SentenceText(text.minilm_tokenizer(), config.llm.max_text_tokens)
-        sentences = SentenceEncoder(**BERT_SIZES["minilm_l6"], dtype=dtype)
-    else:
-        encoder = build_text_encoder(config)
-        vocab_size = encoder.tokenizer.get_vocab_size()
-        sentences = SentenceEncoder(**BERT_SIZES["tiny"], vocab_size=vocab_size, dtype=dtype)
+    encoder, sentences = build_sentence_text(config), build_sentence_encoder(config)
     model = ContrastiveViT(vit, sentences, dtype=dtype)
 
     def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
@@ -206,7 +224,7 @@ def contrastive_task(config: ConfigDict) -> Task:
         return model.init(key, jnp.zeros((1, vit.image_size, vit.image_size, 3), jnp.uint8), token, token)["params"]
 
     def load_pretrained(abstract: dict) -> dict:
-        loaded = {"sentence_encoder": pretrained.load_bert("minilm", "minilm_l6", words=True)} if named else {}
+        loaded = {"sentence_encoder": pretrained.load_sentence_encoder(config.sentence_encoder)} if named else {}
         if config.vit.weights:
             loaded["vit"] = pretrained.load_vit(config.vit.weights, vit)
         check_shapes(loaded, abstract)
