@@ -5,13 +5,17 @@ from typing import TYPE_CHECKING
 from simvlg_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ml_collections import ConfigDict
+
     from simvlg_jax.model import CaptionModel
 
 __all__ = ["UserError", "load"]
 
 
-def load(name: str) -> "CaptionModel":
-    """A trained model from a workdir, an exported folder, or "example"; see `simvlg_jax.model.load`."""
+def load(name: "str | Path", config: "ConfigDict | str | None" = None) -> "CaptionModel":
+    """A model from a workdir, an exported folder, "example", or a published checkpoint; see `simvlg_jax.model.load`."""
     from simvlg_jax.model import load as load_model  # late: importing the package must not start jax
 
-    return load_model(name)
+    return load_model(name, config)

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simvlg_jax.config import EXAMPLE, read_config
+from simvlg_jax.config import EXAMPLE, load_config, read_config
 from simvlg_jax.data import transforms
 from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation.captioner import Captioner
@@ -67,15 +67,26 @@ def read_picture(picture: Picture, side: int) -> np.ndarray:
     return np.asarray(transforms.squash(picture.convert("RGB"), side))
 
 
-def load(name: str | Path) -> CaptionModel:
-    """A model from a run's workdir (its best checkpoint), an exported folder, or "example".
+def load(name: str | Path, config: ConfigDict | str | None = None) -> CaptionModel:
+    """A model from a run's workdir (its best checkpoint), an exported folder, "example", or a published checkpoint.
+
+    Args:
+      name: folder, "example", or, with a config, an EVLGen checkpoint: a file, or a name on the Hugging Face Hub.
+      config: for a published checkpoint: what it was trained with ("configs/X.py", or a config itself); names the
+        vision encoder's and the language model's weights, and the mesh.
 
     Raises:
       UserError: no model there, or weights it needs are absent.
     """
-    folder = EXAMPLE if name == "example" else Path(name)
-    config = read_config(folder)
-    if config.task != "caption":
-        raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")
-    run = restore.restore_run(config, folder)
+    if config is not None:
+        config = load_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
+        with config.unlocked():
+            config.train.init_from, config.connector.weights = str(name), ""
+        run = restore.assemble(config)
+    else:
+        folder = EXAMPLE if name == "example" else Path(name)
+        config = read_config(folder)
+        if config.task != "caption":
+            raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")
+        run = restore.restore_run(config, folder)
     return CaptionModel(config, run.task, run.params)

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+import simvlg_jax
 from simvlg_jax.config import load_config
 from simvlg_jax.convert import evlgen, from_torch, hf_llama, hf_opt, to_torch
 from simvlg_jax.errors import UserError
@@ -119,6 +120,16 @@ def test_published_checkpoint_gives_the_trained_part(tmp_path):
     task = task_of("llm.size=opt_tiny", f"train.init_from={tmp_path / 'x.safetensors'}")
     loaded = task.load_pretrained(abstract(task))
     jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+
+    config = load_config("configs/tiny.py", ["--config.llm.size=opt_tiny", "--config.mesh.fsdp=2"])
+    model = simvlg_jax.load(tmp_path / "x.safetensors", config)
+    for name, tree in trained.items():
+        jax.tree.map(np.testing.assert_array_equal, model.params[name], tree)
+    assert len(model.params["connector"]["layer_0"]["mlp"]["fc1"]["kernel"].sharding.device_set) == 8
+    assert isinstance(model.caption(np.zeros((32, 32, 3), np.uint8)), str)
+    assert config.train.init_from == ""  # the caller's is left alone
+    with pytest.raises(UserError, match="no weights at"):
+        simvlg_jax.load("/nowhere/x.pth", config)
 
 
 def test_weights_that_do_not_fit_say_so(folders, tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel, Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
@@ -145,10 +146,25 @@ def test_positions_are_resized_as_torch_does(old, new, align_corners):
     assert close(ours[:, 1:], wanted.permute(0, 2, 3, 1).reshape(1, -1, 5).numpy())
 
 
+def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
+    """CLIP's grid of 4 x 4 for pictures of 7 x 7 patches; everything else as it was."""
+    save_file({name: np.array(x) for name, x in state(clip).items()}, tmp_path / "model.safetensors")
+    params, lazy = vision.vit_from_torch(state(clip), 2, 3), vision.vit_from_torch(open_tensors(tmp_path), 2, 3, 50)
+    params["position"] = vision.resize_positions(params["position"], 50, align_corners=True)
+    assert params["position"].shape == (1, 50, 24)
+    jax.tree.map(np.testing.assert_array_equal, lazy, params)
+
+
 def test_foreign_vision_files_say_what_does_not_fit(clip):
     tensors = lavis_clip(state(clip))
     with pytest.raises(UserError, match="no vision encoder known here"):
         vision.vit_from_torch({"layer1.0.conv1.weight": np.ones(3)}, 2, 3)
+    for name, message in (
+        ("conv1.weight", r"patch_embed\.proj\.weight missing"),
+        ("positional_embedding", "pos_embed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            vision.vit_from_torch({n: x for n, x in tensors.items() if n != name}, 2, 3)
     del tensors["transformer.resblocks.1.mlp.c_fc.bias"]
     tensors["extra.weight"] = np.ones(2)
     with pytest.raises(UserError, match=r"missing.*blocks\.1\.mlp\.fc1\.bias\n.*not known.*extra\.weight"):
@@ -220,6 +236,24 @@ def test_bfloat16_keeps_its_bits(tmp_path):
     assert tensor.dtype == "bfloat16" and tensor.astype(np.float32).read().tolist() == [1.0, -2.5]
 
 
+def test_parameters_are_read_as_tensors_are(tmp_path):
+    torch.save({name: torch.nn.Parameter(x) for name, x in as_torch().items()}, tmp_path / "x.pth")
+    found = open_tensors(tmp_path / "x.pth")
+    assert all(np.array_equal(found[n], x) for n, x in TENSORS.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_unfinished_downloads_say_so_wherever_they_end(tmp_path, zipped):
+    torch.save(as_torch(), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "x.pth").read_bytes()
+    # A pickle that ends within the name of a class looks like one of an unknown class.
+    message = "cannot read weights|is no PyTorch file" + ("" if zipped else "|could run code")
+    for end in range(0, len(whole), 37):
+        (tmp_path / "cut.pth").write_bytes(whole[:end])
+        with pytest.raises(UserError, match=message):
+            open_tensors(tmp_path / "cut.pth")
+
+
 def test_files_that_cannot_be_read_say_why(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -234,15 +268,29 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
     for name in ("cut.safetensors", "cut.pth"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:90])
     torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    (tmp_path / "page.bin").write_text("<html>not found</html>")
+    float8 = {"a": torch.ones(2).to(torch.float8_e4m3fn)}
+    torch.save(float8, tmp_path / "float8.pth")
+    safetensors.torch.save_file(float8, tmp_path / "float8.safetensors")
+    for name, text in (
+        ("shards", '{"weight_map": {"a": "gone.safetensors"}}'),
+        ("list", "[]"),
+        ("numbers", '{"weight_map": {"a": 1}}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors.index.json").write_text(text)
     (tmp_path / "empty").mkdir()
     for name, message in {
         "bomb.pth": "could run code",
         "zipped.pth": "could run code",
         "cut.safetensors": "cannot read weights",
-        "cut.pth": "cannot read weights|could run code",
+        "cut.pth": "cannot read weights",
         "list.pth": "no state dict",
+        "page.bin": "no PyTorch file",
+        "float8.pth": "holds a as torch.float8_e4m3fn",
+        "float8.safetensors": "holds a as F8_E4M3",
+        "list": "no index of shards",
+        "numbers": "no index of shards",
         "shards": r"shards that are not there: gone\.safetensors",
         "empty": r"looked for model\.safetensors",
         "nothing": "no weights at",

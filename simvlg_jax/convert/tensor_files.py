@@ -15,6 +15,7 @@ from simvlg_jax.errors import UserError
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")  # of what a model on the Hub is made of
+STARTS = (b"PK\x03\x04", b"\x80")  # of what torch.save writes: a zip file, a pickle before PyTorch 1.6
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
@@ -36,8 +37,9 @@ def resolve(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
     except Exception as error:  # the hub's client and the network raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no folder {name} here, and the Hugging Face Hub does not give it: {reason}") from error
+        raise UserError(
+            f"no folder {name} here, and the Hugging Face Hub does not give it: {_reason(error)}"
+        ) from error
 
 
 def open_tensors(path: Path) -> dict[str, Lazy]:
@@ -58,12 +60,17 @@ def open_tensors(path: Path) -> dict[str, Lazy]:
     return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error's message; its kind, for those that say nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _sharded(index: Path) -> dict[str, Lazy]:
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of shards: {error}") from error
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+        missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is no index of shards: {error}; download it again") from error
     if missing:
         raise UserError(f"{index} names shards that are not there: {', '.join(missing)}; download them again")
     entries: dict[str, Lazy] = {}
@@ -78,12 +85,14 @@ def _safetensors(path: Path) -> dict[str, Lazy]:
             with safe_open(path, "np") as file:
                 return file.get_tensor(name)
 
+        if header.get_dtype() not in DTYPES:
+            raise UserError(f"{path} holds {name} as {header.get_dtype()}, which is not read: take an unquantised file")
         return Lazy(tuple(header.get_shape()), np.dtype(DTYPES[header.get_dtype()]), read)
 
     try:
         with safe_open(path, "np") as file:
             return {name: entry(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read weights from {path}: {error}; download it again") from error
 
 
@@ -92,21 +101,30 @@ def _torch(path: Path) -> dict[str, Lazy]:
         import torch
     except ImportError as error:
         raise UserError(f"reading {path} needs PyTorch: pip install torch") from error
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start.startswith(STARTS):
+        raise UserError(f"{path} is no PyTorch file: an unfinished download, a web page or a Git LFS pointer?")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds Python objects besides tensors, so it is not read: it could run code") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}; download it again") from error
+    except Exception as error:  # torch raises many kinds on a damaged file
+        raise UserError(f"cannot read weights from {path}: {_reason(error)}; download it again") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not any(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{path} holds no state dict of tensors")
 
-    def entry(tensor: torch.Tensor) -> Lazy:
+    def entry(name: str, tensor: torch.Tensor) -> Lazy:
         is_bfloat16 = tensor.dtype == torch.bfloat16
-        dtype = ml_dtypes.bfloat16 if is_bfloat16 else torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        try:
+            dtype = ml_dtypes.bfloat16 if is_bfloat16 else torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        except TypeError as error:
+            raise UserError(
+                f"{path} holds {name} as {tensor.dtype}, which is not read: take an unquantised file"
+            ) from error
 
         def read() -> np.ndarray:
             if is_bfloat16:
@@ -115,4 +133,5 @@ def _torch(path: Path) -> dict[str, Lazy]:
 
         return Lazy(tuple(tensor.shape), np.dtype(dtype), read)
 
-    return {name: entry(x) for name, x in state.items() if isinstance(x, torch.Tensor)}
+    # A file of nn.Parameters would refuse to become numpy.
+    return {name: entry(name, x.detach()) for name, x in state.items() if isinstance(x, torch.Tensor)}

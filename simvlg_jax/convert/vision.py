@@ -83,6 +83,8 @@ def vit_from_torch(tensors: Mapping, depth: int, num_heads: int, num_tokens: int
         block = re.match(r"blocks\.(\d+)\.", name)
         if not (block and int(block[1]) >= depth):
             named |= unfused(name, tensors[name], is_clip)
+    if lacking := [name for name in (PATCHES, "pos_embed") if name not in named]:
+        raise UserError(f"these weights do not fit the model: {' and '.join(lacking)} missing in the file")
     kernel = named.pop(PATCHES)  # (D, 3, P, P)
     named["patch_embed.kernel"] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1).T
     named["cls_token"] = named["cls_token"].reshape(1, 1, -1)

@@ -1,5 +1,6 @@
 """Temporal attentive soft merging: how a ViT shares what it sees across the frames of a clip (SimVLG, section 3.3)."""
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,11 @@ class TemporalMerge(nn.Module):
         query = layers.Linear(self.width, ("embed", "mlp"), name="query", **init)(x)
         key = layers.Linear(self.width, ("embed", "mlp"), bias_grad=False, name="key", **init)(x)
         alpha = self.param("alpha", layers.partitioned(nn.initializers.zeros), ())
-        query, key, value = (t.reshape(*t.shape[:3], self.num_heads, -1) for t in (query, key, x.astype(self.dtype)))
+        query, key, value = (
+            einops.rearrange(t, "B F N (H K) -> B F N H K", H=self.num_heads)
+            for t in (query, key, x.astype(self.dtype))
+        )
         scores = jnp.einsum("BTNHK,BSNHK->BNHTS", query * self.width**-0.5, key)
         weights = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(x.dtype)
-        merged = jnp.einsum("BNHTS,BSNHV->BTNHV", weights, value).reshape(x.shape)
+        merged = einops.rearrange(jnp.einsum("BNHTS,BSNHV->BTNHV", weights, value), "B T N H V -> B T N (H V)")
         return alpha.astype(x.dtype) * merged

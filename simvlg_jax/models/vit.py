@@ -1,5 +1,6 @@
 """The vision encoder: a pre-LayerNorm ViT whose residual stream after the last block is its output (EVA-CLIP, CLIP)."""
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,11 +105,9 @@ class ViT(nn.Module):
 
         A temporal ViT takes clips: (B, F, H, W, 3) -> (B, F, 1 + (H/P)(W/P), D).
         """
-        *batch, height, width, _ = images.shape
-        size = self.patch_size
-        # A strided convolution as a matmul over patches flattened (row, column, channel).
-        patches = images.reshape(-1, height // size, size, width // size, size, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(*batch, -1, size * size * 3)
+        batch, side = images.shape[:-3], self.patch_size
+        # A strided convolution as a matmul over patches.
+        patches = einops.rearrange(images, "... (rows p) (columns q) c -> ... (rows columns) (p q c)", p=side, q=side)
         embed = layers.Linear(
             self.width,
             ("patch", "embed"),

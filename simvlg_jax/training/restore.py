@@ -52,6 +52,14 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best") -> Run:
     return Run(task, params, mesh, found)
 
 
+def assemble(config: ConfigDict) -> Run:
+    """A model from the weights that its config names, untrained here; what has no weights is random."""
+    mesh = meshes.make_mesh(config.mesh)
+    task = build_task(config)
+    parts = steps.init_params(task, mesh, jax.random.key(config.seed), jnp.dtype(config.frozen_dtype))
+    return Run(task, partition.join(*parts), mesh, 0)
+
+
 def read_export(config: ConfigDict, path: Path) -> Run:
     """An exported model: the weights in the file, and those its config names for the rest.
 
