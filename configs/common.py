@@ -100,5 +100,7 @@ def get_config() -> ConfigDict:
     config.evaluate.batch_size = 32
     config.evaluate.max_new_tokens = 30
     config.evaluate.min_new_tokens = 0
+    # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. That holds back natural repeats, so ours is 1.
+    config.evaluate.repetition_penalty = 1.0
     config.evaluate.max_examples = 0  # during training: score only the first so many of val; 0: all
     return config

@@ -10,7 +10,7 @@ from PIL import Image
 from simvlg_jax.config import EXAMPLE, load_config, read_config
 from simvlg_jax.data import transforms
 from simvlg_jax.errors import UserError
-from simvlg_jax.evaluation.captioner import Captioner
+from simvlg_jax.evaluation.captioner import Captioner, decoding_options
 from simvlg_jax.training import restore
 from simvlg_jax.training.tasks import Task
 
@@ -27,9 +27,7 @@ class CaptionModel:
 
     def __init__(self, config: ConfigDict, task: Task, params: dict):
         self.task, self.params = task, params
-        self._captioner = Captioner(
-            task.model, task.text_encoder, config.evaluate.max_new_tokens, config.evaluate.min_new_tokens
-        )
+        self._captioner = Captioner(task.model, task.text_encoder, **decoding_options(config))
 
     def caption(self, picture: Picture, prompt: str | None = None) -> str:
         """One picture's caption. See `captions`."""

@@ -30,7 +30,7 @@ from simvlg_jax.evaluation import metrics, ptb_tokenizer
 from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.llama import LLAMA_SIZES, Llama
-from simvlg_jax.models.opt import OPT_SIZES, Opt
+from simvlg_jax.models.opt import OPT_SIZES, POSITION_OFFSET, Opt
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
@@ -54,8 +54,8 @@ def exact(equal: bool) -> float:
     return 0.0 if equal else float("inf")
 
 
-def build(sizes: dict, **options) -> SimVLG:
-    """The model of a NAME.json."""
+def build(sizes: dict, max_positions: int = 128, **options) -> SimVLG:
+    """The model of a NAME.json; `max_positions` is OPT's alone."""
     v, c, lm = sizes["vit"], sizes["connector"], sizes["lm"]
     vit = ViT(
         v["img"],
@@ -68,7 +68,8 @@ def build(sizes: dict, **options) -> SimVLG:
         **options,
     )
     if sizes["llm"] == "opt":
-        llm = Opt(lm["dim"], lm["layers"], lm["heads"], lm.get("ffn", 4 * lm["dim"]), lm["vocab"], 128, **options)
+        ffn = lm.get("ffn", 4 * lm["dim"])
+        llm = Opt(lm["dim"], lm["layers"], lm["heads"], ffn, lm["vocab"], max_positions, **options)
     else:
         llm = Llama(lm["dim"], lm["layers"], lm["heads"], lm.get("kv", lm["heads"]), lm["ffn"], lm["vocab"], **options)
     merges = token_merging.merge_schedule(c["layers"], c["r"])
@@ -85,7 +86,8 @@ def read_model(folder: Path, name: str) -> tuple[dict, dict, dict]:
 
 def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
     sizes, tensors, arrays = read_model(folder, name)
-    model = build(sizes, **options)
+    table = tensors.get("opt_model.model.decoder.embed_positions.weight", np.zeros(0))
+    model = build(sizes, max_positions=len(table) - POSITION_OFFSET, **options)
     params = jax.tree.map(jnp.asarray, evlgen.from_evlgen(model, tensors))
     trained, frozen = partition.split(params, lambda path: partition.is_trained(path, ("vit", "llm")))
     images = jnp.asarray(np.moveaxis(arrays["image"], 1, -1))  # channels last: (B, [F,] H, W, 3)

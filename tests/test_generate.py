@@ -55,13 +55,13 @@ def params(theirs) -> dict:
     return hf_llama.from_hf({name: x.detach().numpy() for name, x in theirs.state_dict().items()}, 4)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "min_new_tokens"))
-def decode(params, prefix, ids, mask, eos_id, max_new_tokens=NEW, min_new_tokens=0) -> jax.Array:
-    lengths = dict(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
-    return greedy_decode(Llama(**SIZE), params, prefix, ids, mask, eos_id=eos_id, pad_id=PAD, **lengths)
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "min_new_tokens", "penalty"))
+def decode(params, prefix, ids, mask, eos_id, max_new_tokens=NEW, min_new_tokens=0, penalty=1.0) -> jax.Array:
+    options = dict(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, repetition_penalty=penalty)
+    return greedy_decode(Llama(**SIZE), params, prefix, ids, mask, eos_id=eos_id, pad_id=PAD, **options)
 
 
-def reference(model: LlamaForCausalLM, eos_id: int, min_new_tokens: int = 0) -> np.ndarray:
+def reference(model: LlamaForCausalLM, eos_id: int, min_new_tokens: int = 0, penalty: float = 1.0) -> np.ndarray:
     """transformers' greedy search from the same prefix and left-padded prompts -> (B, NEW), padded."""
     ids, mask = padded("left")
     text = model.get_input_embeddings()(torch.tensor(ids))
@@ -71,6 +71,7 @@ def reference(model: LlamaForCausalLM, eos_id: int, min_new_tokens: int = 0) -> 
             attention_mask=torch.tensor(np.pad(mask, ((0, 0), (3, 0)), constant_values=1)),
             max_new_tokens=NEW,
             min_new_tokens=min_new_tokens,
+            repetition_penalty=penalty,
             do_sample=False,
             eos_token_id=eos_id,
             pad_token_id=PAD,
@@ -95,6 +96,14 @@ def test_equals_transformers(theirs, params, eos_id, side, min_new_tokens):
     if min_new_tokens == 0:
         assert (wanted == PAD).any(), "no row ended: the test would not see the end token"
     ours = decode(params, PREFIX, *padded(side), eos_id, min_new_tokens=min_new_tokens)
+    np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("penalty", [1.5, 0.7])
+def test_penalty_on_repetition_equals_transformers(theirs, params, eos_id, penalty):
+    wanted = reference(theirs, eos_id, 6, penalty)
+    assert not np.array_equal(wanted, reference(theirs, eos_id, 6)), "the penalty changes nothing: nothing is tested"
+    ours = decode(params, PREFIX, *padded("left"), eos_id, min_new_tokens=6, penalty=penalty)
     np.testing.assert_array_equal(ours, wanted)
 
 

@@ -12,6 +12,7 @@ from simvlg_jax.convert import evlgen
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.errors import UserError
+from simvlg_jax.evaluation.captioner import decoding_options
 from simvlg_jax.models.llama import Llama
 from simvlg_jax.models.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
@@ -83,8 +84,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         end_token_id=text.end,
         pad_token_id=text.pad_id,
         start_first=model.start_first,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        min_new_tokens=config.evaluate.min_new_tokens,
+        **decoding_options(config),
         dtype="float32",
     )
 

@@ -9,7 +9,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What Pillow raises on a damaged file, besides OSError.
 UNREADABLE = (
@@ -32,8 +32,11 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image, "RGB") if image.ndim == 3 else Image.fromarray(image).convert("RGB")
-    with Image.open(io.BytesIO(image)) as opened:
-        picture = ImageOps.exif_transpose(opened)
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("not a picture of a known format") from None  # Pillow names the buffer instead
     if picture.mode.startswith("I;16"):  # convert() would clip 16-bit grey to white
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:

@@ -74,6 +74,7 @@ def greedy_decode(
     pad_id: int,
     max_new_tokens: int,
     min_new_tokens: int = 0,
+    repetition_penalty: float = 1.0,
 ) -> jax.Array:
     """The likeliest token each time, until every row has met its end; to be called under `jax.jit`.
 
@@ -89,6 +90,8 @@ def greedy_decode(
       pad_id: fills a row up after its end.
       max_new_tokens: tokens to generate at most, the end included.
       min_new_tokens: the end is not chosen before so many tokens.
+      repetition_penalty: logits of tokens already generated are divided by it if positive, multiplied if negative
+        (CTRL, arXiv 1909.05858). Prefix and prompt do not count.
 
     Returns:
       (B, max_new_tokens) int32, without the prompt.
@@ -100,9 +103,15 @@ def greedy_decode(
         raise UserError(f"max_new_tokens must be at least 1: got {max_new_tokens}", 2)
     batch = prompt_ids.shape[0]
 
-    def choose(frontier: Frontier, step: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(frontier: Frontier, step: jax.Array, finished: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = frontier.logits  # (B, V)
+        if repetition_penalty != 1.0:
+            generated = jnp.where(jnp.arange(max_new_tokens) < step, ids, logits.shape[1])  # beyond V: nowhere
+            seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], generated].set(True, mode="drop")
+            penalised = jnp.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = jnp.where(seen, penalised, logits)
         too_early = step < min_new_tokens
-        logits = frontier.logits.at[:, eos_id].add(jnp.where(too_early, -jnp.inf, 0.0))
+        logits = logits.at[:, eos_id].add(jnp.where(too_early, -jnp.inf, 0.0))
         tokens = jnp.where(finished, pad_id, jnp.argmax(logits, -1)).astype(jnp.int32)
         return tokens, finished | (tokens == eos_id)
 
@@ -113,10 +122,11 @@ def greedy_decode(
     def body(state: tuple) -> tuple:
         step, ids, finished, frontier = state
         frontier = advance(llm, llm_params, frontier, ids[:, step - 1])
-        tokens, finished = choose(frontier, step, finished)
+        tokens, finished = choose(frontier, step, finished, ids)
         return step + 1, ids.at[:, step].set(tokens), finished, frontier
 
     frontier = prefill(llm, llm_params, prefix_embeddings, prompt_ids, prompt_mask, max_new_tokens)
-    tokens, finished = choose(frontier, jnp.int32(0), jnp.zeros(batch, bool))
-    ids = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(tokens)
+    ids = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    tokens, finished = choose(frontier, jnp.int32(0), jnp.zeros(batch, bool), ids)
+    ids = ids.at[:, 0].set(tokens)
     return jax.lax.while_loop(unfinished, body, (jnp.int32(1), ids, finished, frontier))[1]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from ml_collections import ConfigDict
 
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.decoding.generate import greedy_decode
@@ -20,6 +21,11 @@ class CaptionOutput:
     source_map: jax.Array
 
 
+def decoding_options(config: ConfigDict) -> dict[str, float]:
+    """What `Captioner` takes from a config."""
+    return {name: config.evaluate[name] for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
+
+
 class Captioner:
     """Captions batches of one picture size.
 
@@ -27,13 +33,22 @@ class Captioner:
       model: the SimVLG module.
       text: gives start, prompt, end and pad ids.
       max_new_tokens, min_new_tokens: new tokens counted without start and prompt.
+      repetition_penalty: see `greedy_decode`.
     """
 
-    def __init__(self, model: SimVLG, text: TextEncoder, max_new_tokens: int, min_new_tokens: int = 0):
+    def __init__(
+        self,
+        model: SimVLG,
+        text: TextEncoder,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        repetition_penalty: float = 1.0,
+    ):
         self._text = text
-        self._jitted = jax.jit(
-            lambda params, images, prompt: _caption(model, params, images, prompt, text, max_new_tokens, min_new_tokens)
+        options = dict(
+            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, repetition_penalty=repetition_penalty
         )
+        self._jitted = jax.jit(lambda params, images, prompt: _caption(model, params, images, prompt, text, **options))
 
     def __call__(self, params: dict, images: jax.Array, prompt: str | None = None) -> CaptionOutput:
         """images: (B, S, S, 3) uint8; prompt: words to go on from instead of the config's."""
@@ -55,8 +70,7 @@ def _caption(
     images: jax.Array,
     prompt: jax.Array,  # (Q,)
     text: TextEncoder,
-    max_new_tokens: int,
-    min_new_tokens: int,
+    **options: float,
 ) -> CaptionOutput:
     visual = model.apply({"params": params}, images, method="encode_image")
     prompt = jnp.broadcast_to(prompt, (images.shape[0], prompt.shape[0]))  # (B, Q), the start token first
@@ -71,7 +85,6 @@ def _caption(
         jnp.ones_like(prompt),
         eos_id=text.end,
         pad_id=text.pad_id,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
+        **options,
     )
     return CaptionOutput(ids, visual.source_map)

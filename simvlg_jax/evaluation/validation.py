@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.data import pipeline
 from simvlg_jax.data.sources import Source, load_source
 from simvlg_jax.evaluation import metrics
-from simvlg_jax.evaluation.captioner import Captioner
+from simvlg_jax.evaluation.captioner import Captioner, decoding_options
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training.tasks import Task
 
@@ -87,9 +87,7 @@ def caption_split(task: Task, config: ConfigDict, params: dict, mesh: Mesh, sour
       {"loss": mean nats per target token, "examples": [{"id", "references", "caption", "source_map"}]} in the
       source's order, the same on every process.
     """
-    captioner = captioner_of(
-        task.model, task.text_encoder, config.evaluate.max_new_tokens, config.evaluate.min_new_tokens
-    )
+    captioner = captioner_of(task.model, task.text_encoder, **decoding_options(config))
     examples: list[dict | None] = [None] * len(source)
     total = weight = 0.0
     for _, batch in eval_batches(task, config, source, mesh):

@@ -18,7 +18,7 @@ from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.data import text
 from simvlg_jax.errors import UserError
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.llama import Llama
+from simvlg_jax.models.llama import LLAMA_SIZES, Llama
 from simvlg_jax.models.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.models.vit import ViT
@@ -114,7 +114,7 @@ def load_text(config: ConfigDict) -> TokenIds:
     if size.startswith("opt"):
         return TokenIds(tokenizer, bos, tokenizer.encode("\n", add_special_tokens=False).ids[0], pad)
     if size.startswith("vicuna"):
-        return TokenIds(tokenizer, eos, eos, len(found))  # the row that was added for padding
+        return TokenIds(tokenizer, eos, eos, LLAMA_SIZES[size]["vocab_size"] - 1)  # the row added for padding
     return TokenIds(tokenizer, eos if bos is None else bos, eos, eos if pad is None else pad)
 
 

@@ -22,7 +22,7 @@ class SimVLGConfig(PretrainedConfig):
       text_config: the language model's own config, OPT or LLaMA.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.
-      max_new_tokens, min_new_tokens: of a caption, if `generate` is not told otherwise.
+      max_new_tokens, min_new_tokens, repetition_penalty: of a caption, if `generate` is not told otherwise.
     """
 
     model_type = "simvlg"
@@ -39,6 +39,7 @@ class SimVLGConfig(PretrainedConfig):
         start_first: bool = False,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
+        repetition_penalty: float = 1.0,
         **kwargs,
     ):
         self.vision = vision or {}
@@ -51,6 +52,7 @@ class SimVLGConfig(PretrainedConfig):
         self.prompt_ids = prompt_ids or []
         self.start_first = start_first
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
+        self.repetition_penalty = repetition_penalty
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -325,6 +327,7 @@ class SimVLG(PreTrainedModel):
         settings = {
             "max_new_tokens": config.max_new_tokens,
             "min_new_tokens": config.min_new_tokens or None,
+            "repetition_penalty": config.repetition_penalty,
             "do_sample": False,
             "bos_token_id": config.start_token_id,
             "eos_token_id": config.end_token_id,
