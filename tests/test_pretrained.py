@@ -165,3 +165,20 @@ def test_converted_once_is_the_same(folders, tmp_path, capsys):
     with nothing, pytest.raises(UserError, match="names no weights"):
         from_torch.main()
     assert not (tmp_path / "none").exists()
+
+
+def test_published_checkpoint_converted_once_is_the_same(tmp_path, capsys):
+    task = task_of("llm.size=opt_tiny", "vit.temporal=True")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract(task))
+    tensors = evlgen.to_evlgen(task.model, {name: tree for name, tree in params.items() if name != "llm"})
+    to_torch.write_state_dict(tmp_path / "x.pth", tensors)
+    overrides = ["llm.size=opt_tiny", "vit.temporal=True", f"train.init_from={tmp_path / 'x.pth'}"]
+    flags = [f"--config.{o}" for o in overrides]
+    with with_arguments(["--config", "configs/tiny.py", "--output", str(tmp_path / "out"), *flags]):
+        from_torch.main()
+    printed = [flag.removeprefix("--config.") for flag in capsys.readouterr().out.split()]
+    assert [flag.split("=")[0] for flag in printed] == ["vit.weights", "train.init_from"]
+    converted = task_of(*overrides[:2], *printed)
+    trees = [t.load_pretrained(abstract(t)) for t in (task_of(*overrides), converted)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)

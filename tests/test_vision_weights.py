@@ -165,6 +165,8 @@ def test_foreign_vision_files_say_what_does_not_fit(clip):
     ):
         with pytest.raises(UserError, match=message):
             vision.vit_from_torch({n: x for n, x in tensors.items() if n != name}, 2, 3)
+    with pytest.raises(UserError, match=r"missing.*norm_pre\.bias, norm_pre\.weight\n.*not known.*: none"):
+        vision.vit_from_torch({name: x for name, x in tensors.items() if not name.startswith("ln_pre")}, 2, 3)
     del tensors["transformer.resblocks.1.mlp.c_fc.bias"]
     tensors["extra.weight"] = np.ones(2)
     with pytest.raises(UserError, match=r"missing.*blocks\.1\.mlp\.fc1\.bias\n.*not known.*extra\.weight"):

@@ -5,7 +5,8 @@
       --config.llm.weights=facebook/opt-2.7b --config.connector.size=base \\
       --config.connector.weights=google-bert/bert-base-uncased
 
-Writes OUTPUT/vit.safetensors, connector.safetensors, llm.safetensors, ... and prints how to name them in a config.
+Writes vit.safetensors, connector.safetensors and llm.safetensors into OUTPUT, and of a published SimVLG/EVLGen
+checkpoint (--config.train.init_from=...) trained.safetensors, and prints how to name them in a config.
 Training reads the published files directly too; converted ones need neither PyTorch nor a network.
 """
 
@@ -37,15 +38,18 @@ def main() -> None:
     if not loaded:
         raise UserError("this config names no weights: set vit.weights, connector.weights, llm.weights", 2)
     dtype = np.float32 if arguments.dtype == "float32" else ml_dtypes.bfloat16
-    for name, params in loaded.items():
+    # A published checkpoint's trained part goes into one file, as it came.
+    alone = ("vit", "llm") if config.train.init_from else ("vit", "llm", "connector")
+    trained = {name: params for name, params in loaded.items() if name not in (*alone, "sentence_encoder")}
+    files = {name: loaded[name] for name in alone if name in loaded} | ({"trained": trained} if trained else {})
+    for name, params in files.items():
         path = arguments.output / f"{name}.safetensors"
         weights.write_tree(path, stacking.stack_layers(params) if "blocks_0" in params else params, dtype)
         count = sum(x.size for x in jax.tree.leaves(params))
         print(f"{name}: {count:,} parameters, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
-        if name in ("vit", "connector"):
-            print(f"--config.{name}.weights={path}")
-        elif name == "llm":
-            print(f"--config.llm.weights={path} --config.llm.tokenizer={config.llm.weights}")
+        print(f"--config.{'train.init_from' if name == 'trained' else name + '.weights'}={path}")
+        if name == "llm":
+            print(f"--config.llm.tokenizer={config.llm.tokenizer or config.llm.weights}")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def vit_from_torch(tensors: Mapping, depth: int, num_heads: int, num_tokens: int
       UserError: another format; names missing or left over; a BLIP-2 whose keys have a bias.
     """
     tensors = renamed(tensors)
-    is_clip = "norm_pre.weight" in tensors
+    is_clip = PATCH_BIAS.torch not in tensors
     named: Tensors = {}
     for name in tensors:
         block = re.match(r"blocks\.(\d+)\.", name)

@@ -74,7 +74,8 @@ def load_llm(name: str, model: Llama | Opt) -> dict:
 
 def load_published(name: str, model: SimVLG) -> dict:
     """Whatever a published SimVLG/EVLGen checkpoint holds: the trained part, or more."""
-    params = evlgen.from_evlgen(model, open_tensors(resolve(name)))
+    tensors = open_tensors(resolve(name))
+    params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
     for module in ("vit", "llm"):
         if module in params and not getattr(model, module).scan:
             params[module] = stacking.unstack_layers(params[module])
