@@ -1,6 +1,7 @@
 """Our own weight files: one nested tree of arrays in one safetensors file, named by their paths."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -15,10 +16,16 @@ from simvlg_jax.errors import UserError
 def write_tree(path: Path, tree: dict, dtype: np.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
     """Writes host or device arrays, cast to `dtype` if given; the file appears whole or not at all."""
     flat = traverse_util.flatten_dict(tree, sep="/")
-    arrays = {name: np.asarray(np.asarray(x).astype(dtype or x.dtype), order="C") for name, x in flat.items()}
+    write_arrays(path, {name: np.asarray(x).astype(dtype or x.dtype) for name, x in flat.items()}, metadata)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file of named arrays; it appears whole or not at all, and readable to all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(arrays, partial, metadata)
+    # safetensors writes an array's memory as it lies, whatever its strides.
+    save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, partial, metadata)
+    partial.chmod(0o644)
     partial.rename(path)
 
 

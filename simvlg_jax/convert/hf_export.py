@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
+from simvlg_jax import weights
 from simvlg_jax.convert import evlgen
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
@@ -119,12 +118,10 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if model.vit.max_frames:
         raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
-    tensors: Tensors = {name: np.asarray(x, order="C") for name, x in evlgen.to_evlgen(model, params).items()}
+    tensors: Tensors = evlgen.to_evlgen(model, params)
     if isinstance(model.llm, Opt):
         del tensors["opt_model.lm_head.weight"]  # the embedding once more
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors.partial", {"format": "pt"})
-    (folder / "model.safetensors.partial").rename(folder / "model.safetensors")
+    weights.write_arrays(folder / "model.safetensors", tensors, {"format": "pt"})
     text.tokenizer.save(str(folder / "tokenizer.json"))
     special = {name: text.tokenizer.id_to_token(i) for name, i in (("eos_token", text.end), ("pad_token", text.pad_id))}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}

@@ -58,19 +58,18 @@ def write_state_dict(path: Path, tensors: dict) -> None:
     """{"model": tensors} by torch.save, or safetensors; the file appears whole or not at all."""
     import numpy as np
 
+    from simvlg_jax import weights
+
+    if path.suffix == ".safetensors":
+        weights.write_arrays(path, tensors)
+        return
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("writing .pth needs PyTorch (pip install torch); .safetensors does not") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    arrays = {name: np.array(x, order="C") for name, x in tensors.items()}
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file(arrays, partial)
-    else:
-        try:
-            import torch
-        except ImportError as error:
-            raise UserError("writing .pth needs PyTorch (pip install torch); .safetensors does not") from error
-        torch.save({"model": {name: to_tensor(x) for name, x in arrays.items()}}, partial)
+    torch.save({"model": {name: to_tensor(np.array(x, order="C")) for name, x in tensors.items()}}, partial)
     partial.rename(path)
 
 
