@@ -234,3 +234,38 @@ PRINTABLE = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\
 def test_decoding_undoes_encoding(loaded_tokenizer, text):
     tokenizer = loaded_tokenizer[0]
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def write_sentencepiece(path) -> list[str]:
+    """A GGUF file with a LLaMA tokenizer of few pieces (and nothing else); returns them."""
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    pieces += ["\u2581", "a", "c", "t", "d", "o", "g", "at", "cat", "\u2581a", "\u2581cat", "do", "dog", "\u2581dog"]
+    kinds = [2, 3, 3, *[6] * 256]
+    writer = gguf_library.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(pieces) - 259)])
+    writer.add_token_types(kinds + [1] * (len(pieces) - 259))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return pieces
+
+
+def test_llama_tokenizer_is_read_by_transformers(tmp_path):
+    pieces = write_sentencepiece(tmp_path / "llama.gguf")
+    tokenizer, special = gguf.load_tokenizer(tmp_path / "llama.gguf")
+    assert special == gguf.SpecialIds(bos_id=1, eos_id=2, pad_id=2)
+    ids = tokenizer.encode("a cat dog", add_special_tokens=False).ids
+    assert [pieces[i] for i in ids] == ["\u2581a", "\u2581cat", "\u2581dog"]
+    assert tokenizer.decode(ids).strip() == "a cat dog"
+
+
+def test_both_readers_give_smollm2_the_same_tokens(loaded_tokenizer):
+    theirs, special = gguf._tokenizer_by_transformers(gguf.smollm2_path())
+    assert special == loaded_tokenizer[1]
+    for text in ("woman juggling, medium-dark skin tone", "in 2024\n", "caf\u00e9 \U0001f600 don't"):
+        assert theirs.encode(text).ids == loaded_tokenizer[0].encode(text).ids

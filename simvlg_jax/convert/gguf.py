@@ -138,16 +138,20 @@ def load_llama(path: str | Path, dtype: DTypeLike = np.float32) -> tuple[dict, d
 
 
 def load_tokenizer(path: str | Path) -> tuple[Tokenizer, SpecialIds]:
-    """SmolLM2's tokenizer from its GGUF file: byte-level BPE, every digit a token, control tokens kept whole.
+    """The tokenizer of a GGUF file.
+
+    SmolLM2's is read here: byte-level BPE, every digit a token, control tokens kept whole. Any other is left to
+    transformers, which needs PyTorch for it.
 
     Raises:
-      UserError: unreadable file, or a tokenizer of another kind.
+      UserError: unreadable file, or a tokenizer that transformers does not know either.
     """
     path = Path(path)
     reader = _open(path)
-    kind = (_field(reader, path, "tokenizer.ggml.model"), _field(reader, path, "tokenizer.ggml.pre"))
+    pre = reader.get_field("tokenizer.ggml.pre")
+    kind = (_field(reader, path, "tokenizer.ggml.model"), pre.contents() if pre else None)
     if kind != ("gpt2", "smollm"):
-        raise UserError(f"{path} has a tokenizer of kind {'/'.join(kind)}; only gpt2/smollm (SmolLM2's) can be read")
+        return _tokenizer_by_transformers(path)
     tokens = _field(reader, path, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, path, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -166,3 +170,19 @@ def load_tokenizer(path: str | Path) -> tuple[Tokenizer, SpecialIds]:
         bos_id=bos.contents() if bos else None, eos_id=eos_id, pad_id=pad.contents() if pad else eos_id
     )
     return tokenizer, special
+
+
+def _tokenizer_by_transformers(path: Path) -> tuple[Tokenizer, SpecialIds]:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError as error:
+        raise UserError(f"reading the tokenizer in {path} needs PyTorch: pip install torch") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no tokenizer of a known kind in {path}: {reason}") from error
+    bos, eos, pad = found.bos_token_id, found.eos_token_id, found.pad_token_id
+    if eos is None:
+        raise UserError(f"the tokenizer in {path} names no end token, so captions would have no end")
+    return found.backend_tokenizer, SpecialIds(bos_id=bos, eos_id=eos, pad_id=eos if pad is None else pad)
