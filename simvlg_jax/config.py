@@ -158,4 +158,5 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(arguments: argparse.Namespace) -> Path:
+    """The folder that `add_model_arguments`' flags name."""
     return EXAMPLE if arguments.example else arguments.workdir

@@ -9,8 +9,9 @@ from PIL import Image
 
 from simvlg_jax.config import EXAMPLE, load_config, read_config
 from simvlg_jax.data import transforms
+from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.errors import UserError
-from simvlg_jax.evaluation.captioner import Captioner, decoding_options
+from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.training import restore
 from simvlg_jax.training.tasks import Task
 

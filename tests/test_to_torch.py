@@ -1,7 +1,6 @@
 """Models carried to PyTorch: our own PyTorch code against the published numbers, and the same captions as in JAX."""
 
 import json
-import sys
 from pathlib import Path
 
 import check_golden
@@ -12,8 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
+from verbs import call
 
-from simvlg_jax import errors
 from simvlg_jax.config import load_config
 from simvlg_jax.convert import evlgen, hf_export, stacking, to_torch
 from simvlg_jax.data.text import CaptionText, character_tokenizer
@@ -71,19 +70,9 @@ def tiny_run(tmp_path_factory):
     return workdir, config, partition.join(trainer.frozen, params), trainer.task
 
 
-def call(*arguments) -> int:
-    before, sys.argv = sys.argv, ["to_torch", *map(str, arguments)]
-    try:
-        errors.run_verb(to_torch.main)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-
-
 def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     workdir, config, params, task = tiny_run
-    assert call("--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
+    assert call(to_torch, "--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
     exported = load_exported(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
@@ -97,12 +86,27 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     assert preprocessor["size"] == {"height": 32, "width": 32}
 
 
+def test_start_before_the_prompt_gives_the_same_loss(tiny_run, tmp_path):
+    workdir, _, params, task = tiny_run
+    assert call(to_torch, "--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
+    images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    ids, targets = (np.array([x] * 2) for x in task.text_encoder("red square"))
+    losses, counts = task.model.apply(
+        {"params": params}, images, ids, np.ones_like(ids), targets, method="caption_losses"
+    )
+    pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
+    out = load_exported(tmp_path / "hf")(pixels, torch.from_numpy(ids), labels=torch.from_numpy(ids))
+    assert out.loss.item() == pytest.approx(float(losses.sum() / counts.sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_state_dict_comes_back_bit_equal(tiny_run, tmp_path, suffix):
     workdir, config, params, _ = tiny_run
     for everything in (False, True):
         path = tmp_path / f"weights{suffix}"
-        assert call("--workdir", workdir, "--format", "evlgen", "--output", path, *["--all"] * everything) == 0
+        assert (
+            call(to_torch, "--workdir", workdir, "--format", "evlgen", "--output", path, *["--all"] * everything) == 0
+        )
         if suffix == ".pth":
             tensors = {n: x.numpy() for n, x in torch.load(path, weights_only=True)["model"].items()}
         else:
@@ -117,7 +121,7 @@ def test_state_dict_comes_back_bit_equal(tiny_run, tmp_path, suffix):
 
 def test_wrong_requests_say_so(tiny_run, tmp_path, capsys):
     workdir = tiny_run[0]
-    assert call("--workdir", workdir, "--format", "evlgen", "--output", tmp_path / "weights.bin") == 2
+    assert call(to_torch, "--workdir", workdir, "--format", "evlgen", "--output", tmp_path / "weights.bin") == 2
     assert "a .pth or a .safetensors file" in capsys.readouterr().err
-    assert call("--workdir", tmp_path, "--format", "hf", "--output", tmp_path / "hf") == 1
+    assert call(to_torch, "--workdir", tmp_path, "--format", "hf", "--output", tmp_path / "hf") == 1
     assert not (tmp_path / "hf").exists()

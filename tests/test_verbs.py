@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
+from verbs import call
 
 import simvlg_jax
 from simvlg_jax import caption, errors, evaluate, export, train
@@ -39,17 +40,6 @@ def pictures(tmp_path):
         Image.new("RGB", (40, 20), colour).save(folder / name)
     (folder / "broken.png").write_bytes(b"not a picture")
     return folder
-
-
-def call(module, *arguments):
-    """The exit status of a verb in this process."""
-    before, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
-    try:
-        errors.run_verb(module.main)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
 
 
 @pytest.mark.parametrize(

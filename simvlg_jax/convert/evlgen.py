@@ -31,6 +31,7 @@ def family(model: SimVLG) -> str:
 
 
 def projections(model: SimVLG) -> list[Row]:
+    """The small trained modules around the connector."""
     return [
         *weight_map.layer_norm("ln_vision", "ln_vision"),
         *weight_map.linear("vl_proj", "VL_proj"),

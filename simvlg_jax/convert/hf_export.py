@@ -10,8 +10,8 @@ from simvlg_jax import weights
 from simvlg_jax.convert import evlgen
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
+from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.errors import UserError
-from simvlg_jax.evaluation.captioner import decoding_options
 from simvlg_jax.models.llama import Llama
 from simvlg_jax.models.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG

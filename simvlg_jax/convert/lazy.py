@@ -14,7 +14,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 
-class Lazy:
+class Shaped:
+    """What follows from a shape."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class Lazy(Shaped):
     """A numpy array to be: `read` gives it, each time anew."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, read: Callable[[], np.ndarray]):
@@ -24,14 +41,6 @@ class Lazy:
         """`function` of it, still unread; its shape is learnt from an array that takes no memory."""
         outline = function(np.broadcast_to(np.zeros((), self.dtype), self.shape))
         return Lazy(outline.shape, outline.dtype, lambda: function(self.read()))
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape))
 
     @property
     def T(self) -> "Lazy":
@@ -49,36 +58,22 @@ class Lazy:
     def __getitem__(self, index) -> "Lazy":
         return self.apply(lambda x: x[index])
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
 
 
-class LazyStack:
+class LazyStack(Shaped):
     """(L, ...): L arrays of one shape, each `Lazy` or not."""
 
     def __init__(self, layers: Sequence):
         self.layers = list(layers)
         self.shape, self.dtype = (len(self.layers), *self.layers[0].shape), np.dtype(self.layers[0].dtype)
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape))
-
     def astype(self, dtype: DTypeLike) -> "LazyStack":
         return LazyStack([layer.astype(dtype) for layer in self.layers])
 
     def __getitem__(self, index: int):
         return self.layers[index]
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(np.stack([np.asarray(layer) for layer in self.layers]), dtype)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from ml_collections import ConfigDict
 
 from simvlg_jax.errors import UserError
 from simvlg_jax.models.language_model import Cache
@@ -25,6 +26,11 @@ class Frontier:
     logits: jax.Array
     positions: jax.Array
     cache: Cache
+
+
+def decoding_options(config: ConfigDict) -> dict[str, float]:
+    """What `greedy_decode` takes from a config: the lengths in new tokens, and the penalty on repetition."""
+    return {name: config.evaluate[name] for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
 
 
 def prefill(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from ml_collections import ConfigDict
 
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.decoding.generate import greedy_decode
@@ -19,11 +18,6 @@ class CaptionOutput:
 
     ids: jax.Array
     source_map: jax.Array
-
-
-def decoding_options(config: ConfigDict) -> dict[str, float]:
-    """What `Captioner` takes from a config."""
-    return {name: config.evaluate[name] for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
 
 
 class Captioner:

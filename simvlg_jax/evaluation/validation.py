@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.data import pipeline
 from simvlg_jax.data.sources import Source, load_source
+from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.evaluation import metrics
-from simvlg_jax.evaluation.captioner import Captioner, decoding_options
+from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training.tasks import Task
 

@@ -25,6 +25,16 @@ class RopeScaling(NamedTuple):
     original_length: int
 
 
+LLAMA3_8B = dict(
+    width=4096,
+    depth=32,
+    num_heads=32,
+    num_kv_heads=8,
+    ffn=14336,
+    vocab_size=128256,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+)
 LLAMA_SIZES = {
     "smollm2_135m": dict(
         width=576,
@@ -44,27 +54,8 @@ LLAMA_SIZES = {
     "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32001),
     "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32001),
     "llama2_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000, norm_eps=1e-5),
-    "llama3_8b": dict(
-        width=4096,
-        depth=32,
-        num_heads=32,
-        num_kv_heads=8,
-        ffn=14336,
-        vocab_size=128256,
-        rope_theta=500000.0,
-        norm_eps=1e-5,
-    ),
-    "llama3.1_8b": dict(
-        width=4096,
-        depth=32,
-        num_heads=32,
-        num_kv_heads=8,
-        ffn=14336,
-        vocab_size=128256,
-        rope_theta=500000.0,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
-        norm_eps=1e-5,
-    ),
+    "llama3_8b": LLAMA3_8B,
+    "llama3.1_8b": LLAMA3_8B | dict(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
     "llama3.2_1b": dict(
         width=2048,
         depth=16,

@@ -53,6 +53,7 @@ def load_sentence_encoder(sentence: ConfigDict) -> dict:
 
 
 def load_sentence_tokenizer(name: str) -> Tokenizer:
+    """The sentence encoder's WordPiece tokenizer, from beside its weights."""
     return text.minilm_tokenizer() if name == "minilm" else load_hf_tokenizer(resolve(name)).backend_tokenizer
 
 

@@ -315,6 +315,8 @@ class SimVLG(PreTrainedModel):
         mask = F.pad(mask, (prefix, 0), value=1)
         if labels is not None:
             labels = F.pad(labels, (prefix, 0), value=-100)
+            if self.config.start_first:
+                labels[:, prefix] = -100
         return self.language_model(inputs_embeds=embeddings, attention_mask=mask, labels=labels)
 
     @torch.no_grad()

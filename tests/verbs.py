@@ -1,0 +1,17 @@
+"""Runs command-line verbs within a test."""
+
+import sys
+from types import ModuleType
+
+from simvlg_jax import errors
+
+
+def call(module: ModuleType, *arguments) -> int:
+    """The exit status of a verb in this process."""
+    before, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
+    try:
+        errors.run_verb(module.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
