@@ -1,9 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: checks the machine, makes .venv once, and defines PYTHON and say.
 # need_environment FILE...: installs these requirement files, unless .venv already holds them (so it runs offline).
+# read_keys "KEY..." ARGUMENT...: sets the KEY=VALUE arguments as variables, and DRY_RUN.
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
+misuse() { say "error: $*"; exit 2; }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=.venv/bin/python
@@ -41,4 +43,34 @@ need_environment() {
   done
   printf '%s\n' "$wanted" >"$marker"
   say "installed in $((SECONDS - started)) s"
+}
+
+read_keys() {
+  local known=" $1 " argument key
+  shift
+  for argument in "$@"; do
+    key=${argument%%=*}
+    if [ "$argument" = --dry-run ]; then DRY_RUN=yes; continue; fi
+    case $argument in *=*) ;; *) misuse "'$argument' is no KEY=VALUE" ;; esac
+    if [[ ! $key =~ ^[A-Z_]+$ || $known != *" $key "* ]]; then misuse "unknown key '$key'; known are:${known% }"; fi
+    printf -v "$key" %s "${argument#*=}"
+  done
+}
+
+# Words as a shell reads them again. Single quotes, not printf's %q, so that a dry run stays readable.
+quote() {
+  local word separator='' escaped="'\\''"
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf "%s'%s'" "$separator" "${word//\'/$escaped}" ;;
+      *) printf '%s%s' "$separator" "$word" ;;
+    esac
+    separator=' '
+  done
+}
+
+# In a dry run prints the command (on 3, which scripts open as their output: 1 may be being collected) and is true.
+dry() {
+  [ "${DRY_RUN:-no}" = yes ] || return 1
+  printf '%s\n' "$(quote "$@")" >&3
 }
