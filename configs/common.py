@@ -1,6 +1,18 @@
 """Defaults that every config starts from. Each field is explained here, once."""
 
+from collections.abc import Collection
+
 from ml_collections import ConfigDict
+
+
+def choose(argument: str, **allowed: Collection[str]) -> list[str]:
+    """The values that "llm=opt2.7b,vit=clip_l" gives each name, in the order of `allowed`; the first is the default."""
+    given = dict(pair.partition("=")[::2] for pair in argument.split(",") if pair)
+    for name, value in given.items():
+        if name not in allowed or value not in allowed[name]:
+            known = "; ".join(f"{key}={'|'.join(values)}" for key, values in allowed.items())
+            raise ValueError(f"{name}={value} is unknown; there are {known}")
+    return [given.get(name, next(iter(values))) for name, values in allowed.items()]
 
 
 def get_config() -> ConfigDict:
@@ -92,9 +104,13 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 0.0  # 0: no clipping, as published
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # -1: all devices left over
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.preset = ""  # "replicated", "fsdp" or "fsdp+tensor" (2) over all devices, instead of the sizes below
+    # Of one TPU slice; several multiply `data`.
+    config.mesh.data = -1  # the batch is split over data and fsdp; -1: all devices left over
+    config.mesh.fsdp = 1  # weights are split over it, and gathered layer by layer
+    config.mesh.tensor = 1  # heads, MLPs and the vocabulary are split over it
+    config.mesh.split_frozen = True  # False: frozen weights whole on every device, quicker where they fit
+    config.mesh.split_trained = True  # False: trained weights and optimizer state whole on every device
 
     config.evaluate = ConfigDict()
     config.evaluate.batch_size = 32

@@ -55,11 +55,13 @@ def test_stacked_layers_are_read_one_after_another_into_their_shards(monkeypatch
     stack = tree["blocks"]["kernel"].astype(jnp.bfloat16)
     assert isinstance(stack, LazyStack) and stack.shape == (3, 6, 4)
     assert stacking.unstack_layers(tree)["blocks_1"]["kernel"] is tree["blocks"]["kernel"].layers[1]
-    mesh = meshes.make_mesh(ConfigDict(dict(data=2, fsdp=2, tensor=2)))
+    mesh = meshes.make_mesh(ConfigDict(dict(preset="", data=2, fsdp=2, tensor=2)))
     read_before_put = []
-    device_put = jax.device_put
+    make_array = jax.make_array_from_callback
     monkeypatch.setattr(
-        jax, "device_put", lambda *a: (read_before_put.append([c.reads for c in layers]), device_put(*a))[1]
+        jax,
+        "make_array_from_callback",
+        lambda *a: (read_before_put.append([c.reads for c in layers]), make_array(*a))[1],
     )
     placed = put(stack, NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")))
     assert read_before_put == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
@@ -69,7 +71,7 @@ def test_stacked_layers_are_read_one_after_another_into_their_shards(monkeypatch
 
 
 def test_plain_arrays_and_split_stacks_are_put_whole():
-    mesh = meshes.make_mesh(ConfigDict(dict(data=1, fsdp=2, tensor=1)))
+    mesh = meshes.make_mesh(ConfigDict(dict(preset="", data=1, fsdp=2, tensor=1)))
     whole = NamedSharding(mesh, PartitionSpec("fsdp"))
     array = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     np.testing.assert_array_equal(put(array, whole), array)

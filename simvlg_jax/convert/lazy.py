@@ -86,19 +86,27 @@ def split(x, parts: int) -> list:
 
 
 def put(x, sharding: NamedSharding) -> jax.Array:
-    """Any kind of array onto its devices; of a stack, one layer at a time is in host memory."""
+    """Any kind of array onto its devices; of a stack, one layer at a time is in host memory.
+
+    Every process reads it by itself and keeps what its devices hold.
+    """
     if not isinstance(x, LazyStack):
-        return jax.device_put(np.asarray(x) if isinstance(x, Lazy) else x, sharding)
+        return _put_shards(x, sharding)
     first, *rest = sharding.spec or (None,)
     if first is not None:
-        return jax.device_put(np.asarray(x), sharding)  # the layers themselves are split over devices
+        return _put_shards(x, sharding)  # the layers themselves are split over devices
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*rest))
     zeros, write = _stack_writer(x.shape, x.dtype, sharding)
     stack = zeros()
     for index, layer in enumerate(x.layers):
-        stack = write(stack, jax.device_put(np.asarray(layer), layer_sharding), index)
+        stack = write(stack, _put_shards(layer, layer_sharding), index)
         jax.block_until_ready(stack)  # else the host would run ahead and hold several layers
     return stack
+
+
+def _put_shards(x, sharding: NamedSharding) -> jax.Array:
+    array = np.asarray(x)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,5 +1,7 @@
 """BERT's post-LayerNorm layer, and the sentence encoder that the contrastive loss compares pictures with."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ class BertEmbeddings(nn.Module):
         types = self.param("token_type", init, (self.type_vocab, width))
         x = x + positions[: x.shape[1]].astype(x.dtype) + types[0].astype(x.dtype)
         x = layers.LayerNorm(self.epsilon, name="norm")(x)
-        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return layers.split_batch(layers.Dropout(self.dropout)(x, deterministic))
 
 
 class BertLayer(nn.Module):
@@ -73,7 +75,7 @@ class BertLayer(nn.Module):
     ) -> LayerOutput:
         """x (B, T, D); mask optional (B, T), 1 for real tokens (only for text); sizes (B, T), of merged tokens."""
         width = x.shape[-1]
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        drop = functools.partial(layers.Dropout(self.dropout), deterministic=deterministic)
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
         query = layers.Projection(**heads, name="query")(x)
         key = layers.Projection(**heads, bias_grad=False, name="key")(x)
@@ -92,7 +94,7 @@ class BertLayer(nn.Module):
             x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
 
         x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
-        return LayerOutput(layers.LayerNorm(self.epsilon, name="mlp_norm")(x), slots)
+        return LayerOutput(layers.split_batch(layers.LayerNorm(self.epsilon, name="mlp_norm")(x)), slots)
 
 
 class SentenceEncoder(nn.Module):

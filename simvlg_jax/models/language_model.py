@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
+from simvlg_jax.models import layers
+
 # key, value (L, B, T, K, H); mask (B, T) int32, 1 for slots that hold a real token; index () int32, the next free slot.
 Cache = dict[str, jax.Array]
 
@@ -67,6 +69,7 @@ def run_blocks(
     blocks: Callable | Sequence[Callable], depth: int, x: jax.Array, mask: jax.Array, cache: Cache | None, *shared
 ) -> tuple[jax.Array, Cache | None]:
     """x (B, S, D) with mask (B, S) through `make_blocks`'s blocks, and the cache with its keys and values in it."""
+    x = layers.split_batch(x)
     visible, key_mask = visible_keys(mask, cache)
     index = None if cache is None else cache["index"]
     carry = (x, None, None) if cache is None else (x, cache["key"], cache["value"])

@@ -28,6 +28,11 @@ def torch_linear_init(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first axis, and no other, split over the devices, if the caller has named a mesh."""
+    return nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm with float32 statistics by the two-pass formula, in and out in the input's dtype."""
 
@@ -112,6 +117,42 @@ class MergeHeads(nn.Module):
         kernel = self.param("kernel", partitioned(self.kernel_init, "heads", "head_dim", "embed"), shape)
         bias = self.param("bias", partitioned(nn.initializers.zeros, "embed"), (self.features,))
         return jnp.einsum("BTHK,HKD->BTD", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Sets a share `rate` of the elements to zero and scales the others by 1 / (1 - rate); needs an rng "dropout".
+
+    Which ones is a hash of the element's place and the rng, so it does not depend on how the array is sharded. JAX's
+    own generator makes ten times the instructions of them, and of the TPU's compiling they were the larger part.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:  # (...) -> (...)
+        if deterministic or not self.rate:
+            return x
+        keep = hashed_bits(self.make_rng("dropout"), x.shape) >= jnp.uint32(self.rate * 2**32)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+
+def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Pseudo-random uint32 of a shape: two rounds of MurmurHash3's finaliser over each element's place.
+
+    Good for dropout, not for more; arrays of over 2^32 elements repeat.
+    """
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return _avalanche(_avalanche(place ^ first) + second)
+
+
+def _avalanche(x: jax.Array) -> jax.Array:  # uint32 (...) -> uint32 (...), every bit depending on every bit
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def attention_weights(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import language_model
+from simvlg_jax.models import language_model, layers
 from simvlg_jax.models.language_model import Cache, Einsum, LlmOutput
 
 
@@ -152,7 +152,7 @@ class Block(nn.Module):
         gate = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="gate")("BSD,DF->BSF", y)
         up = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="up")("BSD,DF->BSF", y)
         down = Einsum((self.ffn, width), ("mlp", "embed"), **dtypes, name="down")
-        x = x + down("BSF,FD->BSD", nn.silu(gate) * up)
+        x = layers.split_batch(x + down("BSF,FD->BSD", nn.silu(gate) * up))
         return (x, key_cache, value_cache), None
 
 

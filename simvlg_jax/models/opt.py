@@ -1,5 +1,7 @@
 """OPT decoder, fed with embeddings."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ class Block(nn.Module):
         x, key_cache, value_cache = carry
         width = x.shape[-1]
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
-        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        drop = functools.partial(layers.Dropout(self.dropout), deterministic=not self.has_rng("dropout"))
         attention_norm = layers.LayerNorm(NORM_EPS, name="attention_norm")
         mlp_norm = layers.LayerNorm(NORM_EPS, name="mlp_norm")
 
@@ -60,7 +62,8 @@ class Block(nn.Module):
 
         y = mlp_norm(x) if self.pre_norm else x
         x = x + drop(layers.Mlp(self.ffn, nn.relu, dtype=self.dtype, name="mlp")(y))
-        return (x if self.pre_norm else mlp_norm(x), key_cache, value_cache), None
+        x = layers.split_batch(x if self.pre_norm else mlp_norm(x))
+        return (x, key_cache, value_cache), None
 
 
 class Opt(nn.Module):

@@ -57,7 +57,7 @@ class Block(nn.Module):
         y = layers.LayerNorm(self.norm_eps, name="norm2")(x)
         activation = layers.quick_gelu if self.quick_gelu else layers.gelu
         x = x + layers.Mlp(self.mlp_dim, activation, dtype=self.dtype, name="mlp")(y)
-        return x.reshape(shape), None
+        return layers.split_batch(x.reshape(shape)), None
 
 
 class ViT(nn.Module):
@@ -129,6 +129,7 @@ class ViT(nn.Module):
             x = x + moments[: x.shape[1], None].astype(x.dtype)
         if self.input_norm:
             x = layers.LayerNorm(self.norm_eps, name="input_norm")(x)
+        x = layers.split_batch(x)
 
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         style = (self.num_heads, self.mlp_dim, self.key_bias, self.quick_gelu, self.norm_eps, self.temporal, self.dtype)

@@ -1,16 +1,26 @@
 """The device mesh, and where every array lives on it."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from simvlg_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+
+# (data, fsdp, tensor) within a slice; -1: all devices left over.
+PRESETS = {
+    "replicated": (-1, 1, 1),
+    "fsdp": (1, -1, 1),
+    "fsdp+tensor": (1, -1, 2),
+}
 
 # Logical axis of a parameter or activation -> mesh axes. What is not listed is not split.
 RULES = (
@@ -27,47 +37,80 @@ RULES = (
 )
 
 
+def mesh_shape(sizes: ConfigDict) -> tuple[int, ...]:
+    """(data, fsdp, tensor) that a config asks for, by its preset or one by one.
+
+    Raises:
+      UserError (status 2): an unknown preset, a preset and sizes together, or sizes that cannot be.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    if sizes.preset:
+        if sizes.preset not in PRESETS:
+            raise UserError(f"mesh.preset is {sizes.preset!r}; it takes {', '.join(map(repr, PRESETS))}", 2)
+        if shape != PRESETS["replicated"]:
+            raise UserError(
+                "mesh.preset and mesh sizes are two ways to say one thing: set mesh.preset='' or no sizes", 2
+            )
+        return PRESETS[sizes.preset]
+    if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
+        raise UserError(f"mesh sizes must be positive, at most one -1: got {dict(zip(AXES, shape, strict=True))}", 2)
+    return shape
+
+
 def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) -> Mesh:
     """A mesh of axes data, fsdp, tensor; one size may be -1 and takes the devices left over.
+
+    Sizes are those of one TPU slice: several slices multiply `data`, so that between slices, over the slower network,
+    only gradients travel.
 
     Raises:
       UserError (status 2): the product does not fit the devices there are.
     """
     devices = list(devices or jax.devices())
-    shape = [sizes[axis] for axis in AXES]
-    asked = dict(zip(AXES, shape, strict=True))
-    if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
-        raise UserError(f"mesh sizes must be positive, at most one -1: got {asked}", 2)
+    slices = num_slices(devices)
+    shape = list(mesh_shape(sizes))
+    asked, here = dict(zip(AXES, shape, strict=True)), len(devices) // slices
     known = int(np.prod([n for n in shape if n > 0]))
     if -1 in shape:
-        shape[shape.index(-1)] = max(1, len(devices) // known)
+        shape[shape.index(-1)] = max(1, here // known)
     total = int(np.prod(shape))
-    if total > len(devices):
+    if total > here or (total < here and jax.process_count() > 1):
         raise UserError(
-            f"the mesh {asked} needs {total} devices and {len(devices)} are here ({devices[0].platform}): "
-            "set --config.mesh.* smaller, or on a CPU force more with "
+            f"the mesh {asked} needs {total} devices and {here} are here ({devices[0].platform}): "
+            "set --config.mesh.* to fit, or on a CPU force more with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={total}",
             2,
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+    auto = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices[:total])
+    grid = mesh_utils.create_hybrid_device_mesh(tuple(shape), (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=auto)
 
 
-def param_shardings(boxed, mesh: Mesh):
+def num_slices(devices: Iterable[jax.Device]) -> int:
+    """How many TPU slices the devices belong to; 1 on anything else."""
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
+
+
+def param_shardings(boxed, mesh: Mesh, is_split: Callable[[tuple[str, ...]], bool] = lambda path: True):
     """NamedShardings for a tree of `jax.eval_shape(model.init)` (boxed with logical axis names), unboxed.
 
     A dimension that its mesh axes do not divide stays whole.
-    """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
-    shapes = nn.unbox(boxed)
 
-    def fit(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        padded = tuple(spec) + (None,) * (array.ndim - len(spec))
-        kept = [
-            axis if size % _axis_size(mesh, axis) == 0 else None for size, axis in zip(array.shape, padded, strict=True)
-        ]
+    Args:
+      is_split: whether the parameter at a path is split at all; else every device holds it whole.
+    """
+    specs = traverse_util.flatten_dict(nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES))
+    shapes = traverse_util.flatten_dict(nn.unbox(boxed))
+
+    def fit(path: tuple[str, ...]) -> NamedSharding:
+        shape, spec = shapes[path].shape, specs[path] if is_split(path) else ()
+        padded = tuple(spec) + (None,) * (len(shape) - len(spec))
+        kept = [axis if size % _axis_size(mesh, axis) == 0 else None for size, axis in zip(shape, padded, strict=True)]
         return NamedSharding(mesh, PartitionSpec(*kept))
 
-    return jax.tree.map(fit, shapes, specs)
+    return traverse_util.unflatten_dict({path: fit(path) for path in shapes})
 
 
 def _axis_size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
@@ -87,6 +130,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """How many ways the batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@contextlib.contextmanager
+def activation_shardings(mesh: Mesh):
+    """Within it `models.layers.split_batch` holds activations to their place on the mesh.
+
+    Without, the compiler may gather activations of all devices where gathering a layer's weights is far cheaper.
+    """
+    with nn.logical_axis_rules(RULES), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process reads part `index` of each batch's `count` equal parts.
+
+    Processes whose devices differ along `tensor` alone hold the same examples and read the same part.
+
+    Raises:
+      UserError (status 2): a process's devices do not hold neighbouring rows of the batch.
+    """
+    shards = mesh.devices.reshape(batch_shards(mesh), -1)
+    mine = [row for row, devices in enumerate(shards) if any(d.process_index == jax.process_index() for d in devices)]
+    if mine != list(range(mine[0], mine[0] + len(mine))) or len(shards) % len(mine) or mine[0] % len(mine):
+        raise UserError(f"the mesh {dict(mesh.shape)} spreads a process over the batch: choose other mesh sizes", 2)
+    return mine[0] // len(mine), len(shards) // len(mine)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -45,7 +45,7 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best") -> Run:
     found = checkpoints.best() if which == "best" else checkpoints.latest()
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint yet; train with simvlg_jax.train first")
-    trained, frozen = steps.init_params(task, mesh, jax.random.key(config.seed), jnp.dtype(config.frozen_dtype))
+    trained, frozen = steps.init_params(task, config, mesh)
     check_frozen(workdir, frozen, task.sources)
     params = partition.join(frozen, checkpoints.restore_params(found, trained))
     checkpoints.close()
@@ -56,8 +56,7 @@ def assemble(config: ConfigDict) -> Run:
     """A model from the weights that its config names, untrained here; what has no weights is random."""
     mesh = meshes.make_mesh(config.mesh)
     task = build_task(config)
-    parts = steps.init_params(task, mesh, jax.random.key(config.seed), jnp.dtype(config.frozen_dtype))
-    return Run(task, partition.join(*parts), mesh, 0)
+    return Run(task, partition.join(*steps.init_params(task, config, mesh)), mesh, 0)
 
 
 def read_export(config: ConfigDict, path: Path) -> Run:

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from simvlg_jax.convert import lazy
+from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
+from simvlg_jax.training.optimizer import learning_rate, make_optimizer
 from simvlg_jax.training.tasks import Task
 
 
@@ -83,7 +86,8 @@ def make_step(
     """
 
     def total_loss(params: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, weights = task.losses(partition.join(frozen, params), batch, key)
+        with meshes.activation_shardings(mesh):
+            losses, weights = task.losses(partition.join(frozen, params), batch, key)
         return losses.sum(), weights.sum()
 
     def run(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -118,27 +122,88 @@ def make_step(
     )
 
 
-def init_params(task: Task, mesh: Mesh, key: jax.Array, frozen_dtype: jnp.dtype) -> tuple[dict, dict]:
+class Plan(NamedTuple):
+    """Everything about a step that is known before a single weight is: training and compiling ahead both start here.
+
+    Attributes:
+      step: the step with its placements.
+      init_state: trained parameters -> TrainState at step 0, in place.
+      abstract: (TrainState, frozen tree) of ShapeDtypeStructs with their shardings.
+    """
+
+    step: Step
+    init_state: Callable[[dict], TrainState]
+    abstract: tuple[TrainState, dict]
+
+    def abstract_batch(self, task: Task, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of the longest texts, as `data.pipeline` makes them."""
+        shapes = {"image": ((batch_size, task.image_size, task.image_size, 3), jnp.uint8)}
+        text = ((batch_size, task.max_tokens), jnp.int32)
+        names = ("ids", "mask", "targets") + ("sentence_ids", "sentence_mask") * bool(task.load_sentence_text)
+        shapes |= dict.fromkeys(names, text)
+        sharding = meshes.batch_sharding(mesh)
+        return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}
+
+
+def make_plan(task: Task, config: ConfigDict, mesh: Mesh) -> Plan:
+    """The step of a config on a mesh of devices, which need not be there.
+
+    Raises:
+      UserError (status 2): a batch that the mesh and the micro-batches do not divide.
+    """
+    shards, size, micro = meshes.batch_shards(mesh), config.train.batch_size, config.train.accumulate
+    if size % (micro * shards):
+        raise UserError(f"train.batch_size {size} does not divide over {shards} devices times {micro} micro-batches", 2)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    lr = learning_rate(config.optimizer, config.train.steps)
+
+    def init_state(params: dict) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes, shardings = placements(task, config, mesh)
+    (params, frozen), (param_shardings, frozen_shardings) = (
+        partition.split(tree, task.is_trained) for tree in (shapes, shardings)
+    )
+    state = jax.eval_shape(init_state, params)
+    states = state_shardings(optimizer, state, param_shardings, mesh)
+    step = make_step(task, optimizer, lr, mesh, states, frozen_shardings, seed=config.seed, accumulate=micro)
+
+    def place(x: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract = jax.tree.map(place, (state, frozen), (states, frozen_shardings))
+    return Plan(step, jax.jit(init_state, out_shardings=states), abstract)
+
+
+def placements(task: Task, config: ConfigDict, mesh: Mesh) -> tuple[dict, dict]:
+    """ShapeDtypeStructs of all parameters, trained ones float32 and frozen ones as configured, and their shardings."""
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    split = {True: config.mesh.split_trained, False: config.mesh.split_frozen}
+    shardings = meshes.param_shardings(boxed, mesh, lambda path: split[task.is_trained(path)])
+    dtypes = {True: jnp.float32, False: jnp.dtype(config.frozen_dtype)}
+    flat = traverse_util.flatten_dict(nn.unbox(boxed))
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, dtypes[task.is_trained(path)]) for path, x in flat.items()}
+    return traverse_util.unflatten_dict(shapes), shardings
+
+
+def init_params(task: Task, config: ConfigDict, mesh: Mesh) -> tuple[dict, dict]:
     """Trained and frozen parameters in place on the mesh: loaded where weights are named, else initialised.
 
     Nothing is ever whole on one device that the mesh splits: loaded arrays go straight to their shards, and the
     rest is initialised under jit into its own.
     """
-    boxed = jax.eval_shape(task.init, key)
-    abstract, shardings = nn.unbox(boxed), meshes.param_shardings(boxed, mesh)
+    shapes, shardings = placements(task, config, mesh)
+    loaded = traverse_util.flatten_dict(task.load_pretrained(shapes))
+    dtypes = {path: x.dtype for path, x in traverse_util.flatten_dict(shapes).items()}
     places = traverse_util.flatten_dict(shardings)
-    loaded = traverse_util.flatten_dict(task.load_pretrained(abstract))
     missing = [path for path in places if path not in loaded]
-
-    def cast(path: tuple[str, ...], x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float32 if task.is_trained(path) else frozen_dtype)
-
-    params = {path: lazy.put(cast(path, x), places[path]) for path, x in loaded.items()}
+    params = {path: lazy.put(x.astype(dtypes[path]), places[path]) for path, x in loaded.items()}
     if missing:
 
         def init_missing(key: jax.Array) -> dict:
             fresh = traverse_util.flatten_dict(nn.unbox(task.init(key)))
-            return {path: cast(path, fresh[path]) for path in missing}
+            return {path: fresh[path].astype(dtypes[path]) for path in missing}
 
+        key = jax.random.key(config.seed)
         params |= jax.jit(init_missing, out_shardings={path: places[path] for path in missing})(key)
     return partition.split(traverse_util.unflatten_dict(params), task.is_trained)

@@ -6,6 +6,7 @@ trained and frozen. The loop, the checkpoints and the step know only this.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import flax.linen as nn
 import jax
@@ -39,10 +40,11 @@ class Task:
       init: key -> parameters, boxed with their logical axes.
       losses: (params, batch, dropout key or None) -> `Losses`.
       load_pretrained: abstract parameters -> {top-level name: lazy or host arrays} of those with named weights.
-      text_encoder: caption -> token ids and targets.
       image_size: side of the pictures, pixels.
       sources: top-level name -> where its frozen weights come from, in words.
-      sentence_encoder: caption -> token ids of the auxiliary contrastive loss, if there is one.
+      max_tokens: longest text, tokens.
+      load_text: gives `text_encoder`.
+      load_sentence_text: gives `sentence_encoder`, if there is one.
     """
 
     model: nn.Module
@@ -50,10 +52,21 @@ class Task:
     init: Callable[[jax.Array], dict]
     losses: Callable[[dict, dict, jax.Array | None], Losses]
     load_pretrained: Callable[[dict], dict]
-    text_encoder: text.TextEncoder
     image_size: int
     sources: dict[str, str]
-    sentence_encoder: text.TextEncoder | None = None
+    max_tokens: int
+    load_text: Callable[[], text.TextEncoder]
+    load_sentence_text: Callable[[], text.TextEncoder] | None = None
+
+    @cached_property
+    def text_encoder(self) -> text.TextEncoder:
+        """Caption -> token ids and targets; reads the tokenizer, which compiling does not need."""
+        return self.load_text()
+
+    @cached_property
+    def sentence_encoder(self) -> text.TextEncoder | None:
+        """Caption -> token ids of the auxiliary contrastive loss, if there is one."""
+        return self.load_sentence_text and self.load_sentence_text()
 
 
 def build_task(config: ConfigDict) -> Task:
@@ -160,9 +173,7 @@ def build_sentence_text(config: ConfigDict) -> text.TextEncoder:
 def caption_task(config: ConfigDict) -> Task:
     """SimVLG: by default only the connector, ln_vision and the two projections are trained."""
     model = build_model(config)
-    encoder = build_text_encoder(config)
     side, beta = model.vit.image_size, config.train.beta
-    sentences = build_sentence_text(config) if beta else None
 
     def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
         inputs = [batch[name] for name in ("image", "ids", "mask", "targets")]
@@ -203,7 +214,18 @@ def caption_task(config: ConfigDict) -> Task:
         return partition.is_trained(path, frozen)
 
     sources = {name: config[name].weights or "random" for name in frozen}
-    return Task(model, is_trained, init, losses, load_pretrained, encoder, side, sources, sentences)
+    return Task(
+        model,
+        is_trained,
+        init,
+        losses,
+        load_pretrained,
+        side,
+        sources,
+        config.llm.max_text_tokens,
+        lambda: build_text_encoder(config),
+        (lambda: build_sentence_text(config)) if beta else None,
+    )
 
 
 def contrastive_task(config: ConfigDict) -> Task:
@@ -211,7 +233,7 @@ def contrastive_task(config: ConfigDict) -> Task:
     named = config.sentence_encoder.weights
     vit = build_vit(config)
     dtype = jnp.dtype(config.dtype)
-    encoder, sentences = build_sentence_text(config), build_sentence_encoder(config)
+    sentences = build_sentence_encoder(config)
     model = ContrastiveViT(vit, sentences, dtype=dtype)
 
     def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
@@ -235,7 +257,17 @@ def contrastive_task(config: ConfigDict) -> Task:
     def is_trained(path: tuple[str, ...]) -> bool:
         return path[0] != "sentence_encoder"
 
-    return Task(model, is_trained, init, losses, load_pretrained, encoder, vit.image_size, sources)
+    return Task(
+        model,
+        is_trained,
+        init,
+        losses,
+        load_pretrained,
+        vit.image_size,
+        sources,
+        config.llm.max_text_tokens,
+        lambda: build_sentence_text(config),
+    )
 
 
 def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
