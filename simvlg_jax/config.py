@@ -150,6 +150,16 @@ def config_parser(description: str | None, *, required: bool = True, **kwargs) -
     return parser
 
 
+def add_process_argument(parser: argparse.ArgumentParser) -> None:
+    """--distributed: this process is one of several. See `parallel.processes`."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, which JAX finds (TPU slice, Slurm, Open MPI) or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID name",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--workdir DIR or --example: which trained model. See `model_folder`."""
     which = parser.add_mutually_exclusive_group(required=True)

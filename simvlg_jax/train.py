@@ -1,6 +1,8 @@
 """Trains or resumes a run.
 
-    python -m simvlg_jax.train --config configs/tiny.py --workdir runs/tiny [--config.train.steps=100]
+    python -m simvlg_jax.train --config configs/tiny.py --workdir runs/tiny [--config.train.steps=100] [--distributed]
+
+With several processes, start the same command in each; SIGTERM to any of them saves and stops all at the same step.
 
 Exit status: 0 done or out of time, 1 failed, 2 asked for wrongly, 130 or 143 after SIGINT or SIGTERM. In every case
 but 1 and 2 the run is saved; the same command goes on where it stopped.
@@ -8,18 +10,21 @@ but 1 and 2 the run is saved; the same command goes on where it stopped.
 
 from pathlib import Path
 
-from simvlg_jax.config import config_parser, load_config
+from simvlg_jax.config import add_process_argument, config_parser, load_config
 from simvlg_jax.errors import run_verb
 
 
 def main() -> int:
     parser = config_parser(__doc__, prog="python -m simvlg_jax.train")
     parser.add_argument("--workdir", type=Path, required=True, help="gets checkpoints, metrics, the report")
+    add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
-    from simvlg_jax.training.loop import train  # after the config is known to be sound: importing jax takes seconds
+    # After the config is known to be sound: importing jax takes seconds.
+    from simvlg_jax.parallel import processes
+    from simvlg_jax.training.loop import train
 
-    return train(config, arguments.workdir)
+    return processes.run(lambda: train(config, arguments.workdir), arguments.distributed)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_workdir_of_another_config_is_refused(tmp_path):
 def test_changed_frozen_weights_are_refused(tmp_path):
     loop.train(tiny(train__steps=1), tmp_path)
     known = json.loads((tmp_path / "frozen.json").read_text())
-    known["llm"]["sha256"] = "0" * 64
+    known["llm"]["fingerprint"] = "0" * 64
     (tmp_path / "frozen.json").write_text(json.dumps(known))
     with pytest.raises(UserError, match=r"frozen llm .* is not the one this run was started with"):
         loop.train(tiny(train__steps=1), tmp_path)

@@ -155,10 +155,32 @@ class _Each(grain.experimental.FlatMapTransform):
         return batches
 
 
-def _local_size(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(f"batch size {batch_size} does not divide among {process_count} processes", status=2)
-    return batch_size // process_count
+class RowsOf(grain.MapDataset):
+    """The rows [first, first + local) of each `size` examples of an endless dataset."""
+
+    def __init__(self, parent: grain.MapDataset, first: int, local: int, size: int):
+        super().__init__(parent)
+        self._first, self._local, self._size = first, local, size
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._size * self._local
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._local)
+        return self._parent[batch * self._size + self._first + row]
+
+
+def _local_size(batch_size: int, shards: int) -> int:
+    if batch_size % shards:
+        raise UserError(f"batch size {batch_size} does not divide into {shards} parts, one a process", status=2)
+    return batch_size // shards
+
+
+def length_window(data_config: ml_collections.ConfigDict, shards: int) -> int:
+    """How many batches are grouped by length at once: 1 where processes share a batch, or where nothing is saved."""
+    return data_config.length_window if shards == 1 and data_config.pad_multiple else 1
 
 
 def make_train_iterator(
@@ -169,44 +191,45 @@ def make_train_iterator(
     image_size: int,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard: int = 0,
+    shards: int = 1,
     skipped: Skipped | None = None,
     sentence_encoder: TextEncoder | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process.
 
-    Each epoch is a new permutation of the source, and the processes share it out. The position (`get_state`,
-    `set_state`, `grain.checkpoint.CheckpointSave`) restores order and augmentation exactly; it depends on the number
-    of workers, the batches do not. With several processes L is always `max_tokens`: they must agree on it.
+    Each epoch is a new permutation of the source. A batch holds the same examples in the same order and views however
+    many processes share it out. The position (`get_state`, `set_state`) restores order and augmentation exactly; it
+    counts batches, so every process has the same, and another number of processes goes on from it. It depends on the
+    number of workers, the batches do not. With several shards L is always `max_tokens`, they must agree on it, and
+    lengths are not grouped.
 
     Args:
       data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
       batch_size: of all processes together.
+      shard, shards: this process reads part `shard` of each batch's `shards`, see `parallel.mesh.data_shard`.
       skipped: counts the unreadable pictures, if given.
       sentence_encoder: adds the captions as "sentence_ids" and "sentence_mask", if given.
     """
-    local = _local_size(batch_size, process_count)
+    local = _local_size(batch_size, shards)
     if len(source) < batch_size:
         raise UserError(
             f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
         )
     augment = Augment(image_size, tuple(data_config.crop_scale), bool(data_config.flip), text_encoder, sentence_encoder)
-    # Grain numbers the examples of each process from 0, so processes need seeds of their own to augment differently.
-    augment_seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
+    augment_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # another than the order's
     collate_fn = functools.partial(
         collate,
         pad_id=text_encoder.pad_id,
-        multiple=data_config.pad_multiple if process_count == 1 else 0,
+        multiple=data_config.pad_multiple if shards == 1 else 0,
         max_tokens=text_encoder.max_tokens,
         sentence_encoder=sentence_encoder,
     )
-    window = data_config.length_window if process_count == 1 and data_config.pad_multiple else 1
+    window = length_window(data_config, shards)
+    examples = grain.MapDataset.source(DecodedSource(source)).shuffle(seed).repeat()
+    examples = examples.random_map(augment, seed=augment_seed)
     dataset = (
-        grain.MapDataset.source(DecodedSource(source))
-        .shuffle(seed)[process_index::process_count]
-        .repeat()
-        .random_map(augment, seed=augment_seed)
+        RowsOf(examples, shard * local, local, batch_size)
         .batch(window * local, drop_remainder=True, batch_fn=list)
         .random_map(LengthGroups(local, collate_fn), seed=seed)
         .to_iter_dataset(read_options(data_config.read_threads))
@@ -273,8 +296,8 @@ def make_eval_batches(
     *,
     image_size: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard: int = 0,
+    shards: int = 1,
     pad_multiple: int = 0,
     read_threads: int = 2,
 ) -> grain.IterDataset:
@@ -287,15 +310,15 @@ def make_eval_batches(
       batch_size: of all processes together.
       pad_multiple: as `data.pad_multiple`; 0 gives every batch the same L, as several processes need.
     """
-    local = _local_size(batch_size, process_count)
+    local = _local_size(batch_size, shards)
     make = EvalBatch(
         source=source,
         encode=text_encoder,
         size=image_size,
         batch_size=batch_size,
-        first=process_index * local,
+        first=shard * local,
         local=local,
-        multiple=pad_multiple if process_count == 1 else 0,
+        multiple=pad_multiple if shards == 1 else 0,
     )
     batches = -(-len(source) // batch_size)
     return grain.MapDataset.range(batches).map(make).to_iter_dataset(read_options(read_threads))

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,6 +14,7 @@ from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.evaluation import metrics
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.parallel.processes import gather
 from simvlg_jax.training.tasks import Task
 
 
@@ -33,14 +33,15 @@ class FirstOf:
 
 def eval_batches(task: Task, config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tuple[dict, dict]]:
     """(this process's numpy batch, the global batch on the devices), each example once."""
-    shards = meshes.batch_shards(mesh)
+    rows = meshes.batch_shards(mesh)
+    shard, shards = meshes.data_shard(mesh)
     batches = pipeline.make_eval_batches(
         source,
         task.text_encoder,
         image_size=task.image_size,
-        batch_size=-(-config.evaluate.batch_size // shards) * shards,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        batch_size=-(-config.evaluate.batch_size // rows) * rows,
+        shard=shard,
+        shards=shards,
         pad_multiple=config.data.pad_multiple,
     )
     for batch in batches:
@@ -53,11 +54,6 @@ def jitted_losses(losses: Callable) -> Callable:
 
 
 captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # one, so compiled once, for all validations of a run
-
-
-def gather(array: jax.Array) -> np.ndarray:
-    """A global array as numpy on every process."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def validate(task: Task, config: ConfigDict, params: dict, mesh: Mesh) -> dict[str, float | str]:

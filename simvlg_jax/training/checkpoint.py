@@ -1,17 +1,20 @@
-"""Orbax checkpoints of a run: trained state and data position, asynchronously; frozen weights by name and hash."""
+"""Orbax checkpoints of a run: trained state and data position, asynchronously; frozen weights by name and fingerprint.
+
+Several processes write one checkpoint into one folder, and any other number of them reads it.
+"""
 
 import contextlib
 import json
 import shutil
 from pathlib import Path
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from simvlg_jax import weights
 from simvlg_jax.errors import UserError
+from simvlg_jax.parallel import processes
 from simvlg_jax.training.step import TrainState
 
 
@@ -50,24 +53,26 @@ class Checkpoints:
         """The step with the highest score, else the newest."""
         return self._manager.best_step() or self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, score: float | None) -> None:
-        """Starts saving in the background; `iterator` must not have drawn the batch after `step` yet.
+    def save(self, step: int, state: TrainState, position: dict, score: float | None) -> None:
+        """Starts saving in the background.
+
+        Args:
+          position: where the data iterator stood before it drew the batch after `step`; the same on every process.
 
         Raises:
           UserError: no space for it; nothing is written then, and what was saved before stays whole.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
         metrics = None if score is None else {"score": float(score)}
         need_space(Path(self._manager.directory), state)
         with disk_errors(self._manager.directory):
             self._manager.save(step, args=items, metrics=metrics)
 
-    def restore(self, step: int, abstract: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """State in the shardings of `abstract`; moves `iterator` to where it stood."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(iterator)
-        )
-        return self._restore(step, items)["state"]
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        """State in the shardings of `abstract`, and the position of the data."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        restored = self._restore(step, items)
+        return restored["state"], restored["data"]
 
     def restore_params(self, step: int, abstract: dict) -> dict:
         """The trained parameters alone, in the shardings of `abstract`."""
@@ -117,17 +122,17 @@ def disk_errors(folder: Path):
 
 
 def check_frozen(workdir: Path, frozen: dict, sources: dict[str, str]) -> None:
-    """Writes workdir/frozen.json (source and SHA-256 of each frozen tree), or holds the trees against it.
+    """Writes workdir/frozen.json (source and fingerprint of each frozen tree), or holds the trees against it.
 
     Raises:
       UserError: a run is resumed over other frozen weights than it was started with.
     """
-    found = {name: {"source": sources[name], "sha256": weights.digest(tree)} for name, tree in frozen.items()}
+    found = {name: {"source": sources[name], "fingerprint": weights.fingerprint(tree)} for name, tree in frozen.items()}
     path = workdir / "frozen.json"
     if path.exists():
         known = json.loads(path.read_text())
         for name, entry in found.items():
-            if known.get(name, {}).get("sha256") != entry["sha256"]:
+            if known.get(name, {}).get("fingerprint") != entry["fingerprint"]:
                 raise UserError(
                     f"the frozen {name} ({entry['source']}) is not the one this run was started with: "
                     f"restore the old weights, or start anew in another --workdir"
@@ -136,3 +141,4 @@ def check_frozen(workdir: Path, frozen: dict, sources: dict[str, str]) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(found, indent=1))
         partial.rename(path)
+    processes.sync("frozen weights are known")

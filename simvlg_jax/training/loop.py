@@ -1,13 +1,13 @@
 """The training loop: resume; then per step maybe evaluate, maybe save, draw the batch, step, maybe log."""
 
-import signal
 import time
 from pathlib import Path
+from signal import Signals
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax import config as configs
@@ -18,12 +18,13 @@ from simvlg_jax.data.sources import load_source
 from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation import validation
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.parallel import processes
 from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints, check_frozen
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.logging import MetricsLog, memory_gb
-from simvlg_jax.training.optimizer import learning_rate, make_optimizer
+from simvlg_jax.training.stopping import Stop
 from simvlg_jax.training.tasks import Task, build_task
 
 
@@ -40,49 +41,43 @@ class Trainer:
     def __init__(self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints | None = None):
         self.config = config
         self.mesh = meshes.make_mesh(config.mesh)
-        if config.train.batch_size % (config.train.accumulate * meshes.batch_shards(self.mesh)):
-            raise UserError(
-                f"train.batch_size {config.train.batch_size} does not divide over "
-                f"{meshes.batch_shards(self.mesh)} devices times {config.train.accumulate} micro-batches",
-                2,
-            )
         self.task = build_task(config)
+        plan = steps.make_plan(self.task, config, self.mesh)
         self.skipped = pipeline.Skipped()
-        self.iterator = make_iterator(config, self.task, self.skipped)
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        key = jax.random.key(config.seed)
-        params, self.frozen = steps.init_params(self.task, self.mesh, key, jnp.dtype(config.frozen_dtype))
-        boxed = jax.eval_shape(self.task.init, key)
-        shardings = meshes.param_shardings(boxed, self.mesh)
-        param_shardings, frozen_shardings = partition.split(shardings, self.task.is_trained)
-
-        def init_state(params: dict) -> steps.TrainState:
-            return steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-        abstract = jax.eval_shape(init_state, params)
-        state_shardings = steps.state_shardings(optimizer, abstract, param_shardings, self.mesh)
-        self.state = jax.jit(init_state, out_shardings=state_shardings)(params)
-        lr = learning_rate(config.optimizer, config.train.steps)
-        self.step = steps.make_step(
-            self.task,
-            optimizer,
-            lr,
-            self.mesh,
-            state_shardings,
-            frozen_shardings,
-            seed=config.seed,
-            accumulate=config.train.accumulate,
-        )
+        self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
+        self._window = pipeline.length_window(config.data, meshes.data_shard(self.mesh)[1])
+        params, self.frozen = steps.init_params(self.task, config, self.mesh)
+        self.state = plan.init_state(params)
+        self.step = plan.step
         check_frozen(workdir, self.frozen, self.task.sources)
         newest = checkpoints.latest() if checkpoints else None
         if newest is not None:
-            self.state = checkpoints.restore(newest, self.state, self.iterator)
+            self.state, position = checkpoints.restore(newest, self.state)
+            self.move_to(position)
         self._jitted = self.step.jit()
         self._flops: dict[tuple[int, ...], int] = {}
 
     @property
     def params(self) -> dict:
         return partition.join(self.frozen, self.state.params)
+
+    @property
+    def position(self) -> dict:
+        """Where the data stands: batches drawn, by any number of processes."""
+        return {"window": self._window, "iterator": self.iterator.get_state()}
+
+    def move_to(self, position: dict) -> None:
+        """Puts the data where `position` says.
+
+        Raises:
+          UserError: lengths were grouped (`data.length_window`), which only a single process does, or the other way.
+        """
+        if position["window"] != self._window:
+            raise UserError(
+                f"this run groups {position['window']} batches by length and {jax.process_count()} process(es) group "
+                f"{self._window}: resume with as many processes as before, or start with data.length_window=1"
+            )
+        self.iterator.set_state(position["iterator"])
 
     def flops(self, batch: dict[str, jax.Array]) -> int:
         """Matrix-product FLOPs of one step on such a batch, over all devices."""
@@ -97,7 +92,8 @@ class Trainer:
         return metrics
 
 
-def make_iterator(config: ConfigDict, task: Task, skipped: pipeline.Skipped) -> grain.DatasetIterator:
+def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.Skipped) -> grain.DatasetIterator:
+    shard, shards = meshes.data_shard(mesh)
     iterator = pipeline.make_train_iterator(
         config.data,
         load_source(config.data, "train"),
@@ -105,8 +101,8 @@ def make_iterator(config: ConfigDict, task: Task, skipped: pipeline.Skipped) -> 
         image_size=task.image_size,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        shard=shard,
+        shards=shards,
         skipped=skipped,
         sentence_encoder=task.sentence_encoder,
     )
@@ -114,24 +110,6 @@ def make_iterator(config: ConfigDict, task: Task, skipped: pipeline.Skipped) -> 
         first = next(iterator)
         iterator = iter(grain.MapDataset.source([first]).repeat().to_iter_dataset())
     return iterator
-
-
-class StopSignals:
-    """Remembers SIGINT and SIGTERM so that the loop can save first; a second one acts as usual."""
-
-    def __enter__(self) -> "StopSignals":
-        self.received: signal.Signals | None = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, _frame) -> None:
-        self.received = signal.Signals(number)
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
@@ -143,24 +121,28 @@ def train(config: ConfigDict, workdir: Path) -> int:
     Raises:
       UserError: an unusable config, data, weights or workdir; a loss that is not finite, with its step.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    configs.save_config(config, workdir)
+    if jax.process_index() == 0:
+        configs.save_config(config, workdir)
+    processes.sync("the config is saved")
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} is not the same folder on every machine: put --workdir on a disk that all share")
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
-    with StopSignals() as signals:
+    with Stop(config.train.max_minutes) as stop:
         trainer = Trainer(config, workdir, checkpoints)
         start, total = int(trainer.state.step), config.train.steps
         log = MetricsLog(workdir, total, start)
         log.say(describe(trainer, start))
         try:
-            outcome = _steps(trainer, checkpoints, log, signals, start, total)
+            outcome, signal = _steps(trainer, checkpoints, log, stop, start, total)
         finally:
             checkpoints.close()
             log.close()
-    if config.task == "contrastive" and signals.received is None and jax.process_index() == 0:
-        vit = jax.device_get(trainer.state.params["vit"])
-        weights.write_tree(workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit))
+    if config.task == "contrastive" and signal is None:
+        vit = jax.tree.map(processes.gather, trainer.state.params["vit"])
+        if jax.process_index() == 0:
+            weights.write_tree(workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit))
     log.say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
-    return 128 + signals.received if signals.received else 0
+    return 128 + signal if signal else 0
 
 
 def describe(trainer: Trainer, start: int) -> str:
@@ -176,33 +158,35 @@ def describe(trainer: Trainer, start: int) -> str:
 
 
 def _steps(
-    trainer: Trainer, checkpoints: Checkpoints, log: MetricsLog, signals: StopSignals, start: int, total: int
-) -> str:
+    trainer: Trainer, checkpoints: Checkpoints, log: MetricsLog, stop: Stop, start: int, total: int
+) -> tuple[str, Signals | None]:
+    """What ended the training, in words, and the signal if it was one."""
     train_config = trainer.config.train
-    deadline = time.monotonic() + 60 * train_config.max_minutes if train_config.max_minutes else float("inf")
     pending: list[tuple[int, jax.Array]] = []  # losses not yet looked at
     window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0
     evaluated: dict[int, float] = {}
     step = start
     while True:
-        out_of_time = time.monotonic() > deadline
-        last = step >= total or out_of_time or signals.received is not None
+        stopped = step < total and stop.reached(step)
+        signal = stop.reason() if stopped else None
+        last = step >= total or stopped
         if step > start and (last or step % train_config.eval_every == 0 or step % train_config.save_every == 0):
             check_finite(pending)
-            if signals.received is None and (step % train_config.eval_every == 0 or last):
+            if signal is None and (step % train_config.eval_every == 0 or last):
                 before = time.monotonic()
                 results = validation.validate(trainer.task, trainer.config, trainer.params, trainer.mesh)
                 log.write(step, "eval", results)
                 evaluated[step] = results["score"]
                 pause = time.monotonic() - before
-                deadline, window_start = deadline + pause, window_start + pause
+                stop.grant(pause)
+                window_start += pause
             if last or step % train_config.save_every == 0:
-                checkpoints.save(step, trainer.state, trainer.iterator, evaluated.get(step))
+                checkpoints.save(step, trainer.state, trainer.position, evaluated.get(step))
+        if stopped:
+            reason = f"stopped by {signal.name}" if signal else "out of time"
+            return f"{reason} at step {step} of {total}, run again to resume", signal
         if last:
-            reason = f"stopped by {signals.received.name}" if signals.received else "out of time"
-            return (
-                f"{reason} at step {step} of {total}, run again to resume" if step < total else f"done: {total} steps"
-            )
+            return f"done: {total} steps", None
 
         before = time.monotonic()
         local = next(trainer.iterator)

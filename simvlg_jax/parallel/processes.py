@@ -1,0 +1,133 @@
+"""Several processes as one run: they start together, and when one fails the others stop and say why.
+
+Each process writes what ended it into the run's shared key-value store before it goes; a thread of every other process
+looks there. What dies without a word is noticed by its broken connections, or by its missing heartbeat.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax._src import distributed  # the only way to the run's key-value store
+from jax.experimental import multihost_utils
+
+from simvlg_jax.errors import UserError, run_verb
+
+HEARTBEAT_SECONDS = 60  # a process that is silent for so long is given up
+LOOK_SECONDS = 0.5
+FAREWELL_SECONDS = 5 * LOOK_SECONDS  # process 0 keeps the store until the others have looked
+FAILED = "simvlg_jax/failed"
+# What the runtime says when a process cannot be reached any more.
+LOST = ("Gloo", "Connection", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def run(work: Callable[[], int], distributed: bool) -> int:
+    """The exit status of `work`, done by one process or, if `distributed`, by several that stop together."""
+    if not distributed:
+        return work()
+
+    def work_together() -> int:
+        start()
+        try:
+            status = work()
+        except jax.errors.JaxRuntimeError as error:
+            if not any(word in str(error) for word in LOST):
+                raise
+            raise UserError(
+                "another process of this run is gone, so all stop; start again to resume from the last checkpoint "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
+        _finished.set()
+        jax.distributed.shutdown()
+        return status
+
+    run_verb(work_together, _farewell)
+
+
+def start() -> None:
+    """Joins this process to the others of its run.
+
+    The environment says where they are: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; without them JAX asks the TPU slice, Slurm, Open MPI or Kubernetes.
+
+    Raises:
+      UserError: the environment is incomplete, or the others did not come.
+    """
+    address, count, index = (os.environ.get(name) for name in VARIABLES)
+    if address and not (count and index):
+        raise UserError(f"{VARIABLES[0]} is set and needs {VARIABLES[1]} and {VARIABLES[2]} beside it", 2)
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            address,
+            count and int(count),
+            index and int(index),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--distributed finds no other processes here (no TPU slice, Slurm, Open MPI): {error} Leave it out on one "
+            f"machine, or set {', '.join(VARIABLES)}",
+            2,
+        ) from error
+    except RuntimeError as error:
+        raise UserError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def sync(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """A global array as numpy on every process."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def agree(value: int) -> int:
+    """The largest of the processes' values."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+_finished = threading.Event()
+
+
+def _farewell(reason: str, status: int) -> None:
+    """Tells the other processes why this one fails and ends it, at once: they may hang in the midst of a step."""
+    client = distributed.global_state.client
+    if client is None or distributed.global_state.num_processes == 1:
+        return
+    _finished.set()
+    try:
+        client.key_value_set(f"{FAILED}/{distributed.global_state.process_id}", f"{status} {reason}")
+        if distributed.global_state.process_id == 0:  # the store goes with it
+            time.sleep(FAREWELL_SECONDS)
+    except jax.errors.JaxRuntimeError:
+        pass  # the store is gone, and with it process 0: they know
+    os._exit(status)
+
+
+def _watch() -> None:
+    """Ends this process when another one has failed."""
+    client = distributed.global_state.client
+    while not _finished.wait(LOOK_SECONDS):
+        try:
+            failed = client.key_value_dir_get(FAILED)
+        except jax.errors.JaxRuntimeError:
+            failed = [(f"{FAILED}/0", "1 it cannot be reached any more")]
+        if failed and not _finished.is_set():
+            key, (status, reason) = failed[0][0], failed[0][1].split(" ", 1)
+            print(f"error: process {key.rsplit('/', 1)[1]} failed, so all stop: {reason}", file=sys.stderr, flush=True)
+            if distributed.global_state.process_id == 0:
+                time.sleep(FAREWELL_SECONDS)
+            os._exit(int(status))

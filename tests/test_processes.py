@@ -1,0 +1,206 @@
+"""Several processes, as on several machines, on one CPU: what their number must not change, and how they stop."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from simvlg_jax.config import load_config
+from simvlg_jax.training import loop, restore
+from simvlg_jax.training.checkpoint import Checkpoints
+
+PRESETS = ("replicated", "fsdp", "fsdp+tensor")
+STEPS, SAVED = 4, 2
+# Five of the drawn val pictures in batches of four: the last batch is filled up, and must not count twice.
+SETTINGS = {
+    "train.steps": STEPS,
+    "train.log_every": 1,
+    "train.save_every": SAVED,
+    "train.eval_every": STEPS,
+    "evaluate.max_examples": 5,
+    "evaluate.batch_size": 4,
+    "evaluate.max_new_tokens": 4,
+}
+
+
+def overrides(**settings):
+    merged = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
+    return [f"--config.{key}={value}" for key, value in merged.items()]
+
+
+def start(count, devices, *arguments):
+    """`count` processes, each with so many forced devices, of one python command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return [
+        subprocess.Popen(
+            [sys.executable, *(arguments if isinstance(arguments[-1], str) else [*arguments[:-1], *arguments[-1][i]])],
+            env=os.environ
+            | {
+                "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+                "JAX_PLATFORMS": "cpu",
+                "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(i),
+                "PYTHONPATH": os.getcwd(),
+            },
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes, seconds=400):
+    """(exit statuses, what each said)."""
+    said = [process.communicate(timeout=seconds)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def run_jobs(count, devices, jobs):
+    jobs = [{"overrides": flags, "workdir": str(workdir)} for flags, workdir in jobs]
+    statuses, said = finish(start(count, devices, "tests/jobs.py", json.dumps(jobs)))
+    assert statuses == [0] * count, "\n".join(said)
+
+
+def logged(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["kind"], line["step"]): line for line in lines}
+
+
+def final_params(workdir):
+    return jax.device_get(restore.restore_run(load_config("configs/tiny.py", overrides()), workdir, "latest").params)
+
+
+def assert_same_run(workdir, reference):
+    ours, theirs = logged(workdir), logged(reference)
+    assert ours.keys() == theirs.keys()  # each line once: one process logs
+    for key, line in ours.items():
+        assert line["loss"] == pytest.approx(theirs[key]["loss"], rel=1e-5), key
+    assert ours["eval", STEPS]["score"] == pytest.approx(theirs["eval", STEPS]["score"], abs=1e-9)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        final_params(workdir),
+        final_params(reference),
+    )
+
+
+def cut_back(workdir, copy):
+    """A copy of a finished run as it was after step SAVED."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Workdirs of the same run by one process, by four and by two, and of runs begun by four and ended by fewer."""
+    folder = tmp_path_factory.mktemp("runs")
+    loop.train(load_config("configs/tiny.py", overrides(mesh__data=1)), folder / "one")
+    run_jobs(4, 2, [(overrides(mesh__preset=preset), folder / f"4 {preset}") for preset in PRESETS])
+    for count in (2, 1):
+        cut_back(folder / "4 fsdp+tensor", folder / f"4 to {count}")
+    again = (overrides(mesh__preset="fsdp"), folder / "4 to 2")
+    run_jobs(2, 4, [*((overrides(mesh__preset=preset), folder / f"2 {preset}") for preset in PRESETS), again])
+    loop.train(load_config("configs/tiny.py", overrides(mesh__data=2)), folder / "4 to 1")
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_run_does_not_depend_on_the_number_of_processes(runs, count, preset):
+    assert_same_run(runs / f"{count} {preset}", runs / "one")
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_run_of_four_processes_is_resumed_by_fewer(runs, count):
+    assert_same_run(runs / f"4 to {count}", runs / "one")
+
+
+def test_all_processes_write_one_checkpoint(runs):
+    assert sorted(path.name for path in (runs / "4 fsdp" / "checkpoints").iterdir()) == [str(SAVED), str(STEPS)]
+    assert json.loads((runs / "4 fsdp" / "frozen.json").read_text()) == json.loads(
+        (runs / "one" / "frozen.json").read_text()
+    )
+
+
+LONG = overrides(train__steps=40, train__save_every=40, train__eval_every=40)
+
+
+def train_long(workdir, count=2):
+    arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(workdir))
+    return start(count, 1, *arguments, *LONG)
+
+
+def wait_for_step(workdir, step, processes):
+    """Until the run has logged the step."""
+    deadline = time.monotonic() + 200
+    while not (workdir / "metrics.jsonl").exists() or ("train", step) not in logged(workdir):
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The long run without interruption, by one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    loop.train(load_config("configs/tiny.py", [*LONG, "--config.mesh.data=1"]), folder)
+    return logged(folder)
+
+
+def test_sigterm_to_one_saves_all_at_one_step_and_the_run_goes_on_there(tmp_path, whole):
+    processes = train_long(tmp_path)
+    wait_for_step(tmp_path, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, said = finish(processes)
+    assert statuses == [128 + signal.SIGTERM] * 2, said
+    stopped = Checkpoints(tmp_path, read_only=True).latest()
+    assert 3 <= stopped < 40 and f"stopped by SIGTERM at step {stopped} of 40" in said[0]
+    assert loop.train(load_config("configs/tiny.py", [*LONG, "--config.mesh.data=2"]), tmp_path) == 0
+    resumed = logged(tmp_path)
+    assert resumed.keys() == whole.keys()
+    assert all(line["loss"] == pytest.approx(whole[key]["loss"], rel=1e-4) for key, line in resumed.items())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_stops_the_other_with_the_reason(tmp_path, victim):
+    processes = train_long(tmp_path)
+    wait_for_step(tmp_path, 2, processes)
+    processes[victim].kill()
+    statuses, said = finish(processes, seconds=120)
+    survivor = 1 - victim
+    assert statuses[victim] == -signal.SIGKILL and statuses[survivor] not in (0, 128 + signal.SIGTERM)
+    reasons = ("another process of this run is gone", f"process {victim} failed", "distributed service detected fatal")
+    assert any(reason in said[survivor] for reason in reasons), said[survivor]
+
+
+def test_error_of_one_process_stops_all_with_its_reason_and_status(tmp_path):
+    arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(tmp_path))
+    processes = start(2, 1, *arguments, [["--config.train.batch_size=8"], ["--config.train.batch_size=9"]])
+    statuses, said = finish(processes, seconds=120)
+    assert statuses == [2, 2]
+    assert "process 1 failed, so all stop: train.batch_size 9 does not divide over 2 devices" in said[0]
+    assert "Traceback" not in said[0] + said[1]
+
+
+def test_incomplete_environment_is_named(tmp_path):
+    arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(tmp_path))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"JAX_PLATFORMS": "cpu"}
+    for extra, message in (
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "needs JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"),
+        ({}, "--distributed finds no other processes here"),
+    ):
+        done = subprocess.run([sys.executable, *arguments], env=environment | extra, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
