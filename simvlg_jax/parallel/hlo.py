@@ -1,0 +1,210 @@
+"""What a compiled program moves, read from its HLO text: collectives, and traffic to and from memory.
+
+XLA's own cost analysis counts the body of a loop once; here a body counts as often as its loop runs.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import prod
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+BYTES |= {"s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
+
+# Types with their layouts hold no "=" and no word before a bracket, so that the first word before "(" is the operation.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """name = type op(inside), attributes."""
+
+    name: str
+    type: str
+    op: str
+    inside: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        return _NAME.findall(self.inside)
+
+    def called(self, *roles: str) -> list[str]:
+        """Computations that the attributes name in any of these roles."""
+        return re.findall(rf"(?:{'|'.join(roles)})=%([\w.\-]+)", self.attributes)
+
+
+@dataclass
+class Program:
+    """Computations by name, and the entry's name."""
+
+    entry: str
+    computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind over groups of one size: how many a step, and bytes a chip puts in a step.
+
+    Attributes:
+      op: "all-reduce", ...; "send" is what leaves a slice.
+      count: a step.
+      bytes: of the results of one chip, a step; what the operation is about, not what it sends.
+      group: chips that take part in each.
+    """
+
+    op: str
+    count: int
+    bytes: int
+    group: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that leave a chip if the collective goes round a ring."""
+        share = (self.group - 1) / self.group
+        # All but reduce-scatter are counted by what comes out of them: the whole array; it by its part.
+        factor = {"all-reduce": 2 * share, "reduce-scatter": self.group - 1}
+        return self.bytes * factor.get(self.op, 1 if self.op in ("collective-permute", "send") else share)
+
+
+def parse(text: str) -> Program:
+    """HLO text, as `jax.stages.Compiled.as_text` gives it, into its computations."""
+    program, body = Program(""), {}
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            body = program.computations.setdefault(found[2], {})
+            if found[1]:
+                program.entry = found[2]
+        elif found := _INSTRUCTION.match(line):
+            body[found[1]] = Instruction(*found.group(1, 2, 3), *_close(found[4]))
+    return program
+
+
+def _close(rest: str) -> tuple[str, str]:
+    """Splits "a, b), more" at the parenthesis that closes the operands."""
+    depth = 1
+    for place, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return rest[:place], rest[place + 1 :]
+    return rest, ""
+
+
+def array_bytes(type_text: str, *, hbm_only: bool = False) -> int:
+    """Bytes of all arrays in a type; with `hbm_only` without those that a TPU keeps on the chip, S(1) and above."""
+    total = 0
+    for dtype, shape, layout in _ARRAY.findall(type_text):
+        if dtype in BYTES and not (hbm_only and "S(" in layout):
+            total += int(prod(int(n) for n in shape.split(",") if n) * BYTES[dtype])
+    return total
+
+
+def _runs(program: Program) -> dict[str, int]:
+    """How often a step runs each computation that is not inside a fusion."""
+    runs: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for instruction in program.computations[name].values():
+            if instruction.op == "while":
+                (condition,), (body,) = instruction.called("condition"), instruction.called("body")
+                visit(body, times * _trips(program, condition))
+            elif instruction.op in ("call", "async-start", "conditional"):
+                for called in instruction.called("to_apply", "calls", "true_computation", "false_computation"):
+                    visit(called, times)
+
+    visit(program.entry, 1)
+    return runs
+
+
+def _trips(program: Program, condition: str) -> int:
+    """Of a counted loop: the number that its condition compares the counter with."""
+    body = program.computations[condition].values()
+    return max((int(i.inside) for i in body if i.op == "constant" and i.type.startswith("s32[]")), default=1)
+
+
+def collectives(program: Program, num_chips: int) -> list[Collective]:
+    """Every collective of a step, alike ones added up, the largest first."""
+    totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    for name, times in _runs(program).items():
+        for instruction in program.computations[name].values():
+            op = instruction.op.removesuffix("-start")
+            if op not in COLLECTIVES:
+                continue
+            size = array_bytes(instruction.type)
+            if instruction.op != op or op == "send":  # a pair: operand and result stand in one tuple
+                operand = sum(array_bytes(program.computations[name][o].type) for o in instruction.operands)
+                size = operand if op in ("send", "collective-permute", "all-reduce") else size - operand
+            total = totals[op, _group_size(instruction.attributes, num_chips)]
+            total[0] += times
+            total[1] += times * size
+    found = [Collective(op, count, size, group) for (op, group), (count, size) in totals.items()]
+    return sorted(found, key=lambda c: -c.bytes)
+
+
+def _group_size(attributes: str, num_chips: int) -> int:
+    """Chips in one group, from any way of writing replica_groups; all of them if nothing is said."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        return prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+    return num_chips
+
+
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
+
+
+def hbm_traffic(program: Program) -> int:
+    """Bytes a step reads from and writes to a chip's memory: operands and results of every operation it runs.
+
+    Of an operand that is only sliced, or only written into, the slices count.
+    """
+    return sum(
+        times * _traffic(program, name, instruction)
+        for name, times in _runs(program).items()
+        for instruction in program.computations[name].values()
+        if instruction.op not in FREE and not instruction.op.endswith("-done")
+    )
+
+
+def _traffic(program: Program, where: str, instruction: Instruction) -> int:
+    body = program.computations[where]
+    result = array_bytes(instruction.type, hbm_only=True)
+    if instruction.op.endswith("-start"):  # its result holds its operand
+        return result
+    for number, name in enumerate(instruction.operands):
+        whole = array_bytes(body[name].type, hbm_only=True)
+        touched, in_place = _touched(program, body, instruction, number, whole)
+        result += touched - (whole if in_place else 0)
+    return max(result, 0)
+
+
+def _touched(
+    program: Program, body: dict[str, Instruction], user: Instruction, number: int, whole: int
+) -> tuple[int, bool]:
+    """Bytes that `user` reads or writes of its operand `number`, and whether its result is that operand, updated."""
+    if user.op == "dynamic-slice" and number == 0:
+        return min(whole, array_bytes(user.type)), False
+    if user.op == "dynamic-update-slice" and number == 0:
+        return min(whole, array_bytes(body[user.operands[1]].type)), True
+    if user.op == "fusion":
+        inner = program.computations[user.called("calls")[0]]
+        name = next(i.name for i in inner.values() if i.op == "parameter" and int(i.inside) == number)
+    elif user.op == "bitcast":
+        inner, name = body, user.name
+    else:
+        return whole, False
+    uses = [
+        _touched(program, inner, each, place, whole)
+        for each in inner.values()
+        for place, operand in enumerate(each.operands)
+        if operand == name
+    ]
+    return min(whole, sum(size for size, _ in uses)), bool(uses) and all(in_place for _, in_place in uses)

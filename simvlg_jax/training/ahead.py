@@ -1,0 +1,219 @@
+"""Compiling the training step for TPU chips that are not there, and what the result says about a run on them."""
+
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Before jax starts: libtpu looks for a TPU and for other programs that use it, and would wait for both.
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: unset, libtpu complains
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}.items():
+    os.environ.setdefault(name, value)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simvlg_jax.errors import UserError
+from simvlg_jax.parallel import hlo
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.parallel.chips import Topology, parse_topology
+from simvlg_jax.training.flops import count_flops
+from simvlg_jax.training.step import make_plan
+from simvlg_jax.training.tasks import build_task
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one step would take. Bytes, TFLOP and seconds are those of one chip; None where it is not known.
+
+    Attributes:
+      peak_bytes: arguments, temporaries, results that reuse neither, and the program itself.
+      hbm_bytes: what the compiler may use of the chip's memory.
+      fits: peak_bytes is within hbm_bytes.
+      tflop_per_step: of matrix products, recomputation included.
+      compute_s, memory_s, communication_s: the step's TFLOP, its traffic to memory and its collectives at the chip's
+        full speed; see `parallel.chips`.
+      roofline_step_s: the longest of these three: no run is faster.
+      images_per_s: of all chips, at the roofline.
+      collectives: op, count, bytes and chips in a group.
+    """
+
+    config: str
+    topology: str
+    slices: int
+    chips: int
+    mesh: dict[str, int]
+    global_batch: int
+    micro_batches: int
+    argument_bytes: int | None
+    temp_bytes: int | None
+    peak_bytes: int | None
+    hbm_bytes: int
+    fits: bool
+    tflop_per_step: float
+    compute_s: float
+    memory_s: float | None
+    communication_s: float | None
+    roofline_step_s: float | None
+    images_per_s: float | None
+    collectives: list[dict] | None
+    compile_s: float
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def topology_mesh(config: ConfigDict, topology: Topology, slices: int) -> Mesh:
+    """The config's mesh over the chips of a topology, of which not one needs to be here.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such topology.
+    """
+    options = {"num_slices": slices} if slices > 1 else {}
+    if topology.kind == "v4":
+        options["chip_config_name"] = "megacore"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+        if "libtpu" in str(error) or "pjrt" in str(error).lower():
+            raise UserError("the TPU compiler is not installed: pip install libtpu") from error
+        raise UserError(f"the compiler knows no topology {topology.name}: {str(error).splitlines()[0]}", 2) from error
+    return meshes.make_mesh(config.mesh, found.devices)
+
+
+def forecast(
+    name: str, config: ConfigDict, topology_name: str, slices: int = 1, effort: str = "", say: Callable = lambda _: None
+) -> Forecast:
+    """Compiles the step that training would run, for the longest texts.
+
+    Args:
+      name: the config's, for the result.
+      topology_name: such as "v5e:4x4".
+      effort: XLA's optimisation level, "O0" to "O3"; "" is what training uses. "O1" compiles several times faster.
+      say: takes lines on how far it is.
+    """
+    topology = parse_topology(topology_name)
+    chip = topology.chip
+    mesh = topology_mesh(config, topology, slices)
+    task = build_task(config)
+    plan = make_plan(task, config, mesh)
+    batch = plan.abstract_batch(task, config.train.batch_size, mesh)
+    traced = plan.step.jit().trace(*plan.abstract, batch)
+    tflop = count_flops(traced.jaxpr) / mesh.size / 1e12
+    known = dict(
+        config=name,
+        topology=topology_name,
+        slices=slices,
+        chips=mesh.size,
+        mesh=dict(mesh.shape),
+        global_batch=config.train.batch_size,
+        micro_batches=config.train.accumulate,
+        hbm_bytes=chip.usable_bytes,
+        tflop_per_step=tflop,
+        compute_s=tflop * 1e12 / chip.flops,
+    )
+    lowered = traced.lower()
+    started = time.monotonic()
+    before = jax.config.jax_optimization_level
+    try:
+        if effort:
+            jax.config.update("jax_optimization_level", effort)
+        with ticking(say), tempfile.TemporaryDirectory() as dump:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+            program = hlo.parse(optimized_text(Path(dump)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if found := re.search(r"[^.]*exceeds available HBM \([^)]*\)", str(error)):
+            say(found[0].strip())
+        unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "memory_s", "communication_s", "roofline_step_s")
+        unknown += ("images_per_s", "collectives")
+        return Forecast(**known, **dict.fromkeys(unknown), fits=False, compile_s=time.monotonic() - started)
+    finally:
+        jax.config.update("jax_optimization_level", before)
+    compile_s = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes
+    found = hlo.collectives(program, mesh.size)
+    communication = sum(
+        c.wire_bytes / (chip.dcn_bandwidth if c.op == "send" else topology.ici_bandwidth(c.group)) for c in found
+    )
+    traffic = hlo.hbm_traffic(program) / chip.hbm_bandwidth
+    step = max(known["compute_s"], traffic, communication)
+    return Forecast(
+        **known,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=peak,
+        fits=peak <= chip.usable_bytes,
+        memory_s=traffic,
+        communication_s=communication,
+        roofline_step_s=step,
+        images_per_s=config.train.batch_size / step,
+        collectives=[asdict(c) for c in found],
+        compile_s=compile_s,
+    )
+
+
+def optimized_text(dump: Path) -> str:
+    """The compiled program from what the compiler left in a folder.
+
+    `jax.stages.Compiled.as_text` reads it through jaxlib, which fails on what a newer libtpu writes.
+    """
+    return next(dump.glob("*.after_optimizations.txt")).read_text()
+
+
+def largest_batch(forecast_of: Callable[[int], Forecast], unit: int, start: int) -> Forecast | None:
+    """The forecast with the largest batch that fits, found by doubling and halving; None if not even one unit fits.
+
+    Args:
+      forecast_of: global batch -> its forecast.
+      unit: the least batch, one example for each micro-batch of each device that the batch is split over.
+      start: where to begin, a multiple of `unit`.
+    """
+    count, best, too_many = max(1, start // unit), None, None
+    while True:
+        tried = forecast_of(count * unit)
+        if tried.fits:
+            best = tried
+            low = count
+        else:
+            too_many = count
+            low = best.global_batch // unit if best else 0
+        if too_many is None:
+            count *= 2
+        elif too_many - low <= max(1, low // 8):
+            return best
+        else:
+            count = (low + too_many) // 2
+
+
+@contextmanager
+def ticking(say: Callable[[str], None], seconds: float = 30.0) -> Iterator[None]:
+    """Says every so often how long it has been compiling: the compiler itself is silent."""
+    finished, started = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not finished.wait(seconds):
+            say(f"compiling for {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
