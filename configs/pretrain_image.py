@@ -9,8 +9,8 @@ Reported by the paper (arXiv 2310.03291, as quoted in public; none of these runs
 
 | argument | reported, zero-shot |
 |---|---|
-| llm=opt2.7b | 104M pairs, 250k steps: VQAv2 48.4, GQA 30.9, OK-VQA 27.2, COCO CIDEr 139.1; 133 h on 8 A100-80G |
-| llm=opt2.7b, train.steps=150000 | 104M pairs: VQAv2 46.9, GQA 30.8, OK-VQA 24.8, COCO CIDEr 137.0; 80 h on 8 A100-80G |
+| llm=opt2.7b | 104M pairs: VQAv2 48.4, GQA 30.9, OK-VQA 27.2, COCO CIDEr 139.1; 133 h on 8 A100-80G |
+| llm=opt2.7b, train.steps=150000 | 104M pairs: VQAv2 46.9, GQA 30.8, OK-VQA 24.8, COCO 137.0; 80 h on 8 A100-80G |
 | llm=vicuna7b | NoCaps CIDEr 119.0 |
 | llm=opt6.7b, llm=vicuna13b, any llm with vit=clip_l | no published result |
 

@@ -11,13 +11,20 @@ the same memory several times sooner. Weights and data are not needed.
 Exit status: 0 fits, 3 does not fit, 1 failed, 2 asked for wrongly.
 """
 
+import argparse
 import json
+import os
 import sys
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from simvlg_jax.config import config_parser, load_config
 from simvlg_jax.errors import UserError, run_verb
+from simvlg_jax.parallel.chips import COMPILE_ONLY, parse_topology
+
+if TYPE_CHECKING:
+    from simvlg_jax.training.ahead import Forecast
 
 
 def main() -> int:
@@ -39,9 +46,11 @@ def main() -> int:
     return 0 if result.fits else 3
 
 
-def run(config: ConfigDict, arguments):
+def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast | None":
+    """The forecast that was asked for; None if a search found no batch that fits."""
+    topology = parse_topology(arguments.topology)
+    os.environ.update(COMPILE_ONLY)
     from simvlg_jax.parallel import mesh as meshes
-    from simvlg_jax.parallel.chips import parse_topology
     from simvlg_jax.training import ahead
 
     def forecast_of(batch: int) -> ahead.Forecast:
@@ -54,7 +63,7 @@ def run(config: ConfigDict, arguments):
 
     if not arguments.search:
         return forecast_of(config.train.batch_size)
-    mesh = ahead.topology_mesh(config, parse_topology(arguments.topology), arguments.slices)
+    mesh = ahead.topology_mesh(config, topology, arguments.slices)
     unit = meshes.batch_shards(mesh) * config.train.accumulate
     return ahead.largest_batch(forecast_of, unit, config.train.batch_size)
 
@@ -63,9 +72,8 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def describe(forecast) -> str:
+def describe(f: "Forecast") -> str:
     """A forecast in words, for a person."""
-    f = forecast
     mesh = ", ".join(f"{axis} {size}" for axis, size in f.mesh.items())
     slices = f"{f.slices} slices of " if f.slices > 1 else ""
     lines = [

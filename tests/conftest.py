@@ -6,6 +6,8 @@ Programs here are small: compiling them takes far longer than running them, so t
 import os
 import tempfile
 
+from simvlg_jax.parallel.chips import COMPILE_ONLY
+
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -14,7 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for name, value in COMPILE_ONLY.items():
+    os.environ.setdefault(name, value)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="simvlg_jax_hf_")  # where transformers copies exported code to
 

@@ -8,6 +8,15 @@ from math import prod
 
 from simvlg_jax.errors import UserError
 
+# Environment for libtpu as a compiler alone: else it looks for a TPU, and for other programs that use it.
+COMPILE_ONLY = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: where it is unset, libtpu complains
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -54,9 +63,9 @@ class Topology:
     def ici_bandwidth(self, group: int) -> float:
         """Bytes/s that leave one chip in a collective over `group` chips of the slice.
 
-        Over all of them: all its links, at the edge of the slice where there are fewest. Over fewer, one link: which
-        ones the compiler takes is not known. A 2D slice is closed to a ring along a side of 16, a 3D one if all its sides are multiples of 4; else a chip
-        at the edge has one link along it.
+        Over all of them: all its links, at the edge of the slice where there are fewest (a 2D slice is closed to a
+        ring along a side of 16, a 3D one if all its sides are multiples of 4; else a chip at the edge has one link
+        along it). Over fewer chips: one link, since which ones the compiler takes is not known.
         """
         if group < self.num_chips:
             return self.chip.link_bandwidth

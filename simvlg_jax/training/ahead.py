@@ -1,6 +1,9 @@
-"""Compiling the training step for TPU chips that are not there, and what the result says about a run on them."""
+"""Compiling the training step for TPU chips that are not there, and what the result says about a run on them.
 
-import os
+The environment must hold `parallel.chips.COMPILE_ONLY` before jax is imported.
+"""
+
+import importlib.util
 import re
 import tempfile
 import threading
@@ -9,16 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-# Before jax starts: libtpu looks for a TPU and for other programs that use it, and would wait for both.
-for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: unset, libtpu complains
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}.items():
-    os.environ.setdefault(name, value)
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 from jax.experimental import topologies
@@ -81,14 +74,14 @@ def topology_mesh(config: ConfigDict, topology: Topology, slices: int) -> Mesh:
     Raises:
       UserError: libtpu is not installed, or knows no such topology.
     """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not installed: pip install libtpu")
     options = {"num_slices": slices} if slices > 1 else {}
     if topology.kind == "v4":
         options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
-        if "libtpu" in str(error) or "pjrt" in str(error).lower():
-            raise UserError("the TPU compiler is not installed: pip install libtpu") from error
+    except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the compiler knows no topology {topology.name}: {str(error).splitlines()[0]}", 2) from error
     return meshes.make_mesh(config.mesh, found.devices)
 
@@ -126,11 +119,8 @@ def forecast(
     )
     lowered = traced.lower()
     started = time.monotonic()
-    before = jax.config.jax_optimization_level
     try:
-        if effort:
-            jax.config.update("jax_optimization_level", effort)
-        with ticking(say), tempfile.TemporaryDirectory() as dump:
+        with ticking(say), tempfile.TemporaryDirectory() as dump, compiler_settings(effort):
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
             program = hlo.parse(optimized_text(Path(dump)))
     except jax.errors.JaxRuntimeError as error:
@@ -141,8 +131,6 @@ def forecast(
         unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "memory_s", "communication_s", "roofline_step_s")
         unknown += ("images_per_s", "collectives")
         return Forecast(**known, **dict.fromkeys(unknown), fits=False, compile_s=time.monotonic() - started)
-    finally:
-        jax.config.update("jax_optimization_level", before)
     compile_s = time.monotonic() - started
     memory = compiled.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -166,6 +154,20 @@ def forecast(
         collectives=[asdict(c) for c in found],
         compile_s=compile_s,
     )
+
+
+@contextmanager
+def compiler_settings(effort: str) -> Iterator[None]:
+    """The optimisation level, and no cache: what is cached for chips that are not here cannot be read back."""
+    wanted = {"jax_enable_compilation_cache": False} | ({"jax_optimization_level": effort} if effort else {})
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def optimized_text(dump: Path) -> str:

@@ -1,4 +1,4 @@
-"""When a run stops before its last step: on SIGINT, SIGTERM, a maintenance notice or a time limit, everywhere at once."""
+"""When a run stops early: on SIGINT, SIGTERM, a maintenance notice or a time limit, on all processes at once."""
 
 import os
 import signal

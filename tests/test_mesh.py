@@ -1,0 +1,162 @@
+"""Meshes and placements: presets, processes' shares of a batch, and where every parameter of a published config lives."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import PartitionSpec
+
+from simvlg_jax import weights
+from simvlg_jax.config import load_config
+from simvlg_jax.errors import UserError
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.training import step as steps
+from simvlg_jax.training.tasks import build_task
+
+GOLDEN = "tests/golden/shardings"
+CONFIGS = [
+    f"configs/pretrain_image.py:llm={llm},vit={vit}"
+    for llm in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b")
+    for vit in ("eva_g", "clip_l")
+]
+
+
+def sizes(*flags):
+    return load_config("configs/tiny.py", [f"--config.mesh.{flag}" for flag in flags]).mesh
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape"), [("replicated", (8, 1, 1)), ("fsdp", (1, 8, 1)), ("fsdp+tensor", (1, 4, 2)), ("", (8, 1, 1))]
+)
+def test_preset_fills_all_devices(preset, shape):
+    assert tuple(meshes.make_mesh(sizes(f"preset={preset}")).shape.values()) == shape
+
+
+def test_sizes_multiply_and_one_is_filled_in():
+    assert tuple(meshes.make_mesh(sizes("data=2", "fsdp=-1", "tensor=2")).shape.values()) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["preset=zero"], "mesh.preset is 'zero'; it takes 'replicated', 'fsdp', 'fsdp\\+tensor'"),
+        (["preset=fsdp", "tensor=2"], "two ways to say one thing"),
+        (["data=0"], "must be positive"),
+        (["fsdp=-1"], "at most one -1"),
+        (["data=16"], "needs 16 devices and 8 are here"),
+    ],
+)
+def test_impossible_meshes_are_refused(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        meshes.make_mesh(sizes(*flags))
+    assert error.value.status == 2
+
+
+def mesh_of_processes(shape, owners):
+    """Stands in for a mesh: device i belongs to process owners[i]."""
+    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners]).reshape(shape)
+    return SimpleNamespace(devices=devices, shape=dict(zip(meshes.AXES, shape, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "owners", "shares"),
+    [
+        ((8, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], {0: (0, 2), 1: (1, 2)}),
+        ((2, 2, 2), [0, 0, 1, 1, 2, 2, 3, 3], {0: (0, 4), 3: (3, 4)}),
+        ((1, 2, 2), [0, 1, 2, 3], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),  # pairs hold the same examples
+        ((1, 1, 4), [0, 0, 1, 1], {0: (0, 1), 1: (0, 1)}),
+    ],
+)
+def test_share_of_the_batch_follows_from_the_devices(monkeypatch, shape, owners, shares):
+    for process, share in shares.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert meshes.data_shard(mesh_of_processes(shape, owners)) == share
+
+
+def test_process_spread_over_the_batch_is_refused():
+    with pytest.raises(UserError, match="spreads a process over the batch"):
+        meshes.data_shard(mesh_of_processes((4, 1, 1), [0, 1, 0, 1]))
+
+
+def test_frozen_and_trained_weights_have_their_own_placement():
+    config = load_config("configs/tiny.py", ["--config.mesh.preset=fsdp+tensor", "--config.mesh.split_frozen=False"])
+    mesh = meshes.make_mesh(config.mesh)
+    plan = steps.make_plan(build_task(config), config, mesh)
+    state, frozen = plan.abstract
+    assert all(x.sharding.spec == PartitionSpec(*[None] * x.ndim) for x in jax.tree.leaves(frozen))
+    kernel = state.params["connector"]["layer_0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape and x.sharding == kernel.sharding]
+    assert len(moments) >= 2 and kernel.dtype == np.float32
+
+
+def test_fingerprint_changes_with_any_bit_and_not_with_the_placement():
+    tree = {
+        "a": {"b": jax.random.normal(jax.random.key(0), (8, 6))},
+        "c": jax.numpy.arange(5, dtype=jax.numpy.bfloat16),
+    }
+    mesh = meshes.make_mesh(sizes("preset=fsdp"))
+    split = jax.tree.map(lambda x: x, tree)
+    split["a"]["b"] = jax.device_put(tree["a"]["b"], jax.NamedSharding(mesh, PartitionSpec("fsdp")))
+    whole = weights.fingerprint(tree)
+    assert weights.fingerprint(split) == whole
+    swapped = tree["a"]["b"].at[0, 0].set(tree["a"]["b"][0, 1]).at[0, 1].set(tree["a"]["b"][0, 0])
+    nudged = tree["a"]["b"].at[7, 5].set(np.nextafter(np.float32(tree["a"]["b"][7, 5]), np.float32(9)))
+    others = [
+        tree | {"a": {"b": swapped}},
+        tree | {"a": {"b": nudged}},
+        tree | {"a": {"b": tree["a"]["b"].reshape(6, 8)}},
+        {"a": tree["a"], "d": tree["c"]},
+    ]
+    assert len({whole, *map(weights.fingerprint, others)}) == 5
+
+
+def placements(name):
+    """Every parameter of a config: "dtype shape -> mesh axes", over 2 x 2 x 2 devices so that each split shows."""
+    config = load_config(name, ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"])
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.mesh.split_trained = True
+    task = build_task(config)
+    shapes, shardings = steps.placements(task, config, meshes.make_mesh(config.mesh))
+    shapes, shardings = (traverse_util.flatten_dict(tree, sep="/") for tree in (shapes, shardings))
+    return {
+        path: f"{x.dtype} {list(x.shape)} -> {', '.join(axis or '-' for axis in shardings[path].spec)}"
+        for path, x in sorted(shapes.items())
+    }
+
+
+def golden_file(name):
+    return f"{GOLDEN}/{name.partition(':')[2].replace(',', '_').replace('=', '_')}.json"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_of_a_published_config_lives_where_it_is_written(name):
+    """After a change that is meant, run this file with eight devices and read the difference:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=. python tests/test_mesh.py
+    """
+    with open(golden_file(name)) as file:
+        assert placements(name) == json.load(file)
+
+
+def test_only_small_parameters_are_left_whole():
+    """What no axis splits is norms, biases and scalars: all of it together is within a hundredth of the model."""
+    for name in CONFIGS:
+        task = build_task(load_config(name))
+        shapes = traverse_util.flatten_dict(jax.eval_shape(task.init, jax.random.key(0)))
+        total = sum(np.prod(x.value.shape if hasattr(x, "value") else x.shape) for x in shapes.values())
+        with open(golden_file(name)) as file:
+            whole = [line for line in json.load(file).values() if not set(line.split("-> ")[1]) & set("fst")]
+        left = sum(np.prod(json.loads(line.split(" ", 1)[1].split(" ->")[0])) for line in whole)
+        assert left < total / 100, name
+
+
+if __name__ == "__main__":
+    for each in CONFIGS:
+        with open(golden_file(each), "w") as file:
+            json.dump(placements(each), file, indent=0)
+            file.write("\n")
