@@ -4,7 +4,7 @@
     python -m simvlg_jax.train --config configs/pretrain_image.py:llm=opt2.7b --workdir runs/opt2.7b \
       --config.data.path=FOLDER --config.vit.weights=eva_vit_g.pth
 
-The argument chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l), as llm=vicuna7b,vit=clip_l.
+The argument chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l): llm=vicuna7b,vit=clip_l.
 Reported by the paper (arXiv 2310.03291, as quoted in public; none of these runs is ours):
 
 | argument | reported, zero-shot |

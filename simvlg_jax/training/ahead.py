@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -164,10 +165,12 @@ def compiler_settings(effort: str) -> Iterator[None]:
     try:
         for name, value in wanted.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it asks only once whether it is wanted
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def optimized_text(dump: Path) -> str:
