@@ -6,8 +6,6 @@ Programs here are small: compiling them takes far longer than running them, so t
 import os
 import tempfile
 
-from simvlg_jax.parallel.chips import COMPILE_ONLY
-
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -16,8 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
-for name, value in COMPILE_ONLY.items():
-    os.environ.setdefault(name, value)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="simvlg_jax_hf_")  # where transformers copies exported code to
 
@@ -26,6 +23,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from simvlg_jax.data import prepare
+from simvlg_jax.parallel.chips import COMPILE_ONLY
+
+for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test that compiles for a TPU
+    os.environ.setdefault(name, value)
 
 # The same small programs are compiled again and again.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="simvlg_jax_compiled_"))

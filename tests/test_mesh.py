@@ -1,4 +1,4 @@
-"""Meshes and placements: presets, processes' shares of a batch, and where every parameter of a published config lives."""
+"""Meshes and placements: presets, shares of a batch, and where every parameter of a published config lives."""
 
 import json
 from types import SimpleNamespace
