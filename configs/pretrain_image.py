@@ -34,8 +34,8 @@ VITS = {
 LLMS = {
     "opt2.7b": dict(size="opt_2.7b", weights="facebook/opt-2.7b", accumulate=5, tensor=1),
     "opt6.7b": dict(size="opt_6.7b", weights="facebook/opt-6.7b", accumulate=10, tensor=2),
-    "vicuna7b": dict(size="vicuna_7b", weights="lmsys/vicuna-7b-v1.3", accumulate=1, tensor=2),
-    "vicuna13b": dict(size="vicuna_13b", weights="lmsys/vicuna-13b-v1.3", accumulate=2, tensor=4),
+    "vicuna7b": dict(size="vicuna_7b", weights="lmsys/vicuna-7b-v1.3", accumulate=2, tensor=2),
+    "vicuna13b": dict(size="vicuna_13b", weights="lmsys/vicuna-13b-v1.3", accumulate=4, tensor=4),
 }
 
 

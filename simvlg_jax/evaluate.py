@@ -18,7 +18,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.config import add_model_arguments, config_parser, load_config, model_folder, read_config, save_config
+from simvlg_jax.config import (
+    add_model_arguments,
+    add_process_argument,
+    config_parser,
+    load_config,
+    model_folder,
+    read_config,
+    save_config,
+)
 from simvlg_jax.errors import UserError, run_verb
 
 GALLERY = 24  # examples whose picture and merge map the report shows
@@ -30,17 +38,26 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: test, and novel where the data has it")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="best by validation score")
+    add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
     workdir = model_folder(arguments)
     output = arguments.output or (Path("runs/example") if arguments.example else workdir)
     config = read_config(workdir)
     if arguments.config:
         config = load_config(arguments.config, overrides)
-        save_config(config, workdir)
     elif overrides:
         raise UserError(f"{overrides[0]} needs --config beside it", 2)
     splits = arguments.split.split(",") if arguments.split else default_splits(config.data.name)
-    return evaluate(config, workdir, output, arguments.checkpoint, splits)
+    from simvlg_jax.parallel import processes
+
+    def work() -> int:
+        import jax
+
+        if arguments.config and jax.process_index() == 0:
+            save_config(config, workdir)
+        return evaluate(config, workdir, output, arguments.checkpoint, splits)
+
+    return processes.run(work, arguments.distributed)
 
 
 def default_splits(name: str) -> list[str]:
@@ -58,7 +75,8 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
     sources = {split: load_source(config.data, split) for split in splits}  # wrong names stop here
     run = restore_run(config, workdir, checkpoint)
     for split, source in sources.items():
-        print(f"scoring {len(source)} pictures of {split} at step {run.step}", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"scoring {len(source)} pictures of {split} at step {run.step}", file=sys.stderr)
         if config.task == "contrastive":
             results = validation.retrieval(run.task, config, run.params, run.mesh, source)
             results = {"split": split, "step": run.step, "num_examples": len(source), **results}

@@ -136,6 +136,21 @@ def test_all_processes_write_one_checkpoint(runs):
     )
 
 
+def test_evaluation_by_two_processes_counts_each_example_once(runs, tmp_path):
+    results = []
+    for count in (1, 2):
+        arguments = ("-m", "simvlg_jax.evaluate", "--workdir", str(runs / "one"), "--output", str(tmp_path / str(count)))
+        flag = ("--distributed",) if count > 1 else ("--split", "test")
+        statuses, said = finish(start(count, 1, *arguments, *flag))
+        assert statuses == [0] * count, said
+        results.append(json.loads((tmp_path / str(count) / "eval" / "test.json").read_text()))
+    one, two = results
+    assert two["num_examples"] == len(two["examples"]) == 16
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert [e["caption"] for e in two["examples"]] == [e["caption"] for e in one["examples"]]
+    assert two["scores"] == pytest.approx(one["scores"])
+
+
 LONG = overrides(train__steps=40, train__save_every=40, train__eval_every=40)
 
 

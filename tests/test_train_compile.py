@@ -70,6 +70,14 @@ def test_slices_put_data_across_and_only_gradients_between_them():
     assert 0 < between["bytes"] < 4.5 * 44_096
 
 
+@pytest.mark.parametrize("topology", ["v6e:4x4", "v4:2x2x4", "v5p:2x2x2"])
+def test_any_sizes_make_a_mesh_of_a_slice(topology):
+    for flags in (["--config.mesh.tensor=2"], ["--config.mesh.fsdp=2", "--config.mesh.tensor=4"]):
+        mesh = ahead.topology_mesh(load_config("configs/tiny.py", flags), parse_topology(topology), 1)
+        assert mesh.size == parse_topology(topology).num_chips
+        assert len(set(mesh.devices.flat)) == mesh.size
+
+
 def test_micro_batches_count_as_often_as_they_run():
     once, twice = reduced("v5e:4x4"), reduced("v5e:4x4", "--config.train.accumulate=2", "--config.train.batch_size=128")
     assert twice.tflop_per_step == pytest.approx(2 * once.tflop_per_step, rel=1e-6)

@@ -81,11 +81,13 @@ def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) ->
             f"XLA_FLAGS=--xla_force_host_platform_device_count={total}",
             2,
         )
-    auto = (AxisType.Auto,) * 3
+    # `jax.make_mesh` would refuse an axis that is shorter than a side of the slice, as tensor=2 on v6e:4x4.
+    options = {"allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices[:total])
-    grid = mesh_utils.create_hybrid_device_mesh(tuple(shape), (slices, 1, 1), devices)
-    return Mesh(grid, AXES, axis_types=auto)
+        grid = mesh_utils.create_device_mesh(shape, devices[:total], **options)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, **options)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def num_slices(devices: Iterable[jax.Device]) -> int:
