@@ -139,7 +139,14 @@ def test_all_processes_write_one_checkpoint(runs):
 def test_evaluation_by_two_processes_counts_each_example_once(runs, tmp_path):
     results = []
     for count in (1, 2):
-        arguments = ("-m", "simvlg_jax.evaluate", "--workdir", str(runs / "one"), "--output", str(tmp_path / str(count)))
+        arguments = (
+            "-m",
+            "simvlg_jax.evaluate",
+            "--workdir",
+            str(runs / "one"),
+            "--output",
+            str(tmp_path / str(count)),
+        )
         flag = ("--distributed",) if count > 1 else ("--split", "test")
         statuses, said = finish(start(count, 1, *arguments, *flag))
         assert statuses == [0] * count, said
@@ -154,9 +161,9 @@ def test_evaluation_by_two_processes_counts_each_example_once(runs, tmp_path):
 LONG = overrides(train__steps=40, train__save_every=40, train__eval_every=40)
 
 
-def train_long(workdir, count=2):
+def train_long(workdir, *flags):
     arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(workdir))
-    return start(count, 1, *arguments, *LONG)
+    return start(2, 1, *arguments, *LONG, *flags)
 
 
 def wait_for_step(workdir, step, processes):
@@ -187,6 +194,18 @@ def test_sigterm_to_one_saves_all_at_one_step_and_the_run_goes_on_there(tmp_path
     resumed = logged(tmp_path)
     assert resumed.keys() == whole.keys()
     assert all(line["loss"] == pytest.approx(whole[key]["loss"], rel=1e-4) for key, line in resumed.items())
+
+
+def test_sigint_and_the_time_limit_of_process_0_stop_both_alike(tmp_path):
+    interrupted = train_long(tmp_path / "a")
+    wait_for_step(tmp_path / "a", 2, interrupted)
+    interrupted[0].send_signal(signal.SIGINT)
+    statuses, said = finish(interrupted)
+    assert statuses == [128 + signal.SIGINT] * 2 and "stopped by SIGINT at step" in said[0], said
+    statuses, said = finish(train_long(tmp_path / "b", "--config.train.max_minutes=0.005"))
+    assert statuses == [0, 0] and "out of time at step" in said[0], said
+    for name in ("a", "b"):
+        assert 0 < Checkpoints(tmp_path / name, read_only=True).latest() < 40
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -182,6 +182,15 @@ def test_time_limit_stops_saved_and_resumable(tmp_path):
     assert Checkpoints(tmp_path, read_only=True).latest() == 1
 
 
+def test_run_that_groups_lengths_is_not_resumed_by_processes_that_cannot(tmp_path):
+    trainer = loop.Trainer(tiny(mesh=(2, 1, 1), data__length_window=4), tmp_path)
+    position = trainer.position
+    assert position["window"] == 4
+    trainer.move_to(position)
+    with pytest.raises(UserError, match=r"groups 1 batches by length and 1 process\(es\) group 4"):
+        trainer.move_to(position | {"window": 1})
+
+
 def test_full_disk_stops_before_writing_and_keeps_what_was_saved(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     free = iter([10**9, 100_000])

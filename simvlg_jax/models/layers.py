@@ -122,8 +122,8 @@ class MergeHeads(nn.Module):
 class Dropout(nn.Module):
     """Sets a share `rate` of the elements to zero and scales the others by 1 / (1 - rate); needs an rng "dropout".
 
-    Which ones is a hash of the element's place and the rng, so it does not depend on how the array is sharded. JAX's
-    own generator makes ten times the instructions of them, and of the TPU's compiling they were the larger part.
+    Which ones is a hash of the element's place and the rng, so it does not depend on how the array is sharded. Drawing
+    them with JAX's own generator takes ten times as long.
     """
 
     rate: float
