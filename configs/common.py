@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
     config.train.log_every = 10
-    config.train.eval_every = 200
+    config.train.eval_every = 200  # steps; 0: never, as without a val split
     config.train.save_every = 200
     config.train.keep_best = 1  # checkpoints kept by validation score
     config.train.keep_last = 2

@@ -74,7 +74,9 @@ def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) ->
     if -1 in shape:
         shape[shape.index(-1)] = max(1, here // known)
     total = int(np.prod(shape))
-    if total > here or (total < here and jax.process_count() > 1):
+    if total < here and jax.process_count() > 1:
+        raise UserError(f"the mesh {asked} leaves out devices of a process: {here} are here, set --config.mesh.*=-1", 2)
+    if total > here:
         raise UserError(
             f"the mesh {asked} needs {total} devices and {here} are here ({devices[0].platform}): "
             "set --config.mesh.* to fit, or on a CPU force more with "

@@ -170,9 +170,11 @@ def _steps(
         stopped = step < total and stop.reached(step)
         signal = stop.reason() if stopped else None
         last = step >= total or stopped
-        if step > start and (last or step % train_config.eval_every == 0 or step % train_config.save_every == 0):
+        evaluate = train_config.eval_every and signal is None and (last or step % train_config.eval_every == 0)
+        save = last or step % train_config.save_every == 0
+        if step > start and (evaluate or save):
             check_finite(pending)
-            if signal is None and (step % train_config.eval_every == 0 or last):
+            if evaluate:
                 before = time.monotonic()
                 results = validation.validate(trainer.task, trainer.config, trainer.params, trainer.mesh)
                 log.write(step, "eval", results)
@@ -180,7 +182,7 @@ def _steps(
                 pause = time.monotonic() - before
                 stop.grant(pause)
                 window_start += pause
-            if last or step % train_config.save_every == 0:
+            if save:
                 checkpoints.save(step, trainer.state, trainer.position, evaluated.get(step))
         if stopped:
             reason = f"stopped by {signal.name}" if signal else "out of time"
