@@ -78,7 +78,7 @@ def describe(f: "Forecast") -> str:
     slices = f"{f.slices} slices of " if f.slices > 1 else ""
     lines = [
         f"{f.config} on {slices}{f.topology}: {f.chips} chips ({mesh}), batch {f.global_batch} "
-        f"in {f.micro_batches} micro-batch(es)"
+        f"({f.global_batch / f.chips:g} a chip) in {f.micro_batches} micro-batch(es)"
     ]
     if f.peak_bytes is None:
         lines += [f"memory a chip: more than the {gb(f.hbm_bytes)} there are; fits: no"]

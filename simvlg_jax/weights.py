@@ -61,15 +61,13 @@ def fingerprint(tree: dict) -> str:
     processes that hold the tree, the number is the same. Not made against forgery.
     """
     flat = traverse_util.flatten_dict(tree, sep="/")
+    sums = jax.jit(lambda flat: jax.tree.map(_bit_sums, flat))(flat)
     total = hashlib.sha256()
-    for name in sorted(flat):
-        array = flat[name]
-        sums = np.asarray(_bit_sums(array))
-        total.update(f"{name} {array.dtype} {array.shape} {sums.tolist()}\n".encode())
+    for name, array in sorted(flat.items()):
+        total.update(f"{name} {array.dtype} {array.shape} {np.asarray(sums[name]).tolist()}\n".encode())
     return total.hexdigest()
 
 
-@jax.jit
 def _bit_sums(array: jax.Array) -> jax.Array:
     """(2,) uint32: the array's bits weighted by two pseudo-random odd numbers of their place, modulo 2^32."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]

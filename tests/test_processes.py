@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -17,6 +18,7 @@ from simvlg_jax.config import load_config
 from simvlg_jax.training import loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
 
+CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")  # the same program is run again and again
 PRESETS = ("replicated", "fsdp", "fsdp+tensor")
 STEPS, SAVED = 4, 2
 # Five of the drawn val pictures in batches of four: the last batch is filled up, and must not count twice.
@@ -50,6 +52,9 @@ def start(count, devices, *arguments):
                 "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
                 "JAX_PLATFORMS": "cpu",
                 "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+                "JAX_COMPILATION_CACHE_DIR": CACHE,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(i),
@@ -86,15 +91,22 @@ def final_params(workdir):
 
 def assert_same_run(workdir, reference):
     ours, theirs = logged(workdir), logged(reference)
-    assert ours.keys() == theirs.keys()  # each line once: one process logs
+    assert ours.keys() | {("eval", STEPS)} == theirs.keys()
+    assert (("eval", STEPS) in ours) == (workdir.name.partition(" ")[2] not in ("replicated", "fsdp"))
     for key, line in ours.items():
         assert line["loss"] == pytest.approx(theirs[key]["loss"], rel=1e-5), key
-    assert ours["eval", STEPS]["score"] == pytest.approx(theirs["eval", STEPS]["score"], abs=1e-9)
+    if ("eval", STEPS) in ours:
+        assert ours["eval", STEPS]["score"] == pytest.approx(theirs["eval", STEPS]["score"], abs=1e-9)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         final_params(workdir),
         final_params(reference),
     )
+
+
+def preset_overrides(preset):
+    """Validation takes as long to compile as training: it is run in one preset, with tensors across processes."""
+    return overrides(mesh__preset=preset, train__eval_every=STEPS if preset == "fsdp+tensor" else 0)
 
 
 def cut_back(workdir, copy):
@@ -109,11 +121,11 @@ def runs(tmp_path_factory):
     """Workdirs of the same run by one process, by four and by two, and of runs begun by four and ended by fewer."""
     folder = tmp_path_factory.mktemp("runs")
     loop.train(load_config("configs/tiny.py", overrides(mesh__data=1)), folder / "one")
-    run_jobs(4, 2, [(overrides(mesh__preset=preset), folder / f"4 {preset}") for preset in PRESETS])
+    run_jobs(4, 1, [(preset_overrides(preset), folder / f"4 {preset}") for preset in PRESETS])
     for count in (2, 1):
         cut_back(folder / "4 fsdp+tensor", folder / f"4 to {count}")
-    again = (overrides(mesh__preset="fsdp"), folder / "4 to 2")
-    run_jobs(2, 4, [*((overrides(mesh__preset=preset), folder / f"2 {preset}") for preset in PRESETS), again])
+    again = (overrides(mesh__preset="fsdp+tensor"), folder / "4 to 2")
+    run_jobs(2, 2, [*((preset_overrides(preset), folder / f"2 {preset}") for preset in PRESETS), again])
     loop.train(load_config("configs/tiny.py", overrides(mesh__data=2)), folder / "4 to 1")
     return folder
 
@@ -143,7 +155,7 @@ def test_evaluation_by_two_processes_counts_each_example_once(runs, tmp_path):
             "-m",
             "simvlg_jax.evaluate",
             "--workdir",
-            str(runs / "one"),
+            str(runs / "4 fsdp"),
             "--output",
             str(tmp_path / str(count)),
         )
@@ -224,9 +236,9 @@ def test_error_of_one_process_stops_all_with_its_reason_and_status(tmp_path):
     arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(tmp_path))
     processes = start(2, 1, *arguments, [["--config.train.batch_size=8"], ["--config.train.batch_size=9"]])
     statuses, said = finish(processes, seconds=120)
-    assert statuses == [2, 2]
+    assert statuses == [2, 2], said
     assert "process 1 failed, so all stop: train.batch_size 9 does not divide over 2 devices" in said[0]
-    assert "Traceback" not in said[0] + said[1]
+    assert "Traceback" not in said[0] + said[1], said
 
 
 def test_incomplete_environment_is_named(tmp_path):

@@ -101,7 +101,7 @@ def test_step_that_does_not_fit_says_so_with_status_3(capsys):
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert result["fits"] is False and result["peak_bytes"] is None and result["images_per_s"] is None
-    assert "exceeds available HBM" in output.err
+    assert "of memory for temporaries, and 15.75G are there" in output.err
     assert "fits: no" in train_compile.describe(Forecast(**result))
 
 

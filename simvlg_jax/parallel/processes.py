@@ -36,6 +36,8 @@ def run(work: Callable[[], int], distributed: bool) -> int:
         try:
             status = work()
         except jax.errors.JaxRuntimeError as error:
+            if _ending.wait(2 * LOOK_SECONDS):  # another process has said why: `_watch` ends this one
+                threading.Event().wait()
             if not any(word in str(error) for word in LOST):
                 raise
             raise UserError(
@@ -99,7 +101,8 @@ def agree(value: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
-_finished = threading.Event()
+_finished = threading.Event()  # nothing to watch any more
+_ending = threading.Event()  # another process has failed
 
 
 def _farewell(reason: str, status: int) -> None:
@@ -126,6 +129,7 @@ def _watch() -> None:
         except jax.errors.JaxRuntimeError:
             failed = [(f"{FAILED}/0", "1 it cannot be reached any more")]
         if failed and not _finished.is_set():
+            _ending.set()
             key, (status, reason) = failed[0][0], failed[0][1].split(" ", 1)
             print(f"error: process {key.rsplit('/', 1)[1]} failed, so all stop: {reason}", file=sys.stderr, flush=True)
             if distributed.global_state.process_id == 0:

@@ -127,8 +127,8 @@ def forecast(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        if found := re.search(r"[^.]*exceeds available HBM \([^)]*\)", str(error)):
-            say(found[0].strip())
+        if found := re.search(r"\(([\d.]+\w*)\) exceeds available HBM \(([\d.]+\w*)\)", str(error)):
+            say(f"the compiler needs {found[1]} of memory for temporaries, and {found[2]} are there")
         unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "memory_s", "communication_s", "roofline_step_s")
         unknown += ("images_per_s", "collectives")
         return Forecast(**known, **dict.fromkeys(unknown), fits=False, compile_s=time.monotonic() - started)
