@@ -143,7 +143,7 @@ def test_weights_that_do_not_fit_say_so(folders, tmp_path):
         with pytest.raises(UserError, match=message):
             task.load_pretrained(abstract(task))
     with pytest.raises(UserError, match="no tokenizer of a known kind"):
-        task_of(f"llm.weights={tmp_path}")
+        task_of(f"llm.weights={tmp_path}").text_encoder  # noqa: B018
     with pytest.raises(UserError, match="no dropout"):
         task_of("llm.dropout=0.1")
 

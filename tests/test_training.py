@@ -96,19 +96,13 @@ def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
     assert unchanged == key_biases
 
 
-@pytest.fixture(scope="module")
-def on_one_device(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    loop.train(tiny(train__steps=4, train__eval_every=4), folder)
-    return folder
-
-
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 2, 1), (2, 2, 2)])
-def test_losses_do_not_depend_on_the_mesh(tmp_path, on_one_device, mesh):
-    loop.train(tiny(mesh=mesh, train__steps=4, train__eval_every=4), tmp_path)
-    one, many = losses(on_one_device), losses(tmp_path)
+def test_losses_do_not_depend_on_the_mesh(tmp_path):
+    """One process and all axes at once; each preset, in several processes: test_processes.py."""
+    for name, mesh in (("one", (1, 1, 1)), ("many", (2, 2, 2))):
+        loop.train(tiny(mesh=mesh, train__steps=4, train__eval_every=4), tmp_path / name)
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
     np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
-    evaluated = [logged(folder, "eval")[4]["loss"] for folder in (on_one_device, tmp_path)]
+    evaluated = [logged(tmp_path / name, "eval")[4]["loss"] for name in ("one", "many")]
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-5)
 
 

@@ -35,7 +35,9 @@ def run(work: Callable[[], int], distributed: bool) -> int:
         start()
         try:
             status = work()
-        except jax.errors.JaxRuntimeError as error:
+        except UserError:
+            raise
+        except Exception as error:  # a lost connection is raised as several kinds
             if _ending.wait(2 * LOOK_SECONDS):  # another process has said why: `_watch` ends this one
                 threading.Event().wait()
             if not any(word in str(error) for word in LOST):
