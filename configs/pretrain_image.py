@@ -4,6 +4,8 @@
     python -m simvlg_jax.train --config configs/pretrain_image.py:llm=opt2.7b --workdir runs/opt2.7b \
       --config.data.path=FOLDER --config.vit.weights=eva_vit_g.pth
 
+ViT-g is LAVIS's file: https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth
+
 The argument chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l): llm=vicuna7b,vit=clip_l.
 Reported by the paper (arXiv 2310.03291, as quoted in public; none of these runs is ours):
 
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 VITS = {
-    "eva_g": "",  # LAVIS's eva_vit_g.pth, to be named in vit.weights
+    "eva_g": "shared/eva_vit_g.pth",
     "clip_l": "openai/clip-vit-large-patch14",
 }
 # Micro-batches, and over how many chips the frozen weights are split: by heads, MLPs and vocabulary, which moves

@@ -130,14 +130,25 @@ def _differences(theirs: dict, mine: dict) -> list[str]:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config a run was started with."""
+    """The config a run was started with.
+
+    Raises:
+      UserError: there is none, it is damaged, or it lacks keys that have come since.
+    """
     path = workdir / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text())).lock()
+        config = ConfigDict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no run (no config.json); train one with simvlg_jax.train first") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    today = ConfigDict(json.loads((EXAMPLE / "config.json").read_text()))
+    if lacking := [key for key in flat_keys(today) if key not in flat_keys(config)]:
+        raise UserError(
+            f"{path} was written by an older version and lacks {', '.join(lacking)}: add them there "
+            "(configs/common.py says what each means), or train anew in another --workdir"
+        )
+    return config.lock()
 
 
 def config_parser(description: str | None, *, required: bool = True, **kwargs) -> argparse.ArgumentParser:

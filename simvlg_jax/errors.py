@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 from absl import logging
 
+UNEXPECTED, TRY_AGAIN = 70, 75  # sysexits.h calls them EX_SOFTWARE and EX_TEMPFAIL
+
 
 class UserError(Exception):
     """Something the user can fix: the message says what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with `status`
-    (1: the work could not be done; 2: it was asked for wrongly).
+    The command line prints it without a traceback and exits with `status` (1: the work could not be done, nor will it
+    be if tried again; 2: it was asked for wrongly; TRY_AGAIN: another process is missing).
     """
 
     def __init__(self, message: str, status: int = 1):
@@ -22,6 +24,8 @@ class UserError(Exception):
 
 def run_verb(main: Callable[[], int | None], before_failing: Callable[[str, int], None] | None = None) -> None:
     """Runs a command-line verb and turns what it raises into an exit status.
+
+    A UserError gives its own; a full disk 1; SIGINT 130; anything else, with its traceback, UNEXPECTED.
 
     Args:
       before_failing: called with the reason and the exit status before the process ends with an error.
@@ -39,11 +43,10 @@ def run_verb(main: Callable[[], int | None], before_failing: Callable[[str, int]
         status = 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            reason = f"no space left on device ({error.filename or 'disk full'}): free some and run again"
+            reason, status = f"no space left on device ({error.filename or 'disk full'}): free some and run again", 1
         else:
             traceback.print_exc()
-            reason = traceback.format_exception_only(error)[-1].strip()
-        status = 1
+            reason, status = traceback.format_exception_only(error)[-1].strip(), UNEXPECTED
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         if before_failing is not None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
@@ -80,13 +79,3 @@ def _bit_sums(array: jax.Array) -> jax.Array:
     first = (first ^ (first >> 15)) * jnp.uint32(2246822519)
     second = (first ^ (first >> 13)) * jnp.uint32(3266489917)
     return jnp.stack([jnp.sum(bits * (weight | 1), dtype=jnp.uint32) for weight in (first, second)])
-
-
-def digest(tree: dict) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a tree of host or addressable device arrays."""
-    total = hashlib.sha256()
-    for name, array in sorted(traverse_util.flatten_dict(tree, sep="/").items()):
-        array = np.ascontiguousarray(array)
-        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        total.update(array.view(np.uint8 if array.dtype == ml_dtypes.bfloat16 else array.dtype).data)
-    return total.hexdigest()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from simvlg_jax.config import load_config
+from simvlg_jax.errors import TRY_AGAIN
 from simvlg_jax.training import loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
 
@@ -217,7 +218,8 @@ def test_killed_process_stops_the_other_with_the_reason(tmp_path, victim):
     processes[victim].kill()
     statuses, said = finish(processes, seconds=120)
     survivor = 1 - victim
-    assert statuses[victim] == -signal.SIGKILL and statuses[survivor] not in (0, 128 + signal.SIGTERM)
+    # Its own end, or that of JAX's runtime, which aborts where it notices first.
+    assert statuses[victim] == -signal.SIGKILL and statuses[survivor] in (TRY_AGAIN, -signal.SIGABRT)
     reasons = ("another process of this run is gone", f"process {victim} failed", "distributed service detected fatal")
     assert any(reason in said[survivor] for reason in reasons), said[survivor]
 

@@ -23,6 +23,14 @@ def test_signal_waits_until_it_is_asked_for_and_a_second_one_acts():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_repeated_sigterm_waits_like_the_first():
+    """A machine that goes down sends it to every process, and the restart loop passes its own on."""
+    with Stop(0) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reached(0) and stop.reason() == signal.SIGTERM
+
+
 def test_time_runs_from_the_first_step_on_and_evaluating_does_not_count(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])

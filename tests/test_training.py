@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -69,20 +70,20 @@ def test_interrupted_and_resumed_run_is_bit_equal(tmp_path, monkeypatch, mode):
     assert loop.train(config, tmp_path / "parts") == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (final_params(config, tmp_path / name) for name in ("whole", "parts"))
-    assert weights.digest(whole) == weights.digest(parts)
+    assert weights.fingerprint(whole) == weights.fingerprint(parts)
     assert logged(tmp_path / "parts", "eval")[9]["loss"] == logged(tmp_path / "whole", "eval")[9]["loss"]
 
 
 def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
     config = tiny(train__steps=3)
     trainer = loop.Trainer(config, tmp_path)
-    before_frozen = weights.digest(trainer.frozen)
+    before_frozen = weights.fingerprint(trainer.frozen)
     before = jax.device_get(trainer.state.params)
     for _ in range(3):
         trainer.run_step(meshes.put_batch(next(trainer.iterator), trainer.mesh))
     assert set(trainer.frozen) == {"vit", "llm"}
     assert set(before) == {"ln_vision", "vl_proj", "connector", "llm_proj"}
-    assert weights.digest(trainer.frozen) == before_frozen
+    assert weights.fingerprint(trainer.frozen) == before_frozen
     moments = moments_of(trainer)
     assert jax.tree.structure(moments) == jax.tree.structure(before)
     unchanged = [
@@ -120,7 +121,7 @@ def test_checkpoint_of_one_mesh_is_read_on_another(tmp_path):
     loop.train(tiny(train__steps=2, mesh=(4, 2, 1)), tmp_path)
     here = final_params(tiny(train__steps=2), tmp_path)
     there = final_params(tiny(train__steps=2, mesh=(1, 1, 2)), tmp_path)
-    assert weights.digest(here) == weights.digest(there)
+    assert weights.fingerprint(here) == weights.fingerprint(there)
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
@@ -154,6 +155,24 @@ def test_best_checkpoint_survives_and_is_the_one_used(tmp_path, monkeypatch):
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [2, 4, 5]
     assert restore.restore_run(config, tmp_path, "best").step == 2
+
+
+def test_checkpoint_without_its_last_file_does_not_count_and_is_written_anew(tmp_path):
+    def save(step):
+        checkpoints = Checkpoints(tmp_path, keep_last=2)
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step}, None)
+        checkpoints.close()
+
+    save(1)
+    save(2)
+    (tmp_path / "checkpoints" / "2" / "commit_success.txt").unlink()
+    assert Checkpoints(tmp_path, read_only=True).latest() == 1
+    save(2)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.latest() == 2
+    state, position = checkpoints.restore(2, {"x": jnp.zeros(3)})
+    np.testing.assert_array_equal(state["x"], 2)
+    assert position == {"step": 2}
 
 
 def test_workdir_of_another_config_is_refused(tmp_path):

@@ -15,7 +15,8 @@ from verbs import call
 
 import simvlg_jax
 from simvlg_jax import caption, errors, evaluate, export, train
-from simvlg_jax.config import read_config
+from simvlg_jax import config as configs
+from simvlg_jax.config import EXAMPLE, read_config
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.evaluation import metrics
 from simvlg_jax.model import CaptionModel
@@ -100,6 +101,16 @@ def test_evaluate_writes_results_and_report(run, capsys):
     assert "needs --config beside it" in capsys.readouterr().err
 
 
+def test_config_of_a_run_has_todays_keys(run, tmp_path):
+    """The example's config is what today's keys are known by."""
+    written = json.loads((run / "config.json").read_text())
+    assert configs.flat_keys(read_config(EXAMPLE)).keys() == configs.flat_keys(read_config(run)).keys()
+    del written["train"]["beta"], written["llm"]["prompt"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(simvlg_jax.UserError, match=r"older version and lacks llm\.prompt, train\.beta: add them"):
+        read_config(tmp_path)
+
+
 def test_caption_lines_keep_the_order_and_name_what_cannot_be_read(run, pictures, capsys):
     missing = pictures / "missing.png"
     assert call(caption, "--workdir", run, "--batch_size", 2, pictures, missing, pictures / "b.png") == 0
@@ -134,14 +145,22 @@ def test_unreadable_picture_and_missing_model_raise_user_errors(run, pictures):
         simvlg_jax.load(pictures)
 
 
-def test_full_disk_is_one_message(capsys):
-    def write():
-        raise OSError(28, "No space left on device", "file")
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(28, "No space left on device", "file"), 1, "error: no space left"),
+        (simvlg_jax.UserError("it is wrong", 2), 2, "error: it is wrong"),
+        (RuntimeError("a bug"), errors.UNEXPECTED, "Traceback"),  # what is restarted, as it may not happen again
+    ],
+)
+def test_errors_have_their_message_and_exit_status(capsys, error, status, message):
+    def fail():
+        raise error
 
     with pytest.raises(SystemExit) as stop:
-        errors.run_verb(write)
-    assert stop.value.code == 1
-    assert "no space left" in capsys.readouterr().err
+        errors.run_verb(fail)
+    assert stop.value.code == status
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_terminated_process_saves_and_the_same_command_resumes(tmp_path):

@@ -100,7 +100,7 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
     overrides = ["vit.temporal=True", "vit.max_frames=2", "llm.size=opt_tiny", "llm.start_is_target=True"]
     config = load_config("configs/tiny.py", [f"--config.{o}" for o in (*overrides, "mesh.data=1", "train.steps=2")])
     trainer = loop.Trainer(config, tmp_path)
-    before, frozen = jax.device_get(trainer.state.params), weights.digest(trainer.frozen)
+    before, frozen = jax.device_get(trainer.state.params), weights.fingerprint(trainer.frozen)
     assert set(before["vit"]) == {"blocks", "temporal_position"} and set(before["vit"]["blocks"]) == {"temporal_merge"}
     for _ in range(2):
         batch = next(trainer.iterator)
@@ -108,6 +108,6 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
         clips[:, 1] = 255 - clips[:, 1]  # (B, 2, H, W, 3): the second frame is the negative
         trainer.run_step(loop.meshes.put_batch({**batch, "image": clips}, trainer.mesh))
     after = jax.device_get(trainer.state.params)
-    assert weights.digest(trainer.frozen) == frozen
+    assert weights.fingerprint(trainer.frozen) == frozen
     assert (after["vit"]["blocks"]["temporal_merge"]["alpha"] != 0).all()
     assert (after["vit"]["temporal_position"] != 0).any()

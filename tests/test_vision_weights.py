@@ -2,7 +2,9 @@
 
 import json
 import pickle
+from fnmatch import fnmatch
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -307,3 +309,22 @@ def test_names_of_the_hub_need_the_network(tmp_path):
         resolve(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="facebook/opt-125m here, and the Hugging Face Hub does not give it"):
         resolve("facebook/opt-125m")
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"]),
+        (["config.json", "pytorch_model.bin"], ["config.json", "pytorch_model.bin"]),
+    ],
+)
+def test_model_of_the_hub_is_had_in_one_format(tmp_path, monkeypatch, there, wanted):
+    def snapshot_download(name, allow_patterns):
+        for file in there:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("facebook/opt-125m") == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == wanted

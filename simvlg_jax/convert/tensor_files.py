@@ -14,9 +14,10 @@ from simvlg_jax.convert.lazy import Lazy
 from simvlg_jax.errors import UserError
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")  # of what a model on the Hub is made of
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of what a model on the Hub is made of
 STARTS = (b"PK\x03\x04", b"\x80")  # of what torch.save writes: a zip file, a pickle before PyTorch 1.6
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SUFFIXES = (".safetensors", ".gguf", ".bin", ".pth", ".pt")  # of a file, which no name on the Hub has
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 
@@ -30,12 +31,15 @@ def resolve(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    if not HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name) or name.endswith(SUFFIXES):
         raise UserError(f"no weights at {name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+        folder = Path(snapshot_download(name, allow_patterns=PATTERNS))
+        if not any(folder.glob("*.safetensors")):  # many have both, and need be had only once
+            snapshot_download(name, allow_patterns=["*.bin", "*.bin.index.json"])
+        return folder
     except Exception as error:  # the hub's client and the network raise many kinds
         raise UserError(
             f"no folder {name} here, and the Hugging Face Hub does not give it: {_reason(error)}"

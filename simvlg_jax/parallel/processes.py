@@ -15,7 +15,7 @@ import numpy as np
 from jax._src import distributed  # the only way to the run's key-value store
 from jax.experimental import multihost_utils
 
-from simvlg_jax.errors import UserError, run_verb
+from simvlg_jax.errors import TRY_AGAIN, UserError, run_verb
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long is given up
 LOOK_SECONDS = 0.5
@@ -44,7 +44,8 @@ def run(work: Callable[[], int], distributed: bool) -> int:
                 raise
             raise UserError(
                 "another process of this run is gone, so all stop; start again to resume from the last checkpoint "
-                f"({str(error).splitlines()[0][:200]})"
+                f"({str(error).splitlines()[0][:200]})",
+                TRY_AGAIN,
             ) from error
         _finished.set()
         jax.distributed.shutdown()
@@ -81,7 +82,9 @@ def start() -> None:
             2,
         ) from error
     except RuntimeError as error:
-        raise UserError(f"the processes of this run did not find each other: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the processes of this run did not find each other: {str(error).splitlines()[0]}", TRY_AGAIN
+        ) from error
     threading.Thread(target=_watch, daemon=True).start()
 
 
@@ -129,7 +132,7 @@ def _watch() -> None:
         try:
             failed = client.key_value_dir_get(FAILED)
         except jax.errors.JaxRuntimeError:
-            failed = [(f"{FAILED}/0", "1 it cannot be reached any more")]
+            failed = [(f"{FAILED}/0", f"{TRY_AGAIN} it cannot be reached any more")]
         if failed and not _finished.is_set():
             _ending.set()
             key, (status, reason) = failed[0][0], failed[0][1].split(" ", 1)

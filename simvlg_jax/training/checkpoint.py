@@ -38,6 +38,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
             best_fn=lambda metrics: metrics["score"],
+            # A checkpoint counts when its last file is there: renaming a folder is many operations on a bucket.
+            atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE),
+            cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
         )

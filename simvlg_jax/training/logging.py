@@ -26,7 +26,7 @@ class MetricsLog:
         path = workdir / "metrics.jsonl"
         if path.exists():
             _drop_after(path, start)
-        self._file = path.open("a", buffering=1)
+        self._path = path
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._started = time.monotonic()
@@ -36,7 +36,8 @@ class MetricsLog:
         if self._quiet:
             return
         seconds = round(time.monotonic() - self._started, 2)
-        self._file.write(json.dumps({"step": step, "kind": kind, **metrics, "seconds": seconds}) + "\n")
+        with self._path.open("a") as file:  # closed each time: a mounted bucket keeps nothing of an open file
+            file.write(json.dumps({"step": step, "kind": kind, **metrics, "seconds": seconds}) + "\n")
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         for key, value in numbers.items():
             self._board.add_scalar(f"{metrics.get('split', kind)}/{key}", value, step)
@@ -57,7 +58,6 @@ class MetricsLog:
     def close(self) -> None:
         if not self._quiet:
             self._bar.close()
-            self._file.close()
             self._board.close()
 
 

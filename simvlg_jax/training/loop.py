@@ -151,8 +151,9 @@ def describe(trainer: Trainer, start: int) -> str:
         for kind, tree in (("trained", trainer.state.params), ("frozen", trainer.frozen))
     }
     places = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
+    frozen = ", ".join(f"{name}: {source}" for name, source in trainer.task.sources.items())
     return (
-        f"{count['trained']:,} trained and {count['frozen']:,} frozen parameters on {trainer.mesh.size} "
+        f"{count['trained']:,} trained and {count['frozen']:,} frozen parameters ({frozen}) on {trainer.mesh.size} "
         f"{jax.devices()[0].platform} device(s) ({places}); " + (f"resuming at step {start}" if start else "new run")
     )
 

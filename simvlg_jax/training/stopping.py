@@ -15,9 +15,9 @@ OUT_OF_TIME = 1  # what a process knows of the reason for a stop; a signal's num
 class Stop:
     """Asked before each step whether to stop; a context within which signals wait until it is asked.
 
-    With one process, SIGINT and SIGTERM are remembered, and a second one acts as usual. With several, JAX's preemption
-    service hears SIGTERM (and the TPU's maintenance notice) on any of them and makes all stop before the same step;
-    SIGINT and the time limit of process 0 go the same way.
+    With one process, SIGINT and SIGTERM are remembered; a second SIGINT acts as usual. With several, JAX's preemption
+    service hears SIGTERM on any of them and makes all stop before the same step; SIGINT and the time limit of process 0
+    go the same way. A machine that goes down, or a TPU's maintenance notice, says SIGTERM, and may say it repeatedly.
 
     Args:
       max_minutes: time limit from the first `reached` on, or 0.
@@ -40,7 +40,8 @@ class Stop:
 
     def _note(self, number: int, _frame) -> None:
         self._known = number
-        self.__exit__()
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -213,7 +213,7 @@ def caption_task(config: ConfigDict) -> Task:
     def is_trained(path: tuple[str, ...]) -> bool:
         return partition.is_trained(path, frozen)
 
-    sources = {name: config[name].weights or "random" for name in frozen}
+    sources = {name: config[name].weights or config.train.init_from or "random" for name in frozen}
     return Task(
         model,
         is_trained,
