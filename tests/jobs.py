@@ -1,5 +1,7 @@
 """Several training runs by one set of processes: each process joins the others once and then runs them in turn.
 
+Before, it is seen that every process puts its rows of a batch in their place when its devices are not neighbours.
+
 python tests/jobs.py '[{"overrides": ["--config.train.steps=4"], "workdir": "DIR"}, ...]'
 """
 
@@ -7,7 +9,11 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from simvlg_jax.config import load_config
+from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel import processes
 from simvlg_jax.training import loop
 
@@ -16,9 +22,19 @@ def main() -> None:
     jobs = json.loads(sys.argv[1])
 
     def work() -> int:
+        check_scattered_rows()
         return max(loop.train(load_config("configs/tiny.py", job["overrides"]), Path(job["workdir"])) for job in jobs)
 
     processes.run(work, distributed=True)
+
+
+def check_scattered_rows() -> None:
+    devices = jax.devices()
+    order = [*devices[::2], *devices[1::2][::-1]]
+    mesh = jax.sharding.Mesh(np.array(order).reshape(-1, 1, 1), meshes.AXES)
+    batch = np.arange(24).reshape(8, 3)
+    placed = meshes.put_batch({"x": batch[list(meshes.local_rows(mesh, 8))]}, mesh)["x"]
+    np.testing.assert_array_equal(processes.gather(placed), batch)
 
 
 if __name__ == "__main__":

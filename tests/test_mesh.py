@@ -43,7 +43,7 @@ def test_sizes_multiply_and_one_is_filled_in():
     ("flags", "message"),
     [
         (["preset=zero"], "mesh.preset is 'zero'; it takes 'replicated', 'fsdp', 'fsdp\\+tensor'"),
-        (["preset=fsdp", "tensor=2"], "two ways to say one thing"),
+        (["preset=fsdp", "tensor=2"], "stands for sizes of its own, and .*'tensor': 2.* leave one out"),
         (["data=0"], "must be positive"),
         (["fsdp=-1"], "at most one -1"),
         (["data=16"], "needs 16 devices and 8 are here"),
@@ -55,30 +55,21 @@ def test_impossible_meshes_are_refused(flags, message):
     assert error.value.status == 2
 
 
-def mesh_of_processes(shape, owners):
-    """Stands in for a mesh: device i belongs to process owners[i]."""
-    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners]).reshape(shape)
-    return SimpleNamespace(devices=devices, shape=dict(zip(meshes.AXES, shape, strict=True)))
-
-
 @pytest.mark.parametrize(
-    ("shape", "owners", "shares"),
+    ("shape", "owners", "rows"),
     [
-        ((8, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], {0: (0, 2), 1: (1, 2)}),
-        ((2, 2, 2), [0, 0, 1, 1, 2, 2, 3, 3], {0: (0, 4), 3: (3, 4)}),
-        ((1, 2, 2), [0, 1, 2, 3], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),  # pairs hold the same examples
-        ((1, 1, 4), [0, 0, 1, 1], {0: (0, 1), 1: (0, 1)}),
+        ((8, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1], {0: range(8), 1: range(8, 16)}),
+        ((4, 1, 1), [0, 1, 1, 0], {0: (0, 1, 2, 3, 12, 13, 14, 15), 1: range(4, 12)}),  # not neighbours
+        ((1, 2, 2), [0, 1, 2, 3], {0: range(8), 1: range(8), 2: range(8, 16), 3: range(8, 16)}),  # pairs read the same
+        ((1, 1, 4), [0, 0, 1, 1], {0: range(16), 1: range(16)}),
     ],
 )
-def test_share_of_the_batch_follows_from_the_devices(monkeypatch, shape, owners, shares):
-    for process, share in shares.items():
+def test_rows_of_the_batch_follow_from_the_devices(monkeypatch, shape, owners, rows):
+    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners]).reshape(shape)
+    mesh = SimpleNamespace(devices=devices, shape=dict(zip(meshes.AXES, shape, strict=True)))
+    for process, wanted in rows.items():
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert meshes.data_shard(mesh_of_processes(shape, owners)) == share
-
-
-def test_process_spread_over_the_batch_is_refused():
-    with pytest.raises(UserError, match="spreads a process over the batch"):
-        meshes.data_shard(mesh_of_processes((4, 1, 1), [0, 1, 0, 1]))
+        assert meshes.local_rows(mesh, 16) == tuple(wanted)
 
 
 def test_frozen_and_trained_weights_have_their_own_placement():

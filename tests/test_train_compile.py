@@ -15,6 +15,7 @@ from simvlg_jax import train_compile
 from simvlg_jax.config import load_config
 from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import hlo
+from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel.chips import parse_topology
 from simvlg_jax.training import ahead
 from simvlg_jax.training.ahead import Forecast, forecast, largest_batch
@@ -70,12 +71,20 @@ def test_slices_put_data_across_and_only_gradients_between_them():
     assert 0 < between["bytes"] < 4.5 * 44_096
 
 
-@pytest.mark.parametrize("topology", ["v6e:4x4", "v4:2x2x4", "v5p:2x2x2"])
-def test_any_sizes_make_a_mesh_of_a_slice(topology):
-    for flags in (["--config.mesh.tensor=2"], ["--config.mesh.fsdp=2", "--config.mesh.tensor=4"]):
-        mesh = ahead.topology_mesh(load_config("configs/tiny.py", flags), parse_topology(topology), 1)
-        assert mesh.size == parse_topology(topology).num_chips
-        assert len(set(mesh.devices.flat)) == mesh.size
+@pytest.mark.parametrize(
+    ("topology", "slices"), [("v5e:4x4", 1), ("v5e:4x4", 2), ("v6e:4x4", 1), ("v4:2x2x4", 1), ("v5p:2x2x2", 1)]
+)
+@pytest.mark.parametrize("sizes", [(-1, 1, 1), (1, -1, 1), (1, -1, 2), (-1, 1, 4), (2, -1, 2)])
+def test_every_host_of_a_slice_reads_the_rows_that_its_chips_hold(monkeypatch, topology, slices, sizes):
+    """The chips of a host are scattered over the mesh, which follows the links between chips."""
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in zip(meshes.AXES, sizes, strict=True)]
+    mesh = ahead.topology_mesh(load_config("configs/tiny.py", flags), parse_topology(topology), slices)
+    assert mesh.size == slices * parse_topology(topology).num_chips == len(set(mesh.devices.flat))
+    places = meshes.batch_sharding(mesh).devices_indices_map((64,))
+    for host in {device.process_index for device in mesh.devices.flat}:
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        held = {row for device, (rows,) in places.items() if device.process_index == host for row in range(64)[rows]}
+        assert meshes.local_rows(mesh, 64) == tuple(sorted(held))
 
 
 def test_micro_batches_count_as_often_as_they_run():
@@ -115,6 +124,8 @@ def test_step_that_does_not_fit_says_so_with_status_3(capsys):
         (["--topology", "v5e:4x4", "--slices", "0"], "--slices must be at least 1"),
         (["--topology", "v5e:4x4", "--config.train.batch_size=24"], "does not divide over 16 devices"),
         (["--topology", "v5e:4x4", "--config.train.batch=24"], "did you mean train.batch_size"),
+        (["--topology", "v5e:4x4", "--config.mesh.data=2"], "leaves out some of 16 devices"),
+        (["--topology", "v5e:4x4", "--slices", "2", "--config.mesh.data=2"], "leaves out some of 16 devices"),
     ],
 )
 def test_wrong_requests_are_named_with_status_2(capsys, flags, message):

@@ -156,31 +156,25 @@ class _Each(grain.experimental.FlatMapTransform):
 
 
 class RowsOf(grain.MapDataset):
-    """The rows [first, first + local) of each `size` examples of an endless dataset."""
+    """These rows of each `size` examples of an endless dataset."""
 
-    def __init__(self, parent: grain.MapDataset, first: int, local: int, size: int):
+    def __init__(self, parent: grain.MapDataset, rows: Sequence[int], size: int):
         super().__init__(parent)
-        self._first, self._local, self._size = first, local, size
+        self._rows, self._size = rows, size
 
     def __len__(self) -> int:
-        return len(self._parent) // self._size * self._local
+        return len(self._parent) // self._size * len(self._rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        batch, row = divmod(index, self._local)
-        return self._parent[batch * self._size + self._first + row]
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._size + self._rows[row]]
 
 
-def _local_size(batch_size: int, shards: int) -> int:
-    if batch_size % shards:
-        raise UserError(f"batch size {batch_size} does not divide into {shards} parts, one a process", status=2)
-    return batch_size // shards
-
-
-def length_window(data_config: ml_collections.ConfigDict, shards: int) -> int:
-    """How many batches are grouped by length at once: 1 where processes share a batch, or where nothing is saved."""
-    return data_config.length_window if shards == 1 and data_config.pad_multiple else 1
+def length_window(data_config: ml_collections.ConfigDict, whole: bool) -> int:
+    """How many batches are grouped by length at once: 1 if not the `whole` batch is read here, or nothing is saved."""
+    return data_config.length_window if whole and data_config.pad_multiple else 1
 
 
 def make_train_iterator(
@@ -191,8 +185,7 @@ def make_train_iterator(
     image_size: int,
     batch_size: int,
     seed: int,
-    shard: int = 0,
-    shards: int = 1,
+    rows: Sequence[int] | None = None,
     skipped: Skipped | None = None,
     sentence_encoder: TextEncoder | None = None,
 ) -> grain.DatasetIterator:
@@ -201,17 +194,18 @@ def make_train_iterator(
     Each epoch is a new permutation of the source. A batch holds the same examples in the same order and views however
     many processes share it out. The position (`get_state`, `set_state`) restores order and augmentation exactly; it
     counts batches, so every process has the same, and another number of processes goes on from it. It depends on the
-    number of workers, the batches do not. With several shards L is always `max_tokens`, they must agree on it, and
-    lengths are not grouped.
+    number of workers, the batches do not. If processes share a batch, L is always `max_tokens`, they must agree on it,
+    and lengths are not grouped.
 
     Args:
       data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
       batch_size: of all processes together.
-      shard, shards: this process reads part `shard` of each batch's `shards`, see `parallel.mesh.data_shard`.
+      rows: those of each batch that this process reads, see `parallel.mesh.local_rows`; all by default.
       skipped: counts the unreadable pictures, if given.
       sentence_encoder: adds the captions as "sentence_ids" and "sentence_mask", if given.
     """
-    local = _local_size(batch_size, shards)
+    rows = range(batch_size) if rows is None else rows
+    local, whole = len(rows), len(rows) == batch_size
     if len(source) < batch_size:
         raise UserError(
             f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
@@ -221,15 +215,15 @@ def make_train_iterator(
     collate_fn = functools.partial(
         collate,
         pad_id=text_encoder.pad_id,
-        multiple=data_config.pad_multiple if shards == 1 else 0,
+        multiple=data_config.pad_multiple if whole else 0,
         max_tokens=text_encoder.max_tokens,
         sentence_encoder=sentence_encoder,
     )
-    window = length_window(data_config, shards)
+    window = length_window(data_config, whole)
     examples = grain.MapDataset.source(DecodedSource(source)).shuffle(seed).repeat()
     examples = examples.random_map(augment, seed=augment_seed)
     dataset = (
-        RowsOf(examples, shard * local, local, batch_size)
+        RowsOf(examples, rows, batch_size)
         .batch(window * local, drop_remainder=True, batch_fn=list)
         .random_map(LengthGroups(local, collate_fn), seed=seed)
         .to_iter_dataset(read_options(data_config.read_threads))
@@ -255,8 +249,7 @@ class EvalBatch:
     encode: TextEncoder
     size: int
     batch_size: int
-    first: int
-    local: int
+    rows: Sequence[int]
     multiple: int
 
     def _example(self, index: int) -> dict[str, Any]:
@@ -271,13 +264,12 @@ class EvalBatch:
         return {"image": transforms.squash(image, self.size), "ids": ids, "targets": targets}
 
     def __call__(self, number: int) -> Batch:
-        start = number * self.batch_size + self.first
-        indices = np.arange(start, start + self.local)
+        indices = number * self.batch_size + np.array(self.rows)
         real = indices < len(self.source)
         examples = [self._example(int(i)) for i in indices[real]]
         if not examples:
             examples = [self._example(0)]
-        examples += [examples[-1]] * (self.local - len(examples))
+        examples += [examples[-1]] * (len(indices) - len(examples))
         batch = collate(
             examples,
             pad_id=self.encode.pad_id,
@@ -296,8 +288,7 @@ def make_eval_batches(
     *,
     image_size: int,
     batch_size: int,
-    shard: int = 0,
-    shards: int = 1,
+    rows: Sequence[int] | None = None,
     pad_multiple: int = 0,
     read_threads: int = 2,
 ) -> grain.IterDataset:
@@ -308,17 +299,17 @@ def make_eval_batches(
 
     Args:
       batch_size: of all processes together.
-      pad_multiple: as `data.pad_multiple`; 0 gives every batch the same L, as several processes need.
+      rows: those of each batch that this process reads; all by default.
+      pad_multiple: as `data.pad_multiple`; 0 gives every batch the same L, as processes that share a batch need.
     """
-    local = _local_size(batch_size, shards)
+    rows = range(batch_size) if rows is None else rows
     make = EvalBatch(
         source=source,
         encode=text_encoder,
         size=image_size,
         batch_size=batch_size,
-        first=shard * local,
-        local=local,
-        multiple=pad_multiple if shards == 1 else 0,
+        rows=rows,
+        multiple=pad_multiple if len(rows) == batch_size else 0,
     )
     batches = -(-len(source) // batch_size)
     return grain.MapDataset.range(batches).map(make).to_iter_dataset(read_options(read_threads))

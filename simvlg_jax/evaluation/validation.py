@@ -33,15 +33,14 @@ class FirstOf:
 
 def eval_batches(task: Task, config: ConfigDict, source: Source, mesh: Mesh) -> Iterator[tuple[dict, dict]]:
     """(this process's numpy batch, the global batch on the devices), each example once."""
-    rows = meshes.batch_shards(mesh)
-    shard, shards = meshes.data_shard(mesh)
+    shards = meshes.batch_shards(mesh)
+    batch_size = -(-config.evaluate.batch_size // shards) * shards
     batches = pipeline.make_eval_batches(
         source,
         task.text_encoder,
         image_size=task.image_size,
-        batch_size=-(-config.evaluate.batch_size // rows) * rows,
-        shard=shard,
-        shards=shards,
+        batch_size=batch_size,
+        rows=meshes.local_rows(mesh, batch_size),
         pad_multiple=config.data.pad_multiple,
     )
     for batch in batches:

@@ -49,7 +49,10 @@ def mesh_shape(sizes: ConfigDict) -> tuple[int, ...]:
             raise UserError(f"mesh.preset is {sizes.preset!r}; it takes {', '.join(map(repr, PRESETS))}", 2)
         if shape != PRESETS["replicated"]:
             raise UserError(
-                "mesh.preset and mesh sizes are two ways to say one thing: set mesh.preset='' or no sizes", 2
+                f"mesh.preset={sizes.preset} stands for sizes of its own, and {dict(zip(AXES, shape, strict=True))} is "
+                "set: leave one out (--config.mesh.preset= or --config.mesh.data=-1 --config.mesh.fsdp=1 "
+                "--config.mesh.tensor=1)",
+                2,
             )
         return PRESETS[sizes.preset]
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
@@ -63,19 +66,24 @@ def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) ->
     Sizes are those of one TPU slice: several slices multiply `data`, so that between slices, over the slower network,
     only gradients travel.
 
+    Args:
+      devices: all of which must be used; by default those that are here, of which one process may leave some out.
+
     Raises:
       UserError (status 2): the product does not fit the devices there are.
     """
+    whole = devices is not None or jax.process_count() > 1
     devices = list(devices or jax.devices())
     slices = num_slices(devices)
+    whole |= slices > 1
     shape = list(mesh_shape(sizes))
     asked, here = dict(zip(AXES, shape, strict=True)), len(devices) // slices
     known = int(np.prod([n for n in shape if n > 0]))
     if -1 in shape:
         shape[shape.index(-1)] = max(1, here // known)
     total = int(np.prod(shape))
-    if total < here and jax.process_count() > 1:
-        raise UserError(f"the mesh {asked} leaves out devices of a process: {here} are here, set --config.mesh.*=-1", 2)
+    if total < here and whole:
+        raise UserError(f"the mesh {asked} leaves out some of {here} devices: make one of its sizes -1", 2)
     if total > here:
         raise UserError(
             f"the mesh {asked} needs {total} devices and {here} are here ({devices[0].platform}): "
@@ -146,22 +154,36 @@ def activation_shardings(mesh: Mesh):
         yield
 
 
-def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process reads part `index` of each batch's `count` equal parts.
+def _own_blocks(mesh: Mesh) -> list[int]:
+    """Which of a batch's `batch_shards` equal blocks this process's devices hold.
 
-    Processes whose devices differ along `tensor` alone hold the same examples and read the same part.
-
-    Raises:
-      UserError (status 2): a process's devices do not hold neighbouring rows of the batch.
+    They need not be neighbours: on a TPU slice the mesh follows the links between chips, which cross those of other
+    hosts. Processes whose devices differ along `tensor` alone hold the same blocks.
     """
-    shards = mesh.devices.reshape(batch_shards(mesh), -1)
-    mine = [row for row, devices in enumerate(shards) if any(d.process_index == jax.process_index() for d in devices)]
-    if mine != list(range(mine[0], mine[0] + len(mine))) or len(shards) % len(mine) or mine[0] % len(mine):
-        raise UserError(f"the mesh {dict(mesh.shape)} spreads a process over the batch: choose other mesh sizes", 2)
-    return mine[0] // len(mine), len(shards) // len(mine)
+    blocks = mesh.devices.reshape(batch_shards(mesh), -1)
+    here = jax.process_index()
+    return [number for number, devices in enumerate(blocks) if any(d.process_index == here for d in devices)]
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """The rows of a global batch that this process reads, in their order, for `put_batch`."""
+    size = batch_size // batch_shards(mesh)
+    return tuple(block * size + row for block in _own_blocks(mesh) for row in range(size))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch onto the devices, as global arrays split along the leading axis."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    """This process's rows of a batch onto its devices, as global arrays split along the leading axis."""
+    sharding, own = batch_sharding(mesh), _own_blocks(mesh)
+
+    def put(local: np.ndarray) -> jax.Array:
+        size = len(local) // len(own)
+        starts = {block * size: place * size for place, block in enumerate(own)}
+
+        def block_at(index: tuple[slice, ...]) -> np.ndarray:
+            start = starts[index[0].start or 0]
+            return local[start : start + size]
+
+        shape = (size * batch_shards(mesh), *local.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, block_at)
+
+    return {name: put(value) for name, value in batch.items()}

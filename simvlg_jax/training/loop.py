@@ -45,7 +45,8 @@ class Trainer:
         plan = steps.make_plan(self.task, config, self.mesh)
         self.skipped = pipeline.Skipped()
         self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
-        self._window = pipeline.length_window(config.data, meshes.data_shard(self.mesh)[1])
+        rows = meshes.local_rows(self.mesh, config.train.batch_size)
+        self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
         params, self.frozen = steps.init_params(self.task, config, self.mesh)
         self.state = plan.init_state(params)
         self.step = plan.step
@@ -93,7 +94,6 @@ class Trainer:
 
 
 def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.Skipped) -> grain.DatasetIterator:
-    shard, shards = meshes.data_shard(mesh)
     iterator = pipeline.make_train_iterator(
         config.data,
         load_source(config.data, "train"),
@@ -101,8 +101,7 @@ def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.
         image_size=task.image_size,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        shard=shard,
-        shards=shards,
+        rows=meshes.local_rows(mesh, config.train.batch_size),
         skipped=skipped,
         sentence_encoder=task.sentence_encoder,
     )
