@@ -31,25 +31,27 @@ def run_verb(main: Callable[[], int | None], before_failing: Callable[[str, int]
       before_failing: called with the reason and the exit status before the process ends with an error.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS speak of their own affairs
-    reason = None
     try:
         status = main() or 0
-    except UserError as error:
-        reason, status = str(error), error.status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:
-        status = 1
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            reason, status = f"no space left on device ({error.filename or 'disk full'}): free some and run again", 1
-        else:
-            traceback.print_exc()
-            reason, status = traceback.format_exception_only(error)[-1].strip(), UNEXPECTED
-    if reason is not None:
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        reason, status = _explain(error)
+        if not isinstance(error, BrokenPipeError):
+            print(reason if status == 130 else f"error: {reason}", file=sys.stderr, flush=True)
         if before_failing is not None:
             before_failing(reason, status)
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The reason in a line, and the exit status; of what nobody expected, the traceback is printed."""
+    if isinstance(error, UserError):
+        return str(error), error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads its output any more", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on device ({error.filename or 'disk full'}): free some and run again", 1
+    traceback.print_exception(error)
+    return traceback.format_exception_only(error)[-1].strip(), UNEXPECTED

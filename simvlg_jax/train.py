@@ -25,7 +25,7 @@ def main() -> int:
     from simvlg_jax.parallel import processes
     from simvlg_jax.training.loop import train
 
-    return processes.run(lambda: train(config, arguments.workdir), arguments.distributed)
+    return processes.run(lambda: train(config, arguments.workdir), arguments.distributed, preemptible=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 Before, it is seen that every process puts its rows of a batch in their place when its devices are not neighbours.
 
 python tests/jobs.py '[{"overrides": ["--config.train.steps=4"], "workdir": "DIR"}, ...]'
+python tests/jobs.py wait
 """
 
 import json
+import multiprocessing
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -19,13 +22,24 @@ from simvlg_jax.training import loop
 
 
 def main() -> None:
+    if sys.argv[1] == "wait":
+        processes.run(wait, together=True)
     jobs = json.loads(sys.argv[1])
 
     def work() -> int:
         check_scattered_rows()
         return max(loop.train(load_config("configs/tiny.py", job["overrides"]), Path(job["workdir"])) for job in jobs)
 
-    processes.run(work, distributed=True)
+    processes.run(work, together=True, preemptible=True)
+
+
+def wait() -> int:
+    """Says the number of a data worker, and waits for ever."""
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    worker.start()
+    print(worker.pid, file=sys.stderr, flush=True)
+    time.sleep(600)
+    return 0
 
 
 def check_scattered_rows() -> None:

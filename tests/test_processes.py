@@ -233,6 +233,35 @@ def test_error_of_one_process_stops_all_with_its_reason_and_status(tmp_path):
     assert "Traceback" not in said[0] + said[1], said
 
 
+def is_alive(pid):
+    """Whether a process runs; one that has ended and waits for nobody is not."""
+    try:
+        with open(f"/proc/{pid}/cmdline") as words:
+            return bool(words.read())
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_signal_ends_what_cannot_be_saved_and_leaves_nothing_behind(number, status):
+    """Work that does not ask the preemption service: Ctrl-C in one process ends all, SIGTERM is not swallowed."""
+    processes = start(2, 1, "tests/jobs.py", "wait")
+    workers = [int(process.stderr.readline()) for process in processes]
+    processes[1].send_signal(number)
+    assert processes[1].wait(60) == status
+    if number == signal.SIGTERM:
+        os.kill(workers[1], signal.SIGKILL)
+        processes[0].send_signal(signal.SIGINT)
+    statuses, said = finish(processes, seconds=60)
+    assert statuses[0] == 130, said
+    assert ("process 1 failed, so all stop: interrupted" in said[0]) == (number == signal.SIGINT)
+    assert "Traceback" not in said[0] + said[1], said
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_incomplete_environment_is_named(tmp_path):
     arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(tmp_path))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"JAX_PLATFORMS": "cpu"}

@@ -4,6 +4,8 @@ Each process writes what ended it into the run's shared key-value store before i
 looks there. What dies without a word is noticed by its broken connections, or by its missing heartbeat.
 """
 
+import contextlib
+import multiprocessing
 import os
 import sys
 import threading
@@ -19,22 +21,29 @@ from simvlg_jax.errors import TRY_AGAIN, UserError, run_verb
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long is given up
 LOOK_SECONDS = 0.5
+LOOKS = 3  # in vain, until process 0 is given up
 FAREWELL_SECONDS = 5 * LOOK_SECONDS  # process 0 keeps the store until the others have looked
-FAILED = "simvlg_jax/failed"
+DONE_SECONDS = 24 * 3600  # the others may wait so long for the one that still writes
+FAILED, DONE = "simvlg_jax/failed", "simvlg_jax/done"
 # What the runtime says when a process cannot be reached any more.
-LOST = ("Gloo", "Connection", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
+LOST = ("Gloo", "gloo", "heartbeat", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "coordination service")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def run(work: Callable[[], int], distributed: bool) -> int:
-    """The exit status of `work`, done by one process or, if `distributed`, by several that stop together."""
-    if not distributed:
+def run(work: Callable[[], int], together: bool, preemptible: bool = False) -> int:
+    """The exit status of `work`, done by one process; several that work `together` exit with it at once.
+
+    Args:
+      preemptible: `work` asks JAX's preemption service whether to stop, which then hears SIGTERM; else SIGTERM kills.
+    """
+    if not together:
         return work()
 
     def work_together() -> int:
-        start()
+        start(preemptible)
         try:
             status = work()
+            distributed.global_state.client.wait_at_barrier(DONE, 1000 * DONE_SECONDS)
         except UserError:
             raise
         except Exception as error:  # a lost connection is raised as several kinds
@@ -54,7 +63,7 @@ def run(work: Callable[[], int], distributed: bool) -> int:
     run_verb(work_together, _farewell)
 
 
-def start() -> None:
+def start(preemptible: bool) -> None:
     """Joins this process to the others of its run.
 
     The environment says where they are: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
@@ -68,6 +77,7 @@ def start() -> None:
         raise UserError(f"{VARIABLES[0]} is set and needs {VARIABLES[1]} and {VARIABLES[2]} beside it", 2)
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", preemptible)
     try:
         jax.distributed.initialize(
             address,
@@ -116,27 +126,31 @@ def _farewell(reason: str, status: int) -> None:
     if client is None or distributed.global_state.num_processes == 1:
         return
     _finished.set()
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone, and with it process 0: they know
         client.key_value_set(f"{FAILED}/{distributed.global_state.process_id}", f"{status} {reason}")
-        if distributed.global_state.process_id == 0:  # the store goes with it
-            time.sleep(FAREWELL_SECONDS)
-    except jax.errors.JaxRuntimeError:
-        pass  # the store is gone, and with it process 0: they know
+    _leave(status)
+
+
+def _leave(status: int) -> None:
+    """Ends this process at once, and its data workers, which would live on."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if distributed.global_state.process_id == 0:  # the store goes with it
+        time.sleep(FAREWELL_SECONDS)
     os._exit(status)
 
 
 def _watch() -> None:
     """Ends this process when another one has failed."""
-    client = distributed.global_state.client
+    client, in_vain = distributed.global_state.client, 0
     while not _finished.wait(LOOK_SECONDS):
         try:
-            failed = client.key_value_dir_get(FAILED)
+            failed, in_vain = client.key_value_dir_get(FAILED), 0
         except jax.errors.JaxRuntimeError:
-            failed = [(f"{FAILED}/0", f"{TRY_AGAIN} it cannot be reached any more")]
+            in_vain += 1
+            failed = [(f"{FAILED}/0", f"{TRY_AGAIN} it cannot be reached any more")] if in_vain == LOOKS else []
         if failed and not _finished.is_set():
             _ending.set()
             key, (status, reason) = failed[0][0], failed[0][1].split(" ", 1)
             print(f"error: process {key.rsplit('/', 1)[1]} failed, so all stop: {reason}", file=sys.stderr, flush=True)
-            if distributed.global_state.process_id == 0:
-                time.sleep(FAREWELL_SECONDS)
-            os._exit(int(status))
+            _leave(int(status))
