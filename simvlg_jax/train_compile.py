@@ -5,8 +5,8 @@
     python -m simvlg_jax.train_compile --config configs/pretrain_image.py:llm=vicuna7b --topology v5p:2x2x2 --slices 2
 
 The step is the one that training runs, compiled by the real TPU compiler for the longest texts. Its memory is what the
-compiler says; its time is a roofline, which no run reaches. A full-size recipe takes minutes; --effort O1 gives nearly
-the same memory several times sooner. Weights and data are not needed.
+compiler says; its time is a roofline, which no run reaches. On few cores a full-size recipe takes many minutes; --effort
+O0 gives nearly the same memory in one or two. Weights and data are not needed.
 
 Exit status: 0 fits, 3 does not fit, 1 failed, 2 asked for wrongly.
 """
@@ -39,15 +39,12 @@ def main() -> int:
         raise UserError("--slices must be at least 1", 2)
     config = load_config(arguments.config, overrides)
     result = run(config, arguments)
-    if result is None:
-        say("not even one example for each chip and micro-batch fits")
-        return 3
     print(json.dumps(result.as_dict()) if arguments.json else describe(result))
     return 0 if result.fits else 3
 
 
-def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast | None":
-    """The forecast that was asked for; None if a search found no batch that fits."""
+def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast":
+    """The forecast that was asked for."""
     topology = parse_topology(arguments.topology)
     os.environ.update(COMPILE_ONLY)
     from simvlg_jax.parallel import mesh as meshes
@@ -82,7 +79,7 @@ def describe(f: "Forecast") -> str:
     ]
     if f.peak_bytes is None:
         lines += [f"memory a chip: more than the {gb(f.hbm_bytes)} there are; fits: no"]
-        lines += ["try more micro-batches (--config.train.accumulate), mesh.preset=fsdp, or --search batch"]
+        lines += ["try more micro-batches (--config.train.accumulate), a greater mesh.tensor, or --search batch"]
     else:
         lines += [
             f"memory a chip: arguments {gb(f.argument_bytes)}, temporaries {gb(f.temp_bytes)}, "

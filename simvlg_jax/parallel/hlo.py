@@ -5,6 +5,7 @@ XLA's own cost analysis counts the body of a loop once; here a body counts as of
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
@@ -116,28 +117,48 @@ def _runs(program: Program) -> dict[str, int]:
             elif instruction.op in ("call", "async-start", "conditional"):
                 for called in instruction.called("to_apply", "calls", "true_computation", "false_computation"):
                     visit(called, times)
+                for called in re.findall(r"branch_computations=\{([^}]*)\}", instruction.attributes):
+                    for branch in _NAME.findall(called):
+                        visit(branch, times)
 
     visit(program.entry, 1)
     return runs
 
 
 def _trips(program: Program, condition: str) -> int:
-    """Of a counted loop: the number that its condition compares the counter with."""
+    """Of a counted loop: the number that its condition compares the counter with; 1 if it compares with none."""
     body = program.computations[condition].values()
     return max((int(i.inside) for i in body if i.op == "constant" and i.type.startswith("s32[]")), default=1)
 
 
+def _with_fused(program: Program, name: str) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
+    """(computation, instruction) of a computation and of all that is fused in it."""
+    body = program.computations[name]
+    for instruction in body.values():
+        yield body, instruction
+        if instruction.op == "fusion":
+            for called in instruction.called("calls"):
+                yield from _with_fused(program, called)
+
+
 def collectives(program: Program, num_chips: int) -> list[Collective]:
-    """Every collective of a step, alike ones added up, the largest first."""
+    """Every collective of a step, alike ones added up, the largest first.
+
+    One that runs beside other work is written several times, where it starts, within that work and where it ends, each
+    time on the same channel.
+    """
     totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
     for name, times in _runs(program).items():
-        for instruction in program.computations[name].values():
+        seen = set()
+        for body, instruction in _with_fused(program, name):
             op = instruction.op.removesuffix("-start")
-            if op not in COLLECTIVES:
+            channel = re.search(r"channel_id=(\d+)|$", instruction.attributes)[1]
+            if op not in COLLECTIVES or (op, channel) in seen:
                 continue
+            seen |= {(op, channel)} if channel else set()
             size = array_bytes(instruction.type)
             if instruction.op != op or op == "send":  # a pair: operand and result stand in one tuple
-                operand = sum(array_bytes(program.computations[name][o].type) for o in instruction.operands)
+                operand = sum(array_bytes(body[o].type) for o in instruction.operands)
                 size = operand if op in ("send", "collective-permute", "all-reduce") else size - operand
             total = totals[op, _group_size(instruction.attributes, num_chips)]
             total[0] += times

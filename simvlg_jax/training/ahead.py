@@ -36,7 +36,7 @@ class Forecast:
       peak_bytes: arguments, temporaries, results that reuse neither, and the program itself.
       hbm_bytes: what the compiler may use of the chip's memory.
       fits: peak_bytes is within hbm_bytes.
-      tflop_per_step: of matrix products, recomputation included.
+      tflop_per_step: of the program's matrix products, recomputation included.
       compute_s, memory_s, communication_s: the step's TFLOP, its traffic to memory and its collectives at the chip's
         full speed; see `parallel.chips`.
       roofline_step_s: the longest of these three: no run is faster.
@@ -95,7 +95,7 @@ def forecast(
     Args:
       name: the config's, for the result.
       topology_name: such as "v5e:4x4".
-      effort: XLA's optimisation level, "O0" to "O3"; "" is what training uses. "O1" compiles several times faster.
+      effort: XLA's optimisation level, "O0" to "O3"; "" is what training uses. "O0" compiles many times faster.
       say: takes lines on how far it is.
     """
     topology = parse_topology(topology_name)
@@ -181,29 +181,26 @@ def optimized_text(dump: Path) -> str:
     return next(dump.glob("*.after_optimizations.txt")).read_text()
 
 
-def largest_batch(forecast_of: Callable[[int], Forecast], unit: int, start: int) -> Forecast | None:
-    """The forecast with the largest batch that fits, found by doubling and halving; None if not even one unit fits.
+def largest_batch(forecast_of: Callable[[int], Forecast], unit: int, start: int) -> Forecast:
+    """The forecast with the largest batch that fits, by doubling and halving; of one unit if not even that fits.
 
     Args:
       forecast_of: global batch -> its forecast.
       unit: the least batch, one example for each micro-batch of each device that the batch is split over.
-      start: where to begin, a multiple of `unit`.
+      start: where to begin.
     """
-    count, best, too_many = max(1, start // unit), None, None
+    count, low, too_many, best = max(1, start // unit), 0, None, None
     while True:
         tried = forecast_of(count * unit)
         if tried.fits:
-            best = tried
-            low = count
+            best, low = tried, count
         else:
             too_many = count
-            low = best.global_batch // unit if best else 0
-        if too_many is None:
-            count *= 2
-        elif too_many - low <= max(1, low // 8):
+        if too_many == 1:
+            return tried
+        if too_many == low + 1:
             return best
-        else:
-            count = (low + too_many) // 2
+        count = 2 * low if too_many is None else (low + too_many) // 2
 
 
 @contextmanager
