@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from simvlg_jax import files
 from simvlg_jax.errors import UserError
 
 EXAMPLE = Path(__file__).parent / "example"  # the trained example: an exported model
@@ -111,10 +112,7 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
                 f"{workdir} holds a run of another config; use another --workdir, or the same values:\n  "
                 + "\n  ".join(changed)
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(mine, indent=1))
-    partial.rename(path)
+    files.write_json(path, mine)
 
 
 def _comparable(config: dict) -> dict:

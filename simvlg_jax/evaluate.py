@@ -28,6 +28,7 @@ from simvlg_jax.config import (
     save_config,
 )
 from simvlg_jax.errors import UserError, run_verb
+from simvlg_jax.files import write_json
 
 GALLERY = 24  # examples whose picture and merge map the report shows
 
@@ -137,13 +138,6 @@ def add_pictures(examples: list[dict], source, image_size: int, seed: int) -> No
             example["image"] = base64.b64encode(buffer.getvalue()).decode()
         else:
             del example["source_map"]
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False))
-    partial.rename(path)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python -m simvlg_jax.train_compile --config configs/pretrain_image.py:llm=vicuna7b --topology v5p:2x2x2 --slices 2
 
 The step is the one that training runs, compiled by the real TPU compiler for the longest texts. Its memory is what the
-compiler says; its time is a roofline, which no run reaches. On few cores a full-size recipe takes many minutes; --effort
-O0 gives nearly the same memory in one or two. Weights and data are not needed.
+compiler says; its time is a roofline, which no run reaches. On few cores a full-size recipe takes many minutes, with
+--effort O0 one or two, and nearly the same memory. Weights and data are not needed.
 
 Exit status: 0 fits, 3 does not fit, 1 failed, 2 asked for wrongly.
 """

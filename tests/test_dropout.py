@@ -33,7 +33,8 @@ def test_without_rng_or_rate_nothing_changes():
     x = jax.random.normal(jax.random.key(1), (4, 5))
     assert (Dropout(0.5).apply({}, x, True) == x).all()
     assert (Dropout(0.0).apply({}, x, False) == x).all()
-    assert Dropout(0.5).apply({}, x.astype(jnp.bfloat16), True).dtype == jnp.bfloat16
+    out = Dropout(0.5).apply({}, x.astype(jnp.bfloat16), False, rngs={"dropout": jax.random.key(0)})
+    assert out.dtype == jnp.bfloat16 and set(np.unique(np.asarray(out / x.astype(jnp.bfloat16), float))) == {0, 2}
 
 
 def test_every_bit_is_fair_and_neighbours_and_keys_are_independent():

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from simvlg_jax import weights
 from simvlg_jax.config import load_config
 from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import step as steps
+from simvlg_jax.training.frozen import fingerprint
 from simvlg_jax.training.tasks import build_task
 
 GOLDEN = "tests/golden/shardings"
@@ -92,8 +92,8 @@ def test_fingerprint_changes_with_any_bit_and_not_with_the_placement():
     mesh = meshes.make_mesh(sizes("preset=fsdp"))
     split = jax.tree.map(lambda x: x, tree)
     split["a"]["b"] = jax.device_put(tree["a"]["b"], jax.NamedSharding(mesh, PartitionSpec("fsdp")))
-    whole = weights.fingerprint(tree)
-    assert weights.fingerprint(split) == whole
+    whole = fingerprint(tree)
+    assert fingerprint(split) == whole
     swapped = tree["a"]["b"].at[0, 0].set(tree["a"]["b"][0, 1]).at[0, 1].set(tree["a"]["b"][0, 0])
     nudged = tree["a"]["b"].at[7, 5].set(np.nextafter(np.float32(tree["a"]["b"][7, 5]), np.float32(9)))
     others = [
@@ -102,22 +102,29 @@ def test_fingerprint_changes_with_any_bit_and_not_with_the_placement():
         tree | {"a": {"b": tree["a"]["b"].reshape(6, 8)}},
         {"a": tree["a"], "d": tree["c"]},
     ]
-    assert len({whole, *map(weights.fingerprint, others)}) == 5
+    assert len({whole, *map(fingerprint, others)}) == 5
+
+
+def places(config, mesh):
+    """{path: (dtype and shape, mesh axes of each dimension)}"""
+    shapes, shardings = steps.placements(build_task(config), config, mesh)
+    shapes, shardings = (traverse_util.flatten_dict(tree, sep="/") for tree in (shapes, shardings))
+    return {
+        path: (f"{x.dtype} {list(x.shape)}", ", ".join(axis or "-" for axis in shardings[path].spec))
+        for path, x in sorted(shapes.items())
+    }
 
 
 def placements(name):
-    """Every parameter of a config: "dtype shape -> mesh axes", over 2 x 2 x 2 devices so that each split shows."""
-    config = load_config(name, ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"])
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.mesh.split_trained = True
-    task = build_task(config)
-    shapes, shardings = steps.placements(task, config, meshes.make_mesh(config.mesh))
-    shapes, shardings = (traverse_util.flatten_dict(tree, sep="/") for tree in (shapes, shardings))
-    return {
-        path: f"{x.dtype} {list(x.shape)} -> {', '.join(axis or '-' for axis in shardings[path].spec)}"
-        for path, x in sorted(shapes.items())
-    }
+    """Every parameter of a config: on 16 chips as the recipe has it, and as 2 x 2 x 2 devices would split it."""
+    config = load_config(name)
+    sizes = [config.mesh[axis] for axis in meshes.AXES]
+    recipe = AbstractMesh(tuple(16 // config.mesh.tensor if size == -1 else size for size in sizes), meshes.AXES)
+    split = config.copy_and_resolve_references()
+    with split.unlocked():
+        split.mesh.split_trained = True
+    in_recipe, in_split = places(config, recipe), places(split, AbstractMesh((2, 2, 2), meshes.AXES))
+    return {path: f"{what} -> {where}; {in_split[path][1]}" for path, (what, where) in in_recipe.items()}
 
 
 def golden_file(name):
@@ -126,10 +133,7 @@ def golden_file(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_of_a_published_config_lives_where_it_is_written(name):
-    """After a change that is meant, run this file with eight devices and read the difference:
-
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=. python tests/test_mesh.py
-    """
+    """After a change that is meant, run `PYTHONPATH=. python tests/test_mesh.py` and read the difference."""
     with open(golden_file(name)) as file:
         assert placements(name) == json.load(file)
 
@@ -141,7 +145,7 @@ def test_only_small_parameters_are_left_whole():
         shapes = traverse_util.flatten_dict(jax.eval_shape(task.init, jax.random.key(0)))
         total = sum(np.prod(x.value.shape if hasattr(x, "value") else x.shape) for x in shapes.values())
         with open(golden_file(name)) as file:
-            whole = [line for line in json.load(file).values() if not set(line.split("-> ")[1]) & set("fst")]
+            whole = [line for line in json.load(file).values() if not set(line.split("; ")[1]) & set("fst")]
         left = sum(np.prod(json.loads(line.split(" ", 1)[1].split(" ->")[0])) for line in whole)
         assert left < total / 100, name
 

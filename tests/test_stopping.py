@@ -5,6 +5,7 @@ import signal
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from simvlg_jax.training import stopping
@@ -56,7 +57,7 @@ def several(monkeypatch):
     monkeypatch.setattr(
         stopping.multihost_utils, "reached_preemption_sync_point", lambda step: bool(heard) and step == 7
     )
-    monkeypatch.setattr(stopping.processes, "agree", lambda known: known)
+    monkeypatch.setattr(stopping.processes, "numbers_of_all", lambda known: np.array([[known]]))
     return index, heard
 
 

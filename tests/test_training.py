@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from simvlg_jax import weights
 from simvlg_jax.config import load_config
 from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import checkpoint, loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.frozen import fingerprint
 
 
 def tiny(mode="", mesh=(1, 1, 1), **overrides):
@@ -70,20 +70,20 @@ def test_interrupted_and_resumed_run_is_bit_equal(tmp_path, monkeypatch, mode):
     assert loop.train(config, tmp_path / "parts") == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = (final_params(config, tmp_path / name) for name in ("whole", "parts"))
-    assert weights.fingerprint(whole) == weights.fingerprint(parts)
+    assert fingerprint(whole) == fingerprint(parts)
     assert logged(tmp_path / "parts", "eval")[9]["loss"] == logged(tmp_path / "whole", "eval")[9]["loss"]
 
 
 def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
     config = tiny(train__steps=3)
     trainer = loop.Trainer(config, tmp_path)
-    before_frozen = weights.fingerprint(trainer.frozen)
+    before_frozen = fingerprint(trainer.frozen)
     before = jax.device_get(trainer.state.params)
     for _ in range(3):
         trainer.run_step(meshes.put_batch(next(trainer.iterator), trainer.mesh))
     assert set(trainer.frozen) == {"vit", "llm"}
     assert set(before) == {"ln_vision", "vl_proj", "connector", "llm_proj"}
-    assert weights.fingerprint(trainer.frozen) == before_frozen
+    assert fingerprint(trainer.frozen) == before_frozen
     moments = moments_of(trainer)
     assert jax.tree.structure(moments) == jax.tree.structure(before)
     unchanged = [
@@ -121,7 +121,7 @@ def test_checkpoint_of_one_mesh_is_read_on_another(tmp_path):
     loop.train(tiny(train__steps=2, mesh=(4, 2, 1)), tmp_path)
     here = final_params(tiny(train__steps=2), tmp_path)
     there = final_params(tiny(train__steps=2, mesh=(1, 1, 2)), tmp_path)
-    assert weights.fingerprint(here) == weights.fingerprint(there)
+    assert fingerprint(here) == fingerprint(there)
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):

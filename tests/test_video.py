@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simvlg_jax import weights
 from simvlg_jax.config import load_config
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.opt import OPT_SIZES, Opt
@@ -16,6 +15,7 @@ from simvlg_jax.models.token_merging import merge_schedule
 from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
 from simvlg_jax.training import loop, partition
+from simvlg_jax.training.frozen import fingerprint
 
 SIZE = VIT_SIZES["tiny_32px"]
 CLIPS = np.random.default_rng(0).normal(size=(2, 4, 32, 32, 3)).astype(np.float32)
@@ -100,7 +100,7 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
     overrides = ["vit.temporal=True", "vit.max_frames=2", "llm.size=opt_tiny", "llm.start_is_target=True"]
     config = load_config("configs/tiny.py", [f"--config.{o}" for o in (*overrides, "mesh.data=1", "train.steps=2")])
     trainer = loop.Trainer(config, tmp_path)
-    before, frozen = jax.device_get(trainer.state.params), weights.fingerprint(trainer.frozen)
+    before, frozen = jax.device_get(trainer.state.params), fingerprint(trainer.frozen)
     assert set(before["vit"]) == {"blocks", "temporal_position"} and set(before["vit"]["blocks"]) == {"temporal_merge"}
     for _ in range(2):
         batch = next(trainer.iterator)
@@ -108,6 +108,6 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
         clips[:, 1] = 255 - clips[:, 1]  # (B, 2, H, W, 3): the second frame is the negative
         trainer.run_step(loop.meshes.put_batch({**batch, "image": clips}, trainer.mesh))
     after = jax.device_get(trainer.state.params)
-    assert weights.fingerprint(trainer.frozen) == frozen
+    assert fingerprint(trainer.frozen) == frozen
     assert (after["vit"]["blocks"]["temporal_merge"]["alpha"] != 0).all()
     assert (after["vit"]["temporal_position"] != 0).any()

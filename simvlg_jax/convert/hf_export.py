@@ -1,6 +1,5 @@
 """A folder that `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` loads, without JAX."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.errors import UserError
+from simvlg_jax.files import write_json
 from simvlg_jax.models.llama import Llama
 from simvlg_jax.models.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
@@ -129,7 +129,3 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     write_json(folder / "preprocessor_config.json", preprocessor_config(model.vit.image_size))
     write_json(folder / "config.json", model_config(model, text, config))
     shutil.copyfile(MODELING, folder / MODELING.name)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

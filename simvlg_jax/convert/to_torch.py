@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from simvlg_jax import files
 from simvlg_jax.config import add_model_arguments, model_folder, read_config
 from simvlg_jax.errors import UserError, run_verb
 
@@ -67,10 +68,8 @@ def write_state_dict(path: Path, tensors: dict) -> None:
         import torch
     except ImportError as error:
         raise UserError("writing .pth needs PyTorch (pip install torch); .safetensors does not") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save({"model": {name: to_tensor(np.array(x, order="C")) for name, x in tensors.items()}}, partial)
-    partial.rename(path)
+    with files.whole(path) as partial:
+        torch.save({"model": {name: to_tensor(np.array(x, order="C")) for name, x in tensors.items()}}, partial)
 
 
 def to_tensor(x):

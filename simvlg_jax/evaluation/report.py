@@ -12,7 +12,6 @@ import base64
 import io
 import json
 import math
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from simvlg_jax import files
 from simvlg_jax.errors import UserError, run_verb
 from simvlg_jax.evaluation import charts
 from simvlg_jax.evaluation.merge_map import merge_map
@@ -58,9 +58,8 @@ def write_report(workdir: Path) -> Path:
         chart=charts,
     )
     path = workdir / "report.html"
-    partial = workdir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with files.whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

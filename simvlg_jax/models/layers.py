@@ -142,11 +142,16 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     Good for dropout, not for more; arrays of over 2^32 elements repeat.
     """
     first, second = jax.random.bits(key, (2,), jnp.uint32)
-    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    return _avalanche(_avalanche(element_numbers(shape) ^ first) + second)
+
+
+def element_numbers(shape: tuple[int, ...]) -> jax.Array:
+    """uint32 of a shape: 0, 1, 2, ... in the order of memory, modulo 2^32; each is made where it is needed."""
+    numbers, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        numbers = numbers + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    return _avalanche(_avalanche(place ^ first) + second)
+    return numbers
 
 
 def _avalanche(x: jax.Array) -> jax.Array:  # uint32 (...) -> uint32 (...), every bit depending on every bit

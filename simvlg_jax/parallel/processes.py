@@ -109,11 +109,10 @@ def gather(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def agree(value: int) -> int:
-    """The largest of the processes' values."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.process_allgather(np.int32(value)).max())
+def numbers_of_all(*numbers: float) -> np.ndarray:
+    """(P, n) float32: each process's n numbers."""
+    mine = np.array([numbers], np.float32)
+    return mine if jax.process_count() == 1 else multihost_utils.process_allgather(mine, tiled=True)
 
 
 _finished = threading.Event()  # nothing to watch any more

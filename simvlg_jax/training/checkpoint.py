@@ -1,10 +1,9 @@
-"""Orbax checkpoints of a run: trained state and data position, asynchronously; frozen weights by name and fingerprint.
+"""Orbax checkpoints of a run: trained state and data position, asynchronously.
 
 Several processes write one checkpoint into one folder, and any other number of them reads it.
 """
 
 import contextlib
-import json
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from simvlg_jax import weights
 from simvlg_jax.errors import UserError
-from simvlg_jax.parallel import processes
 from simvlg_jax.training.step import TrainState
 
 
@@ -103,9 +100,8 @@ class Checkpoints:
 
 
 def need_space(folder: Path, state: TrainState) -> None:
-    """Raises UserError unless the disk has room for this process's part of `state`, uncompressed."""
-    shards = [shard for x in jax.tree.leaves(state) for shard in x.addressable_shards if shard.replica_id == 0]
-    needed, free = sum(shard.data.nbytes for shard in shards), shutil.disk_usage(folder).free
+    """Raises UserError unless the disk, which all processes share, has room for the whole `state`, uncompressed."""
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"no space left for a checkpoint in {folder}: it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
@@ -122,26 +118,3 @@ def disk_errors(folder: Path):
         if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"no space left for a checkpoint in {folder}: free some and run again to resume") from error
-
-
-def check_frozen(workdir: Path, frozen: dict, sources: dict[str, str]) -> None:
-    """Writes workdir/frozen.json (source and fingerprint of each frozen tree), or holds the trees against it.
-
-    Raises:
-      UserError: a run is resumed over other frozen weights than it was started with.
-    """
-    found = {name: {"source": sources[name], "fingerprint": weights.fingerprint(tree)} for name, tree in frozen.items()}
-    path = workdir / "frozen.json"
-    if path.exists():
-        known = json.loads(path.read_text())
-        for name, entry in found.items():
-            if known.get(name, {}).get("fingerprint") != entry["fingerprint"]:
-                raise UserError(
-                    f"the frozen {name} ({entry['source']}) is not the one this run was started with: "
-                    f"restore the old weights, or start anew in another --workdir"
-                )
-    elif jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1))
-        partial.rename(path)
-    processes.sync("frozen weights are known")

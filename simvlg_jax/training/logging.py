@@ -10,6 +10,8 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
+from simvlg_jax import files
+
 
 class MetricsLog:
     """Writes metrics of process 0.
@@ -71,7 +73,8 @@ def _drop_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    with files.whole(path) as partial:
+        partial.write_text("".join(kept))
 
 
 def memory_gb() -> float:

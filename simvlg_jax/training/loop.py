@@ -21,8 +21,9 @@ from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel import processes
 from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
-from simvlg_jax.training.checkpoint import Checkpoints, check_frozen
+from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
+from simvlg_jax.training.frozen import check_frozen
 from simvlg_jax.training.logging import MetricsLog, memory_gb
 from simvlg_jax.training.stopping import Stop
 from simvlg_jax.training.tasks import Task, build_task
@@ -210,11 +211,12 @@ def _steps(
             values = {name: float(value) for name, value in metrics.items()}
             values["loss"] = float(np.mean(jax.device_get([loss for _, loss in pending])))
             values["images_per_second"] = window_images / seconds
-            values["data_wait"] = window_wait / seconds
             values["tflops"] = window_flops / seconds / 1e12
-            values["memory_gb"] = memory_gb()
-            if trainer.skipped.count:
-                values["unreadable"] = float(trainer.skipped.count)
+            # Of the process that waits longest and of the fullest: the others wait for them.
+            everyones = processes.numbers_of_all(window_wait / seconds, memory_gb(), trainer.skipped.count)
+            values["data_wait"], values["memory_gb"] = map(float, everyones[:, :2].max(0))
+            if unreadable := float(everyones[:, 2].sum()):
+                values["unreadable"] = unreadable
             log.write(step, "train", values)
             pending.clear()
             window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0

@@ -16,7 +16,8 @@ from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
-from simvlg_jax.training.checkpoint import Checkpoints, check_frozen
+from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.frozen import check_frozen
 from simvlg_jax.training.tasks import Task, build_task, check_shapes
 
 WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json

@@ -64,5 +64,5 @@ class Stop:
 
     def reason(self) -> signal.Signals | None:
         """The signal that stopped the run, or None if its time was out; the same on every process."""
-        known = processes.agree(self._known)
+        known = int(processes.numbers_of_all(self._known).max())
         return None if known == OUT_OF_TIME else signal.Signals(known or signal.SIGTERM)
