@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: checks the machine, makes .venv once, and defines PYTHON and say.
+# installed FILE...: whether .venv holds what these requirement files name.
 # need_environment FILE...: installs these requirement files, unless .venv already holds them (so it runs offline).
 # read_keys "KEY..." ARGUMENT...: sets the KEY=VALUE arguments as variables, and DRY_RUN.
 
@@ -22,10 +23,12 @@ find_python() {
   return 1
 }
 
+installed() { [ -x "$PYTHON" ] && [ "$(cat .venv/installed 2>/dev/null)" = "$(cat "$@")" ]; }
+
 need_environment() {
-  local wanted marker=.venv/installed base free
+  local wanted base free
+  if installed "$@"; then return; fi
   wanted=$(cat "$@")
-  if [ -x "$PYTHON" ] && [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then return; fi
   base=$(find_python) || fail "Python 3.11 or newer is needed; install it, or name one: PYTHON_BASE=/path/to/python3.12"
   free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
   [ "$free" -ge 4 ] || fail "4 GB of free disk are needed for .venv and data, $free GB are free here"
@@ -41,10 +44,11 @@ need_environment() {
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" ||
       fail "pip could not install $file; with a network connection, run again"
   done
-  printf '%s\n' "$wanted" >"$marker"
+  printf '%s\n' "$wanted" >.venv/installed
   say "installed in $((SECONDS - started)) s"
 }
 
+given=' ' # the keys that came as arguments
 read_keys() {
   local known=" $1 " argument key
   shift
@@ -54,8 +58,16 @@ read_keys() {
     case $argument in *=*) ;; *) misuse "'$argument' is no KEY=VALUE" ;; esac
     if [[ ! $key =~ ^[A-Z_]+$ || $known != *" $key "* ]]; then misuse "unknown key '$key'; known are:${known% }"; fi
     printf -v "$key" %s "${argument#*=}"
+    given+="$key "
   done
 }
+
+# KEY MESSAGE: its value is wrong. Other programs set such names too: NAME is the host's on WSL.
+wrong() {
+  case $given in *" $1 "*) misuse "$2" ;; *) misuse "$2 (from the environment)" ;; esac
+}
+
+number() { [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || wrong "$1" "$1 is a number, not '$2'"; }
 
 # Words as a shell reads them again. Single quotes, not printf's %q, so that a dry run stays readable.
 quote() {

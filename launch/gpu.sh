@@ -24,15 +24,13 @@ esac
 read_keys 'CONFIG WORKDIR ARGS PROCESSES DEVICE PORT GRACE' "$@"
 
 check_keys() {
-  local file=${CONFIG%%:*} number
+  local file=${CONFIG%%:*} key
   [ -n "$CONFIG" ] || misuse "CONFIG is missing, for example CONFIG=configs/openmoji.py"
   [ -n "$WORKDIR" ] || misuse "WORKDIR is missing, for example WORKDIR=runs/mine"
-  [ -f "$file" ] || misuse "no config file $file"
-  for number in PROCESSES GRACE ${PORT:+PORT}; do
-    [[ ${!number} =~ ^(0|[1-9][0-9]*)$ ]] || misuse "$number is a number, not '${!number}'"
-  done
-  [ "$PROCESSES" -ge 1 ] || misuse "PROCESSES is at least 1"
-  case $DEVICE in gpu | cpu) ;; *) misuse "DEVICE is gpu or cpu, not '$DEVICE'" ;; esac
+  [ -f "$file" ] || wrong CONFIG "no config file $file"
+  for key in PROCESSES GRACE ${PORT:+PORT}; do number "$key" "${!key}"; done
+  [ "$PROCESSES" -ge 1 ] || wrong PROCESSES "PROCESSES is at least 1"
+  case $DEVICE in gpu | cpu) ;; *) wrong DEVICE "DEVICE is gpu or cpu, not '$DEVICE'" ;; esac
   if slurm && [ "$PROCESSES" != 1 ]; then misuse "under Slurm its tasks are the processes: leave PROCESSES out"; fi
 }
 
@@ -51,7 +49,11 @@ count_gpus() {
 check_gpus() {
   if [ "$DEVICE" = cpu ]; then gpus=0; return; fi
   gpus=$(count_gpus)
-  [ "$gpus" -gt 0 ] || fail "nvidia-smi shows no GPU here; DEVICE=cpu tries it without"
+  if [ "$gpus" = 0 ]; then
+    [ "$DRY_RUN" = yes ] || fail "nvidia-smi shows no GPU here; DEVICE=cpu tries it without"
+    gpus=$PROCESSES
+    say "note: nvidia-smi shows no GPU here; assuming $gpus, one for each process"
+  fi
   [ $((gpus % PROCESSES)) = 0 ] || misuse "$gpus GPUs cannot be shared evenly by PROCESSES=$PROCESSES"
   # JAX gives each Slurm task the one GPU of its number on the node.
   if slurm && [ "$gpus" -gt "${SLURM_NTASKS_PER_NODE:-$gpus}" ]; then
@@ -137,7 +139,10 @@ JAX_PLATFORMS=cpu
 if [ "$DEVICE" = gpu ]; then JAX_PLATFORMS=cuda,cpu; fi # named, the GPUs must work: no silent training on the CPU
 dry export "JAX_PLATFORMS=$JAX_PLATFORMS" || export JAX_PLATFORMS
 if slurm; then
-  train=(srun --kill-on-bad-exit=1 "${train[@]}" --distributed "${arguments[@]}")
+  srun=(srun --kill-on-bad-exit=1)
+  # Newer versions of srun do not take it over from sbatch, and one core could not feed a GPU.
+  if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then srun+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
+  train=("${srun[@]}" "${train[@]}" --distributed "${arguments[@]}")
 elif [ "$PROCESSES" = 1 ]; then
   train+=("${arguments[@]}")
 else

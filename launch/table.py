@@ -9,6 +9,7 @@ compiled, all of it with --again.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from datetime import date
@@ -50,6 +51,13 @@ CHOICES = {
 }
 
 
+def accelerator_type(topology: str) -> str:
+    """What launch/tpu.sh calls a slice: v5e and v6e count chips, the others TensorCores, of which a chip has two."""
+    kind, _, sizes = topology.partition(":")
+    chips = math.prod(map(int, sizes.split("x")))
+    return {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}"}.get(kind, f"{kind}-{2 * chips}")
+
+
 def command(recipe: str, topology: str) -> list[str]:
     """The arguments of simvlg_jax.train_compile for a row."""
     flags = ["--config", f"configs/pretrain_image.py:{recipe}", "--topology", topology]
@@ -82,7 +90,8 @@ def compile_row(recipe: str, topology: str) -> dict:
 def row(result: dict) -> str:
     accumulate, mesh = result["micro_batches"], result["mesh"]
     split = f"{accumulate} x {result['global_batch'] // accumulate}" if accumulate > 1 else str(result["global_batch"])
-    cells = [result["config"].partition(":")[2], result["topology"], split, str(mesh["tensor"])]
+    cells = [result["config"].partition(":")[2], result["topology"], accelerator_type(result["topology"])]
+    cells += [split, str(mesh["tensor"])]
     cells += ["yes" if result["fits"] else "**no**"]
     if result["peak_bytes"] is None:
         cells += ["more", f"{result['hbm_bytes'] / 1e9:.1f}", "", "", ""]
@@ -94,8 +103,8 @@ def row(result: dict) -> str:
 
 
 def write(results: dict[str, dict]) -> None:
-    names = ("recipe", "slice", "batch", "tensor", "fits", "GB a chip", "of", "TFLOP a chip", "images/s, roofline")
-    names += ("communication",)
+    names = ("recipe", "slice", "TYPE", "batch", "tensor", "fits", "GB a chip", "of", "TFLOP a chip")
+    names += ("images/s, roofline", "communication")
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names), *map(row, results.values())]
     dates = sorted({result["date"] for result in results.values()})
     versions = sorted({" ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results.values()})

@@ -14,16 +14,20 @@
 #   QUEUED [yes]   waits in a queue for capacity         SLICES [1]             slices trained on together
 #   BUCKET         gs://NAME, mounted on all workers     SHARED                 or a folder that all share anyway
 #   REVISION [HEAD]                                      CONFIG WORKDIR [runs/NAME] ARGS    of simvlg_jax.train
-#   MAX_RESTARTS [20]  FOLLOW [yes]                      WATCH [no]: run makes a preempted spot slice anew
+#   MAX_RESTARTS [20]  FOLLOW [yes]                      WATCH [no]: run stays, and makes a preempted slice anew
+#   AUTOCHECKPOINT [no]    before maintenance of the TPU, training is told to save (made with gcloud alpha)
+#   CREATE_FLAGS SSH_FLAGS more flags for gcloud's create, and for its ssh and scp
 #   POLL [30] PAUSE [10]   seconds between looks at the slice, and before a restart
-# WORKDIR lies in the shared folder; in ARGS and CONFIG call that folder shared/, as in --config.data.dir=shared/data.
+# WORKDIR lies in the shared folder; in ARGS and CONFIG call that folder shared/, as in --config.data.path=shared/data.
+# ARGS and the FLAGS are split at blanks; quotes in them are literal. A slice is paid for until it is deleted.
 # --dry-run prints the commands and runs none.
 set -euo pipefail
 NAME=${NAME:-simvlg} ZONE=${ZONE:-} PROJECT=${PROJECT:-} TYPE=${TYPE:-} VERSION=${VERSION:-} KIND=${KIND:-spot}
 QUEUED=${QUEUED:-yes} SLICES=${SLICES:-1} BUCKET=${BUCKET:-} SHARED=${SHARED:-} REVISION=${REVISION:-}
 CONFIG=${CONFIG:-} WORKDIR=${WORKDIR:-} ARGS=${ARGS:-} MAX_RESTARTS=${MAX_RESTARTS:-20} FOLLOW=${FOLLOW:-yes}
-WATCH=${WATCH:-no} POLL=${POLL:-30} PAUSE=${PAUSE:-10} DRY_RUN=no
-usage=$(sed -n '2,23s/^# \{0,1\}//p' "$0")
+WATCH=${WATCH:-no} POLL=${POLL:-30} PAUSE=${PAUSE:-10} AUTOCHECKPOINT=${AUTOCHECKPOINT:-no}
+CREATE_FLAGS=${CREATE_FLAGS:-} SSH_FLAGS=${SSH_FLAGS:-} DRY_RUN=no
+usage=$(sed -n '2,26s/^# \{0,1\}//p' "$0")
 # shellcheck source=launch/environment.sh
 source "$(dirname "$0")/environment.sh"
 exec 3>&1
@@ -36,8 +40,10 @@ case $verb in
   *) misuse "unknown verb '$verb'; it is one of create, setup, run, logs, status, stop, delete" ;;
 esac
 read_keys "NAME ZONE PROJECT TYPE VERSION KIND QUEUED SLICES BUCKET SHARED REVISION CONFIG WORKDIR ARGS MAX_RESTARTS \
-FOLLOW WATCH POLL PAUSE" "$@"
+FOLLOW WATCH POLL PAUSE AUTOCHECKPOINT CREATE_FLAGS SSH_FLAGS" "$@"
 WORKDIR=${WORKDIR:-runs/$NAME}
+read -r -d '' -a create_flags <<<"$CREATE_FLAGS" || true
+read -r -d '' -a ssh_flags <<<"$SSH_FLAGS" || true
 
 # ---- what was asked for ----
 
@@ -45,33 +51,42 @@ one_of() { # KEY VALUE ALLOWED...
   local key=$1 value=$2 allowed
   shift 2
   for allowed in "$@"; do if [ "$value" = "$allowed" ]; then return; fi; done
-  misuse "$key is $(printf '%s, ' "$@" | sed 's/, $//; s/, \([^,]*\)$/ or \1/'), not '$value'"
+  wrong "$key" "$key is $(printf '%s, ' "$@" | sed 's/, $//; s/, \([^,]*\)$/ or \1/'), not '$value'"
 }
 
-number() { case $2 in '' | *[!0-9]* | 0?*) misuse "$1 is a number, not '$2'" ;; esac; }
+seconds() { [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ ]] || wrong "$1" "$1 is a number of seconds, not '$2'"; }
 
 check_keys() {
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$ ]] ||
-    misuse "NAME is lower-case letters, digits and dashes (at most 50, a letter first), not '$NAME'"
+    wrong NAME "NAME is lower-case letters, digits and dashes (at most 50, a letter first), not '$NAME'"
   one_of KIND "$KIND" on-demand reserved spot
   one_of QUEUED "$QUEUED" yes no
   one_of FOLLOW "$FOLLOW" yes no
   one_of WATCH "$WATCH" yes no
+  one_of AUTOCHECKPOINT "$AUTOCHECKPOINT" yes no
   number SLICES "$SLICES"
   number MAX_RESTARTS "$MAX_RESTARTS"
-  [ "$SLICES" -ge 1 ] || misuse "SLICES is at least 1"
+  seconds POLL "$POLL"
+  seconds PAUSE "$PAUSE"
+  [ "$SLICES" -ge 1 ] || wrong SLICES "SLICES is at least 1"
   [ "$SLICES" = 1 ] || [ "$QUEUED" = yes ] || misuse "several slices are only made together in a queue: QUEUED=yes"
   [ -z "$BUCKET" ] || [[ $BUCKET =~ ^gs://[a-z0-9][-_.a-z0-9]+$ ]] ||
-    misuse "BUCKET is gs://NAME, not '$BUCKET'; folders in it belong to WORKDIR"
+    wrong BUCKET "BUCKET is gs://NAME, not '$BUCKET'; folders in it belong to WORKDIR"
   [ -z "$BUCKET" ] || [ -z "$SHARED" ] || misuse "BUCKET and SHARED exclude each other"
-  case $SHARED in '' | /*) ;; *) misuse "SHARED is a folder's absolute path on the workers, not '$SHARED'" ;; esac
-  case /$WORKDIR/ in //* | */../*) misuse "WORKDIR lies in the shared folder: a relative path, not '$WORKDIR'" ;; esac
+  case $SHARED in '' | /*) ;; *) wrong SHARED "SHARED is a folder's absolute path on the workers, not '$SHARED'" ;; esac
+  case /$WORKDIR/ in
+    //* | */../*) wrong WORKDIR "WORKDIR lies in the shared folder: a relative path, not '$WORKDIR'" ;;
+  esac
 }
 
 check_type() {
   [ -n "$TYPE" ] || misuse "TYPE is missing: the accelerator type, for example TYPE=v5litepod-16"
-  [[ $TYPE =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] || misuse "TYPE is like v5litepod-16, v6e-16, v5p-16 or v4-32, not '$TYPE'"
-  case $TYPE in v5e-*) misuse "v5e slices are called v5litepod: TYPE=v5litepod-${TYPE#v5e-}" ;; esac
+  if [[ $TYPE =~ ^v[0-9]+[a-z]*:[1-9][0-9]*(x[1-9][0-9]*)+$ ]]; then
+    wrong TYPE "TYPE is an accelerator type, not a topology: for $TYPE say TYPE=$(type_of "$TYPE")"
+  fi
+  [[ $TYPE =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] ||
+    wrong TYPE "TYPE is like v5litepod-16, v6e-16, v5p-16 or v4-32, not '$TYPE'"
+  case $TYPE in v5e-*) wrong TYPE "v5e slices are called v5litepod: TYPE=v5litepod-${TYPE#v5e-}" ;; esac
   if [ -n "$VERSION" ]; then return; fi
   case $TYPE in
     v5litepod-*) VERSION=v2-alpha-tpuv5-lite ;;
@@ -82,12 +97,25 @@ check_type() {
   esac
 }
 
+# A topology as the accelerator type it is sold as: v5e and v6e count chips, the others TensorCores, two on a chip.
+type_of() {
+  local version=${1%%:*} chips=${1#*:}
+  chips=$((${chips//x/*}))
+  case $version in
+    v5e) echo "v5litepod-$chips" ;;
+    v6e) echo "v6e-$chips" ;;
+    *) echo "$version-$((2 * chips))" ;;
+  esac
+}
+
 check_gcloud() {
-  if [ "$DRY_RUN" = no ]; then
-    command -v gcloud >/dev/null || fail "no gcloud on the PATH; it is at https://cloud.google.com/sdk/docs/install"
+  if command -v gcloud >/dev/null; then
     [ -n "$ZONE" ] || ZONE=$(gcloud config get-value compute/zone 2>/dev/null || true)
     [ -n "$PROJECT" ] || PROJECT=$(gcloud config get-value project 2>/dev/null || true)
+  elif [ "$DRY_RUN" = no ]; then
+    fail "no gcloud on the PATH; it is at https://cloud.google.com/sdk/docs/install"
   fi
+  if [ "$DRY_RUN" = yes ]; then ZONE=${ZONE:-ZONE} PROJECT=${PROJECT:-PROJECT}; fi # to be filled in
   [ -n "$ZONE" ] || misuse "ZONE is missing: ZONE=us-central1-a, or gcloud config set compute/zone us-central1-a"
   [ -n "$PROJECT" ] || misuse "PROJECT is missing: PROJECT=ID, or gcloud config set project ID"
 }
@@ -113,8 +141,9 @@ check_run() {
   git cat-file -e "$REVISION:${CONFIG%%:*}" 2>/dev/null ||
     fail "revision $REVISION has no ${CONFIG%%:*}; is it committed?"
   if [ "$WATCH" = yes ]; then
-    if [ "$KIND" != spot ] || [ "$QUEUED" != yes ]; then misuse "WATCH=yes is for KIND=spot and QUEUED=yes"; fi
-    check_type
+    [ -n "$BUCKET$SHARED" ] ||
+      misuse "WATCH=yes needs BUCKET=gs://... (or SHARED): a slice's own disk, with what was saved there, goes with it"
+    if [ "$KIND" = spot ]; then check_type; fi # it may have to be made again
   fi
 }
 
@@ -187,7 +216,13 @@ state_of() {
 }
 
 on_workers() { # NODE WORKERS COMMAND
-  call compute tpus tpu-vm ssh "$1" "--worker=$2" "--command=$3"
+  tpu_vm ssh "$1" "--worker=$2" "--command=$3"
+}
+
+tpu_vm() { # ssh or scp, with SSH_FLAGS
+  local alpha=()
+  case " $SSH_FLAGS " in *' --tunnel-through-iap '*) alpha=(alpha) ;; esac # which alone has it
+  call ${alpha[@]+"${alpha[@]}"} compute tpus tpu-vm "$@" ${ssh_flags[@]+"${ssh_flags[@]}"}
 }
 
 # The same on all workers of all slices, at the same time.
@@ -215,18 +250,19 @@ worker_if_set_up() {
 # ---- verbs ----
 
 request() {
-  local flags=()
+  local flags=() track=()
   case $KIND in spot) flags=(--spot) ;; reserved) flags=(--reserved) ;; esac
+  if [ "$AUTOCHECKPOINT" = yes ]; then track=(alpha) flags+=(--autocheckpoint-enabled); fi # which alone has it
   if [ "$QUEUED" = no ]; then
     flags+=("--accelerator-type=$TYPE" "--version=$VERSION")
-    call compute tpus tpu-vm create "$NAME" "${flags[@]}" || exit 1
     expected=READY
-    return
+  else
+    case $SLICES in 1) flags+=("--node-id=$NAME") ;; *) flags+=("--node-count=$SLICES" "--node-prefix=$NAME") ;; esac
+    flags+=("--accelerator-type=$TYPE" "--runtime-version=$VERSION")
+    expected=ACTIVE
   fi
-  if [ "$SLICES" = 1 ]; then flags+=("--node-id=$NAME"); else flags+=("--node-count=$SLICES" "--node-prefix=$NAME"); fi
-  flags+=("--accelerator-type=$TYPE" "--runtime-version=$VERSION")
-  call compute tpus queued-resources create "$NAME" "${flags[@]}" || exit 1
-  expected=ACTIVE
+  flags+=(${create_flags[@]+"${create_flags[@]}"})
+  call ${track[@]+"${track[@]}"} compute tpus "$(resource)" create "$NAME" "${flags[@]}" || exit 1
 }
 
 why_failed() {
@@ -274,12 +310,13 @@ setup() {
   dry git archive --format=tar.gz "--output=$archive" "$REVISION" ||
     git archive --format=tar.gz "--output=$archive" "$REVISION" || fail "could not pack revision $REVISION"
   for node in $(nodes); do
-    call compute tpus tpu-vm scp "$archive" "$node:$copy" --worker=all || exit 1
+    tpu_vm scp "$archive" "$node:$copy" --worker=all || exit 1
   done
   dry rm -f "$archive" || rm -f "$archive"
-  on_all "mkdir -p $folder && tar -xzf $copy -C $folder && rm $copy && $(
+  # gcloud runs this again from the start when a connection breaks, be it after the last step.
+  on_all "mkdir -p $folder && if test -e $copy; then tar -xzf $copy -C $folder; fi && $(
     worker "$REVISION" setup "BUCKET=$BUCKET" "SHARED=$SHARED"
-  )" ||
+  ) && rm -f $copy" ||
     fail "setup failed on at least one worker (see above); run it again, it goes on where it stopped"
 }
 
@@ -292,6 +329,7 @@ check_shared() {
   if [ "${workers:-1}" != 1 ] || [ "$SLICES" != 1 ]; then
     misuse "$NAME has several workers, which need one folder to save to: BUCKET=gs://..., or SHARED=/a/folder/of/all"
   fi
+  say "note: checkpoints lie on the slice's own disk and go with it; with BUCKET=gs://... they stay"
 }
 
 start() {
@@ -319,43 +357,65 @@ logs() {
   if [ "$status" != 0 ]; then exit 1; fi
 }
 
-# Stays until the run ends, and brings the slice step by step back to where it trains: what was preempted is deleted,
-# what is not there is asked for, what is new is set up and started. The run goes on from what it has saved.
-# Each step in a subshell: what fails now may work at the next look.
+# Stays until the run ends, and brings the slice step by step back to where it trains: a spot slice that was preempted
+# is deleted, what is not there is asked for, what is new or was rebooted is set up and started. The run goes on from
+# what it has saved. Each step in a subshell: what fails now may work at the next look.
 watch() {
-  local state result before='' failures=0
+  local state said result before='' deleted='' failures=0 i
   tell "watching every $POLL s; Ctrl-C leaves the run going, without a watch"
   expected=ACTIVE
   while [ "$failures" -lt 10 ]; do
     state=$(state_of) || state=UNKNOWN
-    result=unknown
-    if [ "$state" = ACTIVE ]; then result=$(result_of) || result=unknown; fi
-    if [ "$state $result" != "$before" ]; then tell "$(date +%T) $NAME: $state, the run: $result"; fi
+    said=unknown
+    case $state in ACTIVE | READY) said=$(result_of) ;; esac
+    result=${said%%$'\n'*}
+    if [ "$result" = preempted ]; then state=PREEMPTED; fi
+    if [ "$state $result" != "$before" ]; then tell "$(date +%T) $NAME: $state, the run: $said"; fi
     before="$state $result"
-    if [ "$DRY_RUN" = yes ]; then delete; request; setup; start; return; fi
+    if [ "$DRY_RUN" = yes ]; then
+      if [ "$KIND" = spot ]; then delete; request; fi
+      setup; start; return
+    fi
     case $state/$result in
-      ACTIVE/done) return ;;
-      ACTIVE/wrong | ACTIVE/failed | ACTIVE/stopped)
-        fail "the run ended: $result; see bash launch/tpu.sh logs FOLLOW=no" ;;
-      ACTIVE/running) failures=0 ;;
-      ACTIVE/none | ACTIVE/terminated) (setup && start) || failures=$((failures + 1)) ;;
-      SUSPENDED/*) (delete) || failures=$((failures + 1)) ;;
+      */done) return ;;
+      */wrong | */failed | */stopped)
+        fail "the run ended: $result; why: bash launch/tpu.sh logs FOLLOW=no, and what still goes on: status, stop" ;;
+      */running) failures=0 ;;
+      */none | */terminated) (setup && start) || failures=$((failures + 1)) ;;
+      SUSPENDED/* | PREEMPTED/* | TERMINATED/*)
+        if [ "$KIND" != spot ]; then gone "$state"; fi
+        if (delete); then deleted=yes; else failures=$((failures + 1)); fi ;;
       FAILED/*)
         why_failed
-        (delete) || true
+        if [ "$KIND" != spot ]; then gone "$state"; fi
+        if (delete); then deleted=yes; fi
         failures=$((failures + 1)) ;;
-      ABSENT/*) (request) || failures=$((failures + 1)) ;;
+      ABSENT/*)
+        [ -n "$deleted" ] || gone "$state" # somebody else has deleted it: not to be paid for again
+        if (request); then deleted=''; else failures=$((failures + 1)); fi ;;
+      STOPPED/*) gone "$state" ;;
+      */unknown) case $state in ACTIVE | READY | UNKNOWN) failures=$((failures + 1)) ;; esac ;;
     esac
-    sleep "$POLL"
+    for ((i = 0; i <= failures; i++)); do sleep "$POLL"; done # ever longer: an outage of some minutes passes
   done
   fail "gave up after $failures failures in a row (see above)"
 }
 
+# One word for all workers of all slices: the one that most needs something done. After "unknown", what gcloud said.
 result_of() {
-  local said command
+  local command errors words word=unknown
   command="if ! test -e simvlg_jax/current; then echo none; exit; fi; $(worker current result)"
-  said=$(on_workers "$(first_node)" 0 "$command" 2>/dev/null) || return
-  tail -n 1 <<<"$said"
+  errors=$(mktemp)
+  if words=$(on_all "$command" 2>"$errors"); then
+    for word in wrong failed stopped none terminated running 'done' unknown; do
+      if grep -qx "$word" <<<"$words"; then break; fi
+    done
+  elif grep -q 'terminal state' "$errors"; then
+    word=preempted # and its request does not show it yet
+  fi
+  echo "$word"
+  if [ "$word" = unknown ]; then cat "$errors"; fi
+  rm -f "$errors"
 }
 
 status() {
@@ -377,7 +437,11 @@ delete() {
   local force=()
   if [ "$QUEUED" = yes ]; then force=(--force); fi # with its nodes
   call compute tpus "$(resource)" delete "$NAME" ${force[@]+"${force[@]}"} || exit 1
-  tell "$NAME is deleted${BUCKET:+; $BUCKET is kept}"
+  if [ -n "$BUCKET$SHARED" ]; then
+    tell "$NAME is deleted; ${BUCKET:-$SHARED} is kept"
+  else
+    tell "$NAME is deleted; what lay on its own disk is gone"
+  fi
 }
 
 check_keys

@@ -15,6 +15,7 @@ source "$(dirname "$0")/environment.sh"
 verb=${1:-}
 read_keys 'NAME BUCKET SHARED CONFIG WORKDIR ARGS MAX_RESTARTS PAUSE WAIT FOLLOW' "${@:2}"
 
+requirements=(requirements-tpu.txt requirements.txt) # the pinned versions first: of others none is fetched
 home=$HOME/simvlg_jax
 log=$home/logs/$NAME.log
 state=$home/state/$NAME
@@ -23,14 +24,18 @@ mkdir -p "$home/logs" "$home/state"
 # The lock is inherited by the training process: it is held as long as either lives, and gone after a reboot.
 running() { ! flock --shared --nonblock "$state.lock" true; }
 note() { say "$(date -u +%FT%TZ) $*"; }
+# gcloud runs a command again when its connection broke: that one waits until the first is through. What outlives
+# both is started without this lock (8>&-).
+alone() { exec 8>"$home/state/setup.lock"; flock 8; }
 signal() { kill -TERM "$(cat "$state.training" 2>/dev/null)" 2>/dev/null || true; }
 
 setup() {
+  alone
   ln -sfn "$PWD" "$home/current"
   mkdir -p "$home/.venv"
   ln -sfn ../.venv .venv
   find_modern_python
-  need_environment requirements.txt requirements-tpu.txt
+  need_environment "${requirements[@]}"
   link_shared
   say "$HOSTNAME: ready"
 }
@@ -66,11 +71,32 @@ mount_bucket() {
   command -v gcsfuse >/dev/null || install_gcsfuse
   mkdir -p "$folder"
   # Nothing is cached: a worker must see at once what another one has written, or found missing a moment ago.
-  # Flat buckets rename a folder file by file, up to this many; with a hierarchical namespace it is one step.
-  gcsfuse --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 \
-    --metadata-cache-negative-ttl-secs=0 "$name" "$folder" >&2 ||
-    fail "$HOSTNAME: cannot mount $BUCKET; may the workers' service account write to it (roles/storage.objectUser)?"
+  # Checkpoints need no folder renamed; what does is allowed to, file by file, up to this many.
+  set -- --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 "$name" "$folder"
+  if ! mount_as_unit "$@"; then
+    say "$HOSTNAME: note: gcsfuse is no systemd unit here; when the machine goes down it may end before training saves"
+    gcsfuse "$@" >&2 8>&- ||
+      fail "$HOSTNAME: cannot mount $BUCKET; may the workers' service account write to it (roles/storage.objectUser)?"
+  fi
   printf '%s\n' "$name" >"$home/state/bucket"
+}
+
+# When the machine goes down, all that ssh sessions have started is told to end at once, training too, which saves then
+# and needs the bucket. Units end in the reverse order of their start: this one after the sessions, before the network.
+mount_as_unit() {
+  local folder=${*: -1} unit=simvlg-bucket
+  sudo -n systemctl stop "$unit" 2>/dev/null || true # as nothing is mounted, one that is still there is of no use
+  sudo -n systemd-run --quiet --collect --unit="$unit" --uid="$(id -u)" --gid="$(id -g)" \
+    --property=After=network-online.target --property=Before=systemd-user-sessions.service \
+    gcsfuse --foreground "$@" || return 1
+  for _ in $(seq 200); do
+    if findmnt --mountpoint "$folder" >/dev/null; then return; fi
+    systemctl is-active --quiet "$unit" || break
+    sleep 0.1
+  done
+  sudo -n systemctl stop "$unit" 2>/dev/null || true
+  return 1
 }
 
 install_gcsfuse() {
@@ -92,12 +118,13 @@ idle() {
 
 start() {
   local try
+  alone
   if running; then say "$HOSTNAME: goes on"; return; fi
-  [ -x "$PYTHON" ] || fail "$HOSTNAME: no environment here; first: bash launch/tpu.sh setup"
+  installed "${requirements[@]}" || fail "$HOSTNAME: not installed, or not wholly; first: bash launch/tpu.sh setup"
   ln -sfn "$PWD" "$home/current"
   link_shared
   rm -f "$state.stop" "$state.result"
-  setsid nohup bash launch/worker.sh loop "$@" >>"$log" 2>&1 </dev/null &
+  setsid nohup bash launch/worker.sh loop "$@" >>"$log" 2>&1 </dev/null 8>&- &
   for try in $(seq 100); do
     if [ -e "$state.result" ] || running; then return; fi
     sleep 0.1
@@ -105,7 +132,8 @@ start() {
   fail "$HOSTNAME: the run did not start in $((try / 10)) s; see $log"
 }
 
-# Trains until it is done, asked for wrongly, stopped, or restarted too often.
+# Trains until it is done, stopped, restarted too often, or fails for a reason that stays (exit status 1: no weights, a
+# full disk; 2: asked for wrongly). Whatever else ends training may not happen again: a crash, another worker's loss.
 loop() {
   local status restarts=0 begun arguments terminated=''
   exec 9>"$state.lock"
@@ -124,6 +152,7 @@ loop() {
     note "exit status $status after $((SECONDS - begun)) s"
     case $status in
       0) finish 'done' ;;
+      1) finish failed ;;
       2) finish wrong ;;
     esac
     if [ -e "$state.stop" ]; then break; fi

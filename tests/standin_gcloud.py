@@ -5,7 +5,7 @@
 FOLDER holds everything: calls.jsonl (the arguments of each call), resources.json (what exists and in which state),
 settings.json (what the test wants) and NODE/worker_0, NODE/worker_1, ... (the home of each worker, a copy of the folder
 "home" if there is one). Unknown commands and flags are errors, as with the real one; the flags are those its --help
-names.
+names, some of them only as "alpha compute tpus ...".
 """
 
 import contextlib
@@ -20,17 +20,23 @@ import sys
 from pathlib import Path
 
 COMMON = {"zone", "project", "quiet"}
+CREATE = {"accelerator-type", "spot", "reserved", "network", "subnetwork", "internal-ips", "service-account"}
 FLAGS = {
-    "queued-resources create": {"accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot",
-                                "reserved"},
+    "queued-resources create": {*CREATE, "runtime-version", "node-id", "node-count", "node-prefix"},
     "queued-resources describe": {"format"},
     "queued-resources delete": {"force"},
-    "tpu-vm create": {"accelerator-type", "version", "spot", "reserved"},
+    "tpu-vm create": {*CREATE, "version"},
     "tpu-vm describe": {"format"},
     "tpu-vm delete": set(),
-    "tpu-vm ssh": {"worker", "command"},
-    "tpu-vm scp": {"worker"},
-}  # fmt: skip
+    "tpu-vm ssh": {"worker", "command", "internal-ip"},
+    "tpu-vm scp": {"worker", "internal-ip"},
+}
+ALPHA = {
+    "queued-resources create": {"autocheckpoint-enabled"},
+    "tpu-vm create": {"autocheckpoint-enabled"},
+    "tpu-vm ssh": {"tunnel-through-iap"},
+    "tpu-vm scp": {"tunnel-through-iap"},
+}
 
 
 def main(folder: Path, arguments: list[str]) -> int:
@@ -61,18 +67,27 @@ def changing(folder: Path):
         path.write_text(json.dumps(resources))
 
 
-def preempt(folder: Path, name: str) -> None:
-    """What happens to a queued spot slice: its machines are gone at once, the request stays and is SUSPENDED."""
+def preempt(folder: Path, name: str, noticed: bool = True) -> None:
+    """What happens to a spot slice: its machines are gone at once; a request in the queue stays and is SUSPENDED.
+
+    Args:
+      noticed: False when the request does not show it yet, and only its nodes do.
+    """
     with changing(folder) as resources:
-        queued = resources[f"queued-resources {name}"]
-        queued["states"] = ["SUSPENDED"]
-        for node in queued["nodes"]:
-            _remove_node(folder, node, resources)
+        queued = resources.get(f"queued-resources {name}")
+        nodes = queued["nodes"] if queued else [name]
+        for node in nodes:
+            resources[f"tpu-vm {node}"]["states"] = ["PREEMPTED"]
+            kill_processes(folder, node)
+        if queued and noticed:
+            queued["states"] = ["SUSPENDED"]
+            for node in nodes:
+                _remove_node(folder, node, resources)
 
 
-def kill_processes(folder: Path, node: str) -> None:
-    """SIGKILL to all that training runs on a node's workers."""
-    for path in (folder / node).glob("worker_*/simvlg_jax/state/*.loop"):
+def kill_processes(folder: Path, node: str, worker: str = "*") -> None:
+    """SIGKILL to all that training runs on a node's workers, or on one of them."""
+    for path in (folder / node).glob(f"worker_{worker}/simvlg_jax/state/*.loop"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(path.read_text()), signal.SIGKILL)
         path.unlink()
@@ -89,11 +104,13 @@ def _error(name: str, message: str) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    alpha = arguments[0] == "alpha"
+    arguments = arguments[alpha:]
     name = " ".join(arguments[2:4])
     assert arguments[:2] == ["compute", "tpus"] and name in FLAGS, arguments
     words = [a for a in arguments[4:] if not a.startswith("--")]
     flags = dict(a[2:].partition("=")[::2] for a in arguments[4:] if a.startswith("--"))
-    unknown = flags.keys() - FLAGS[name] - COMMON
+    unknown = flags.keys() - FLAGS[name] - COMMON - (ALPHA.get(name, set()) if alpha else set())
     assert not unknown, f"{name} has no flags {unknown}"
     assert {"zone", "project"} <= flags.keys() and len(words) == (2 if name == "tpu-vm scp" else 1), arguments
     return name, words, flags
@@ -173,10 +190,16 @@ def _scp(folder: Path, words: list[str], flags: dict[str, str]) -> int:
 
 
 def _ssh(folder: Path, words: list[str], flags: dict[str, str]) -> int:
-    """Runs the command with each worker's home; the environment tells JAX what a TPU VM's metadata would."""
+    """Runs the command with each worker's home; the environment tells JAX what a TPU VM's metadata would.
+
+    With the setting "runs" so many times, as when a connection breaks at the command's end.
+    """
     homes = _homes(folder, words[0], flags.get("worker", "0"))
     if not homes:
         return _error("tpu-vm ssh", f"NOT_FOUND: Resource '{words[0]}' was not found")
+    with changing(folder) as resources:
+        if (state := resources[f"tpu-vm {words[0]}"]["states"][0]) == "PREEMPTED":
+            return _error("tpu-vm ssh", f'This TPU has terminal state "{state}", so it cannot be used anymore.')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -193,7 +216,7 @@ def _ssh(folder: Path, words: list[str], flags: dict[str, str]) -> int:
             "JAX_PROCESS_ID": index,
             **_settings(folder).get("environment", {}),
         }
-        command = ["bash", "-c", flags["command"]]
+        command = ["bash", "-c", "; ".join([f"({flags['command']})"] * _settings(folder).get("runs", 1))]
         processes.append(subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL))
     statuses = [process.wait() for process in processes]
     for i, status in enumerate(statuses):

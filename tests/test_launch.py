@@ -20,7 +20,7 @@ PLACE = "--zone=z --project=p --quiet"
 TYPE = "TYPE=v5litepod-16"
 CONFIG = "CONFIG=configs/tiny.py"
 WAIT_SECONDS = 120
-TPU_REQUIREMENTS = ("requirements.txt", "requirements-tpu.txt")
+TPU_REQUIREMENTS = ("requirements-tpu.txt", "requirements.txt")
 
 # In place of simvlg_jax.train: says where it resumes, counts steps into WORKDIR/step, saves on SIGTERM and SIGINT.
 # ARGS: --steps=N ends it, --fail=I:STATUS makes process I fail at once, --deaf=I lets process I ignore the signals.
@@ -200,6 +200,7 @@ def cloud(tmp_path, revision_folder):
         (f"create {TYPE} PROJECT=", "PROJECT is missing"),
         ("create TYPE=big", "TYPE is like v5litepod-16, v6e-16, v5p-16 or v4-32, not 'big'"),
         ("create TYPE=v5e-16", "TYPE=v5litepod-16"),
+        ("create TYPE=v5e:4x4", "TYPE is an accelerator type, not a topology: for v5e:4x4 say TYPE=v5litepod-16"),
         ("create TYPE=v9x-16", "VERSION is missing"),
         (f"create {TYPE} KIND=cheap", "KIND is on-demand, reserved or spot, not 'cheap'"),
         (f"create {TYPE} QUEUED=maybe", "QUEUED is yes or no, not 'maybe'"),
@@ -216,8 +217,10 @@ def cloud(tmp_path, revision_folder):
         (f"run {CONFIG} WORKDIR=/runs", "WORKDIR lies in the shared folder"),
         (f"run {CONFIG} WORKDIR=../runs", "WORKDIR lies in the shared folder"),
         (f"run {CONFIG} MAX_RESTARTS=-1", "MAX_RESTARTS is a number, not '-1'"),
-        (f"run {CONFIG} WATCH=yes KIND=reserved", "WATCH=yes is for KIND=spot and QUEUED=yes"),
-        (f"run {CONFIG} WATCH=yes", "TYPE is missing"),
+        (f"run {CONFIG} PAUSE=soon", "PAUSE is a number of seconds, not 'soon'"),
+        (f"run {CONFIG} POLL=.5.", "POLL is a number of seconds, not '.5.'"),
+        (f"run {CONFIG} WATCH=yes {TYPE}", "WATCH=yes needs BUCKET=gs://... (or SHARED)"),
+        (f"run {CONFIG} WATCH=yes SHARED=/a", "TYPE is missing"),
     ],
 )
 def test_wrong_arguments_give_one_message_and_status_2(cloud, arguments, message):
@@ -227,9 +230,27 @@ def test_wrong_arguments_give_one_message_and_status_2(cloud, arguments, message
     assert not [call for call in cloud.calls if not call.startswith("config")]
 
 
+def test_topologies_are_called_as_in_the_table(cloud):
+    rows = [line.split(" | ") for line in (ROOT / "launch" / "README.md").read_text().splitlines() if "| llm=" in line]
+    slices = {(row[1], row[2]) for row in rows}
+    assert ("v4:2x2x4", "v4-32") in slices and ("v5e:16x16", "v5litepod-256") in slices
+    for topology, name in slices:
+        assert f"for {topology} say TYPE={name}\n" in cloud("create", f"TYPE={topology}", status=2)
+
+
+def test_a_wrong_value_says_that_it_came_from_the_environment(cloud):
+    cloud.environment["NAME"] = "DESKTOP-1"
+    said = cloud("status", status=2)
+    assert "not 'DESKTOP-1' (from the environment)\n" in said
+    assert "not 'DESKTOP-2'\n" in cloud("status", "NAME=DESKTOP-2", status=2)
+
+
 def test_zone_and_project_come_from_gcloud(cloud):
+    here = ["ZONE=", "PROJECT="]
+    assert "--zone=ZONE --project=PROJECT" in cloud("create", TYPE, *here, "--dry-run")
     cloud.set(**{"compute/zone": "zone-a", "project": "mine"})
-    cloud("create", TYPE, "ZONE=", "PROJECT=")
+    assert "--zone=zone-a --project=mine" in cloud("create", TYPE, *here, "--dry-run")
+    cloud("create", TYPE, *here)
     assert "--zone=zone-a --project=mine" in cloud.calls[-1]
 
 
@@ -240,7 +261,7 @@ def test_gcloud_missing(cloud, tmp_path):
         (tools / name).symlink_to(shutil.which(name))
     cloud.environment["PATH"] = str(tools)
     assert "no gcloud on the PATH; it is at https://cloud.google.com/sdk/docs/install" in cloud("status", status=1)
-    assert "gcloud" in cloud("status", "--dry-run")
+    assert "--zone=ZONE --project=p" in cloud("status", "ZONE=", "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -285,22 +306,27 @@ def test_only_commits_reach_workers(cloud, tmp_path):
     [
         ("", "queued-resources create simvlg --spot --node-id=simvlg --accelerator-type=v5litepod-16"
              " --runtime-version=v2-alpha-tpuv5-lite"),
-        ("KIND=on-demand TYPE=v5p-16", "queued-resources create simvlg --node-id=simvlg --accelerator-type=v5p-16"
-                                       " --runtime-version=v2-alpha-tpuv5"),
+        ("KIND=on-demand TYPE=v5p-16 'CREATE_FLAGS=--network=n  --internal-ips'",
+         "queued-resources create simvlg --node-id=simvlg --accelerator-type=v5p-16"
+         " --runtime-version=v2-alpha-tpuv5 --network=n --internal-ips"),
+        ("AUTOCHECKPOINT=yes", "queued-resources create simvlg --spot --autocheckpoint-enabled --node-id=simvlg"
+                               " --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite"),
         ("KIND=reserved SLICES=2 NAME=a TYPE=v6e-16", "queued-resources create a --reserved --node-count=2"
          " --node-prefix=a --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e"),
         ("QUEUED=no", "tpu-vm create simvlg --spot --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite"),
         ("QUEUED=no KIND=on-demand TYPE=v4-32", "tpu-vm create simvlg --accelerator-type=v4-32"
                                                 " --version=tpu-ubuntu2204-base"),
-        ("QUEUED=no KIND=reserved VERSION=other", "tpu-vm create simvlg --reserved --accelerator-type=v5litepod-16"
-                                                  " --version=other"),
+        ("QUEUED=no KIND=reserved VERSION=other AUTOCHECKPOINT=yes", "tpu-vm create simvlg --reserved"
+         " --autocheckpoint-enabled --accelerator-type=v5litepod-16 --version=other"),
     ],
 )  # fmt: skip
 def test_create_flags(cloud, keys, command):
-    cloud("create", TYPE, *keys.split())
-    assert f"compute tpus {command} {PLACE}" in cloud.calls
+    keys = shlex.split(keys)
+    cloud("create", TYPE, *keys)
+    track = "alpha " * ("AUTOCHECKPOINT=yes" in keys)
+    assert f"{track}compute tpus {command} {PLACE}" in cloud.calls
     before = len(cloud.calls)
-    assert "exists already" in cloud("create", TYPE, *keys.split())
+    assert "exists already" in cloud("create", TYPE, *keys)
     assert not [call for call in cloud.calls[before:] if " create " in call]
 
 
@@ -319,9 +345,10 @@ SETUP = [
     "git archive --format=tar.gz --output=build/simvlg_jax-REV.tar.gz REV",
     "gcloud compute tpus tpu-vm scp build/simvlg_jax-REV.tar.gz simvlg:simvlg_jax-REV.tar.gz --worker=all " + PLACE,
     "rm -f build/simvlg_jax-REV.tar.gz",
-    f"{SSH} --worker=all '--command=mkdir -p simvlg_jax/REV && tar -xzf simvlg_jax-REV.tar.gz -C simvlg_jax/REV && "
-    "rm simvlg_jax-REV.tar.gz && "
-    f"bash simvlg_jax/REV/launch/worker.sh setup BUCKET=gs://mine SHARED= NAME=simvlg' {PLACE}",
+    f"{SSH} --worker=all '--command=mkdir -p simvlg_jax/REV && if test -e simvlg_jax-REV.tar.gz; "
+    "then tar -xzf simvlg_jax-REV.tar.gz -C simvlg_jax/REV; fi && "
+    "bash simvlg_jax/REV/launch/worker.sh setup BUCKET=gs://mine SHARED= NAME=simvlg && "
+    f"rm -f simvlg_jax-REV.tar.gz' {PLACE}",
 ]
 IDLE = f"{SSH} --worker=all '--command={WORKER % ('REV', 'REV')} idle NAME=simvlg' {PLACE}"
 START = (
@@ -340,7 +367,7 @@ START = (
         ]),
         (["run", CONFIG, "ARGS=--a=1 --b=it's", "WATCH=yes", TYPE], [
             IDLE, START, QUEUED_STATE,
-            f"{SSH} --worker=0 '--command=if ! test -e simvlg_jax/current; then echo none; exit; fi; "
+            f"{SSH} --worker=all '--command=if ! test -e simvlg_jax/current; then echo none; exit; fi; "
             f"bash simvlg_jax/current/launch/worker.sh result NAME=simvlg' {PLACE}",
             DELETE, CREATE, *SETUP, START,
         ]),
@@ -350,7 +377,9 @@ START = (
         (["status"], [
             QUEUED_STATE, f"{SSH} --worker=all '--command={CURRENT} status NAME=simvlg' {PLACE}",
         ]),
-        (["stop"], [f"{SSH} --worker=all '--command={CURRENT} stop NAME=simvlg' {PLACE}"]),
+        (["stop", "SSH_FLAGS=--internal-ip --plain"], [
+            f"{SSH} --worker=all '--command={CURRENT} stop NAME=simvlg' --internal-ip --plain {PLACE}",
+        ]),
         (["stop", "SLICES=2"], [
             f"{SSH}-{i} --worker=all '--command={CURRENT} stop NAME=simvlg' {PLACE}"
             for i in range(2)
@@ -404,7 +433,7 @@ def test_create_tells_each_state_and_why_it_failed(cloud):
     said = cloud("create", TYPE)
     states = [line.split(": ")[1] for line in said.splitlines()]
     assert states == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    assert "gs://mine is kept" in cloud("delete", "BUCKET=gs://mine")
+    assert "simvlg is deleted; gs://mine is kept" in cloud("delete", "BUCKET=gs://mine")
     cloud.set(states=["WAITING_FOR_RESOURCES", "FAILED"], reason="Quota limit reached in zone z")
     said = cloud("create", TYPE, status=1)
     assert "Quota limit reached in zone z\nerror: no quota for v5litepod-16" in said
@@ -412,6 +441,7 @@ def test_create_tells_each_state_and_why_it_failed(cloud):
     cloud("delete")
     cloud.set(states=["SUSPENDED"], reason="")
     assert "simvlg is SUSPENDED: it was preempted or stopped" in cloud("create", TYPE, status=1)
+    assert "simvlg is deleted; what lay on its own disk is gone" in cloud("delete")
 
 
 def test_several_workers_need_a_shared_folder(cloud):
@@ -421,32 +451,69 @@ def test_several_workers_need_a_shared_folder(cloud):
     cloud("create", TYPE, "NAME=two")
     message = "two has several workers, which need one folder to save to: BUCKET=gs://..., or SHARED="
     assert message in cloud("run", CONFIG, "NAME=two", status=2)
-    assert "error: not set up; first: bash launch/tpu.sh setup" in cloud("run", CONFIG, "NAME=one", status=1)
+    said = cloud("run", CONFIG, "NAME=one", status=1)
+    assert "note: checkpoints lie on the slice's own disk and go with it" in said
+    assert "error: not set up; first: bash launch/tpu.sh setup" in said
 
 
 # ---- on the workers ----
 
 
+# In place of systemd: worker 1 has none.
+SUDO = """#!/bin/sh
+case $HOME in *worker_1) echo "sudo: a password is required" >&2; exit 1 ;; esac
+printf '%s\\n' "$*" >>"$HOME/units"
+shift # -n
+exec "$@"
+"""
+SYSTEMD_RUN = """#!/bin/sh
+while [ "$1" != gcsfuse ]; do shift; done
+"$@" >/dev/null 2>&1 &
+"""
+GCSFUSE = """#!/bin/sh
+echo "$@" >>"$HOME/mounts"
+if [ -e "$HOME/../denied" ]; then echo "no access" >&2; exit 1; fi
+sleep 0.3
+echo mine >"$HOME/mounted"
+"""
+
+
 def test_bucket_is_mounted_once_on_every_worker(cloud, tmp_path):
     cloud.prepare_homes()
-    bin_folder = tmp_path / "bin"
-    executable(bin_folder / "gcsfuse", '#!/bin/sh\necho "$@" >>"$HOME/mounts"\necho mine >"$HOME/mounted"\n')
-    executable(bin_folder / "findmnt", '#!/bin/sh\ncat "$HOME/mounted" 2>/dev/null\n')
+    cloud.set(runs=2)
+    programs = {
+        "sudo": SUDO,
+        "systemd-run": SYSTEMD_RUN,
+        "systemctl": '#!/bin/sh\n! test -e "$HOME/../denied"\n',
+        "gcsfuse": GCSFUSE,
+        "findmnt": '#!/bin/sh\ncat "$HOME/mounted" 2>/dev/null\n',
+    }
+    for name, program in programs.items():
+        executable(tmp_path / "bin" / name, program)
     cloud("create", TYPE)
-    for _ in range(2):
-        said = cloud("setup", "BUCKET=gs://mine")
-        assert sorted(line for line in said.splitlines() if "ready" in line) == [
-            "simvlg-w-0: ready", "simvlg-w-1: ready",
-        ]  # fmt: skip
+    said = cloud("setup", "BUCKET=gs://mine").splitlines()
+    assert sorted(line for line in said if "ready" in line) == 2 * ["simvlg-w-0: ready"] + 2 * ["simvlg-w-1: ready"]
+    assert len([line for line in said if "gcsfuse is no systemd unit here" in line]) == 1
     for worker in range(2):
         home = cloud.home(worker)
+        assert (home.parent / "mounted").exists()
         mounts = (home.parent / "mounts").read_text().splitlines()
-        assert len(mounts) == 1
+        assert len(mounts) == 1 and ("--foreground" in mounts[0]) == (worker == 0)
         assert mounts[0].endswith(f" mine {home.parent / 'bucket'}") and "--implicit-dirs" in mounts[0]
         assert (home / "current" / "shared").resolve() == home.parent / "bucket"
         assert (home / "current").resolve() == home / cloud.revision
         assert not list(home.parent.glob("*.tar.gz"))
+    first = cloud.home(0).parent
+    stop, run = (first / "units").read_text().splitlines()
+    assert stop == "-n systemctl stop simvlg-bucket"
+    unit = f"--unit=simvlg-bucket --uid={os.getuid()} --gid={os.getgid()} --property=After=network-online.target"
+    assert f"{unit} --property=Before=systemd-user-sessions.service gcsfuse --foreground --implicit-dirs" in run
     assert "holds another bucket, mine" in cloud("setup", "BUCKET=gs://other", status=1)
+    # What the unit cannot mount is tried once more here, so that its reason is seen.
+    (first / "mounted").unlink()
+    (first.parent / "denied").touch()
+    said = cloud("setup", "BUCKET=gs://mine", status=1)
+    assert "no access\nerror: simvlg-w-0: cannot mount gs://mine; may the workers' service account write" in said
 
 
 @pytest.fixture
@@ -454,6 +521,8 @@ def worker(tmp_path):
     """launch/worker.sh on one worker, where Python exits with the statuses given, one after another."""
     folder = tmp_path / "home" / "simvlg_jax" / "revision"
     shutil.copytree(ROOT / "launch", folder / "launch")
+    for name in TPU_REQUIREMENTS:
+        shutil.copy(ROOT / name, folder / name)
     make_environment(folder / ".venv", TPU_REQUIREMENTS)
     home = tmp_path / "home"
     python = executable(
@@ -490,9 +559,10 @@ def worker(tmp_path):
     ("statuses", "result", "starts"),
     [
         ("0", "done", 1),
-        ("1 143 134 0", "done", 4),
-        ("1 2", "wrong", 2),
-        ("1 1 1 1 1", "failed", 4),
+        ("70 143 134 0", "done", 4),
+        ("75 2", "wrong", 2),
+        ("137 1", "failed", 2),
+        ("70 75 70 75 0", "failed", 4),
     ],
 )
 def test_restarts(worker, statuses, result, starts):
@@ -535,10 +605,20 @@ def test_stop_saves_and_ends_the_restarts(worker):
 
 
 def test_stop_between_restarts(worker):
-    worker("start", CONFIG, "WORKDIR=a", "PAUSE=2", statuses="1 wait")
+    worker("start", CONFIG, "WORKDIR=a", "PAUSE=2", statuses="75 wait")
     until(lambda: "starting again" in (worker.home / "simvlg_jax" / "logs" / "simvlg.log").read_text())
     worker("stop")
     assert worker("result") == "stopped\n"
+
+
+def test_half_an_installation_does_not_start_nor_does_one_that_goes_on(worker):
+    folder = worker.home / "simvlg_jax"
+    (folder / "revision" / ".venv" / "installed").write_text("jax\n")
+    (folder / "state").mkdir()
+    setup = subprocess.Popen(["flock", folder / "state" / "setup.lock", "sleep", "0.3"])
+    until((folder / "state" / "setup.lock").exists)
+    assert "w-0: not installed, or not wholly; first: bash launch/tpu.sh setup" in worker("start", status=1)
+    assert setup.poll() == 0
 
 
 def test_machine_going_down_saves(worker):
@@ -563,7 +643,8 @@ def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
     cloud.set(environment={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **cached})
     cloud.prepare_homes()
     shared = tmp_path / "shared"
-    saved = shared / "runs" / "simvlg" / "checkpoints" / "5"
+    checkpoints = shared / "runs" / "simvlg" / "checkpoints"
+    saved = checkpoints / "5" / "commit_success.txt"
     overrides = "ARGS=--config.train.steps=30 --config.train.save_every=5 --config.train.eval_every=30"
     run = ["run", f"{CONFIG}:vit", f"SHARED={shared}", overrides]
     cloud("create", TYPE)
@@ -581,7 +662,7 @@ def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
     assert "worker 0's log; Ctrl-C leaves the run going" in said
     assert "resuming at step" in said and "simvlg-w-0: done" in said
     until(lambda: "the run ends: done" in cloud.log(1))
-    assert (saved.parent / "30").exists()
+    assert (checkpoints / "30").exists()
     assert "simvlg-w-0: no run is going on" in cloud("stop")
     assert "simvlg is deleted" in cloud("delete")
     assert not (cloud.folder / "simvlg").exists()
@@ -593,7 +674,7 @@ def test_watch_makes_a_preempted_slice_again(cloud, tmp_path):
     keys = [TYPE, f"SHARED={shared}"]
     cloud("create", *keys)
     cloud("setup", *keys)
-    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes", "ARGS=--steps=200")
+    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes", "ARGS=--steps=120")
     until(lambda: int(read(shared / "runs" / "simvlg" / "step_1") or 0) > 5)
     standin_gcloud.preempt(cloud.folder, "simvlg")
     said = watch.communicate(timeout=WAIT_SECONDS)[0]
@@ -612,34 +693,70 @@ def test_watch_gives_up_when_nothing_helps(cloud, tmp_path):
     cloud("create", *keys)
     cloud("setup", *keys)
     cloud.set(states=["FAILED"], reason="Quota limit reached in zone z")
-    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes", "POLL=0.01")
-    until(lambda: "new run" in cloud.log())
-    standin_gcloud.preempt(cloud.folder, "simvlg")
+    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes", "POLL=0")
+    assert any("watching" in line for line in watch.stdout)
+    standin_gcloud.preempt(cloud.folder, "simvlg", noticed=False)
     said = watch.communicate(timeout=WAIT_SECONDS)[0]
     assert watch.returncode == 1
+    assert "simvlg: PREEMPTED, the run: preempted\n" in said
     assert "error: no quota for v5litepod-16" in said
     assert "gave up after 10 failures in a row" in said
 
 
-def test_watch_ends_when_the_run_is_stopped(cloud, tmp_path):
+def test_watch_starts_what_was_rebooted_and_makes_nothing_but_spot_slices_again(cloud, tmp_path):
+    cloud.prepare_homes(FAKE_TRAINING)
+    keys = ["QUEUED=no", "KIND=on-demand", f"SHARED={tmp_path / 'shared'}"]
+    cloud("create", TYPE, *keys)
+    cloud("setup", *keys)
+    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes")
+    said = []
+
+    def read_until(words: str) -> None:
+        while words not in (line := watch.stdout.readline()):
+            assert line, said
+            said.append(line)
+
+    read_until("READY, the run: running")
+    cloud.set(fail={"ssh": "Connection refused"})
+    read_until("READY, the run: unknown")
+    read_until("Connection refused")
+    until(lambda: cloud.calls[-6:].count(cloud.calls[-1]) == 3)  # it looked more than once
+    cloud.set(fail={})
+    read_until("READY, the run: running")
+    assert not [line for line in said if "Connection refused" in line]
+    standin_gcloud.kill_processes(cloud.folder, "simvlg", "1")
+    read_until("READY, the run: none")
+    read_until("simvlg-w-0: goes on")
+    read_until("READY, the run: running")
+    assert "resuming at step" in cloud.log(1)
+    standin_gcloud.preempt(cloud.folder, "simvlg")
+    rest = watch.communicate(timeout=WAIT_SECONDS)[0]
+    assert watch.returncode == 1
+    assert rest.splitlines()[-1].startswith("error: simvlg is PREEMPTED: it was preempted or stopped")
+
+
+def test_watch_ends_when_the_run_is_stopped_or_the_slice_deleted(cloud, tmp_path):
     cloud.prepare_homes(FAKE_TRAINING)
     keys = [TYPE, f"SHARED={tmp_path / 'shared'}"]
     cloud("create", *keys)
     cloud("setup", *keys)
-    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes")
-    until(lambda: "new run" in cloud.log())
-    cloud("stop")
-    said = watch.communicate(timeout=WAIT_SECONDS)[0]
-    assert watch.returncode == 1
-    assert "the run ended: stopped" in said
+    for verb, message in (("stop", "the run ended: stopped"), ("delete", "simvlg is not there any more")):
+        watch = cloud.start("run", CONFIG, *keys, "WATCH=yes")
+        assert any("watching" in line for line in watch.stdout)
+        cloud(verb)
+        said = watch.communicate(timeout=WAIT_SECONDS)[0]
+        assert watch.returncode == 1
+        assert message in said
+    assert len([call for call in cloud.calls if " create " in call]) == 1
 
 
 def test_several_slices_start_together(cloud, tmp_path):
     cloud.set(workers=1)
     cloud.prepare_homes(FAKE_TRAINING)
-    keys = ["SLICES=2", f"SHARED={tmp_path / 'shared'}"]
+    keys = ["SLICES=2", f"SHARED={tmp_path / 'shared'}", "SSH_FLAGS=--tunnel-through-iap"]
     cloud("create", TYPE, *keys)
     cloud("setup", *keys)
+    assert [call for call in cloud.calls if call.startswith("alpha compute tpus tpu-vm scp ")]
     cloud("run", CONFIG, *keys, "ARGS=--steps=3", "FOLLOW=no")
     for node in ("simvlg-0", "simvlg-1"):
         log = cloud.home(0, node) / "logs" / "simvlg.log"
@@ -732,6 +849,10 @@ def test_gpu_wrong_arguments(node, arguments, status, message):
 
 
 def test_gpu_dry_run_shares_the_gpus(node):
+    executable(node.bin / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    said = node(*RUN, "PROCESSES=2", "--dry-run")
+    assert "note: nvidia-smi shows no GPU here; assuming 2, one for each process\n" in said
+    assert "JAX_LOCAL_DEVICE_IDS=1 " in said
     executable(node.bin / "nvidia-smi", '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: H200"; done\n')
     prepare = ["need_environment requirements.txt requirements-gpu.txt", "export JAX_PLATFORMS=cuda,cpu"]
     assert node(*RUN, "--dry-run").splitlines() == [*prepare, f"{COMMAND} {ARGUMENTS}"]
@@ -744,8 +865,8 @@ def test_gpu_dry_run_shares_the_gpus(node):
     assert node(*several).splitlines() == [*prepare, "mkdir -p run", *processes]
     assert "4 GPUs cannot be shared evenly by PROCESSES=3" in node(*RUN, "PROCESSES=3", status=2)
     assert "JAX_LOCAL_DEVICE_IDS=1 " in node(*several, CUDA_VISIBLE_DEVICES="5,7")
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}
-    srun = f"srun --kill-on-bad-exit=1 {COMMAND} --distributed {ARGUMENTS}"
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "12"}
+    srun = f"srun --kill-on-bad-exit=1 --cpus-per-task=12 {COMMAND} --distributed {ARGUMENTS}"
     assert node(*RUN, "--dry-run", **slurm).splitlines() == [*prepare, srun]
     assert "its tasks are the processes" in node(*several, status=2, **slurm)
     assert "sbatch --ntasks-per-node=4" in node(*RUN, status=1, **(slurm | {"SLURM_NTASKS_PER_NODE": "2"}))
