@@ -1,18 +1,12 @@
-"""Eight devices on one CPU, so that sharded runs are tested on any machine; set before jax starts.
-
-Programs here are small: compiling them takes far longer than running them, so they are compiled without optimising.
-"""
+"""Eight devices on one CPU, so that sharded runs are tested on any machine; set before jax starts."""
 
 import os
 import tempfile
 
+import quick_compile
+
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compile.FLAGS]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"

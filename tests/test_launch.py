@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import quick_compile
 import standin_gcloud
 
 ROOT = Path(__file__).parent.parent
@@ -635,12 +636,11 @@ def test_machine_going_down_saves(worker):
 
 def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
     """The real training program: both workers are killed amid a run, the same command goes on and finishes."""
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     cached = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    cloud.set(environment={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **cached})
+    cloud.set(environment={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compile.FLAGS, **cached})
     cloud.prepare_homes()
     shared = tmp_path / "shared"
     checkpoints = shared / "runs" / "simvlg" / "checkpoints"

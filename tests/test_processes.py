@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import quick_compile
 
 from simvlg_jax.config import load_config
 from simvlg_jax.errors import TRY_AGAIN
@@ -45,13 +46,12 @@ def start(count, devices, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     return [
         subprocess.Popen(
             [sys.executable, *(arguments if isinstance(arguments[-1], str) else [*arguments[:-1], *arguments[-1][i]])],
             env=os.environ
             | {
-                "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"{quick_compile.FLAGS} --xla_force_host_platform_device_count={devices}",
                 "JAX_PLATFORMS": "cpu",
                 "JAX_DEFAULT_MATMUL_PRECISION": "highest",
                 "JAX_COMPILATION_CACHE_DIR": CACHE,

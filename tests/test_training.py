@@ -98,13 +98,11 @@ def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
 
 
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
-    """One process and all axes at once; each preset, in several processes: test_processes.py."""
+    """One process and all axes at once; each preset, in several processes, with validation: test_processes.py."""
     for name, mesh in (("one", (1, 1, 1)), ("many", (2, 2, 2))):
-        loop.train(tiny(mesh=mesh, train__steps=4, train__eval_every=4), tmp_path / name)
+        loop.train(tiny(mesh=mesh, train__steps=4, train__eval_every=0), tmp_path / name)
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
     np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
-    evaluated = [logged(tmp_path / name, "eval")[4]["loss"] for name in ("one", "many")]
-    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-5)
 
 
 def test_parameters_and_moments_are_really_split(tmp_path):
@@ -115,13 +113,6 @@ def test_parameters_and_moments_are_really_split(tmp_path):
     assert moment.sharding == kernel.sharding
     embedding = trainer.frozen["llm"]["embedding"]
     assert embedding.addressable_shards[0].data.size * 4 == embedding.size
-
-
-def test_checkpoint_of_one_mesh_is_read_on_another(tmp_path):
-    loop.train(tiny(train__steps=2, mesh=(4, 2, 1)), tmp_path)
-    here = final_params(tiny(train__steps=2), tmp_path)
-    there = final_params(tiny(train__steps=2, mesh=(1, 1, 2)), tmp_path)
-    assert fingerprint(here) == fingerprint(there)
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
