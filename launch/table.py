@@ -22,9 +22,8 @@ BEGIN, END = "<!-- table: python launch/table.py -->", "<!-- end of table -->"
 EFFORT = "O0"
 
 RECIPES = ("llm=opt2.7b", "llm=opt6.7b", "llm=vicuna7b", "llm=vicuna13b", "llm=opt2.7b,vit=clip_l")
-# Chips, and what holds for them: the batch is the recipe's, or of slices of 256 the next multiple we would choose.
-TOPOLOGIES = {"v5e:4x4": 16, "v5e:16x16": 256, "v4:2x2x4": 16, "v5p:2x2x2": 8, "v6e:4x4": 16}
-LARGE_BATCH = {1600: 2048, 160: 256}
+TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v4:2x2x4", "v5p:2x2x2", "v6e:4x4")
+LARGE_BATCH = {1600: 2048, 160: 256}  # the batch is the recipe's, or on 256 chips the next multiple we would choose
 
 # (micro-batches, tensor) where they are not the config's, which is made for v5e:4x4.
 CHOICES = {
@@ -51,11 +50,14 @@ CHOICES = {
 }
 
 
+def chips(topology: str) -> int:
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
+
+
 def accelerator_type(topology: str) -> str:
     """What launch/tpu.sh calls a slice: v5e and v6e count chips, the others TensorCores, of which a chip has two."""
-    kind, _, sizes = topology.partition(":")
-    chips = math.prod(map(int, sizes.split("x")))
-    return {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}"}.get(kind, f"{kind}-{2 * chips}")
+    kind, count = topology.partition(":")[0], chips(topology)
+    return {"v5e": f"v5litepod-{count}", "v6e": f"v6e-{count}"}.get(kind, f"{kind}-{2 * count}")
 
 
 def command(recipe: str, topology: str) -> list[str]:
@@ -64,7 +66,7 @@ def command(recipe: str, topology: str) -> list[str]:
     if (recipe, topology) in CHOICES:
         accumulate, tensor = CHOICES[recipe, topology]
         flags += [f"--config.train.accumulate={accumulate}", f"--config.mesh.tensor={tensor}"]
-    if TOPOLOGIES[topology] == 256:
+    if chips(topology) == 256:
         flags += [f"--config.train.batch_size={LARGE_BATCH[160 if 'vicuna' in recipe else 1600]}"]
     return flags
 

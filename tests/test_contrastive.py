@@ -9,12 +9,12 @@ import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
-from simvlg_jax import weights
 from simvlg_jax.config import load_config
 from simvlg_jax.convert import bert, evlgen
 from simvlg_jax.models.bert import SentenceEncoder
 from simvlg_jax.models.contrastive import matching_losses, unit
 from simvlg_jax.training import loop, tasks
+from simvlg_jax.training.frozen import fingerprint
 
 
 def tiny(*overrides: str):
@@ -60,11 +60,11 @@ def test_loss_is_the_captions_plus_beta_times_the_contrast(tmp_path):
 def test_projections_and_temperature_are_trained_and_the_sentence_encoder_is_not(tmp_path):
     trainer = loop.Trainer(tiny(), tmp_path)
     assert set(trainer.frozen) == {"vit", "llm", "sentence_encoder"}
-    before, frozen = jax.device_get(trainer.state.params), weights.digest(trainer.frozen)
+    before, frozen = jax.device_get(trainer.state.params), fingerprint(trainer.frozen)
     for _ in range(2):
         trainer.run_step(loop.meshes.put_batch(next(trainer.iterator), trainer.mesh))
     after = jax.device_get(trainer.state.params)
-    assert weights.digest(trainer.frozen) == frozen
+    assert fingerprint(trainer.frozen) == frozen
     assert after["temperature"] != before["temperature"] == pytest.approx(0.07)
     for name in ("vision_proj", "text_proj"):
         assert not np.array_equal(after[name]["kernel"], before[name]["kernel"])

@@ -19,6 +19,9 @@ from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel.chips import parse_topology
 from simvlg_jax.training import ahead
 from simvlg_jax.training.ahead import Forecast, forecast, largest_batch
+from simvlg_jax.training.flops import count_flops
+from simvlg_jax.training.step import make_plan
+from simvlg_jax.training.tasks import build_task
 
 REDUCED = ["--config.dtype=bfloat16", "--config.frozen_dtype=bfloat16", "--config.train.batch_size=64"]
 KEYS = {
@@ -53,6 +56,16 @@ def test_merge_adds_no_collective(replicated):
     merged = replicated["v5e:4x4"]
     assert [(c["op"], c["group"]) for c in merged.collectives] == [(c["op"], c["group"]) for c in plain.collectives]
     assert merged.collectives[0]["bytes"] == plain.collectives[0]["bytes"]
+
+
+def test_work_is_the_models_and_what_chips_share_is_counted_on_each(replicated):
+    config = load_config("configs/tiny.py", REDUCED)
+    task, mesh = build_task(config), meshes.make_mesh(config.mesh)
+    plan = make_plan(task, config, mesh)
+    traced = plan.step.jit().trace(*plan.abstract, plan.abstract_batch(task, config.train.batch_size, mesh))
+    work = replicated["v5e:4x4"].tflop_per_step
+    assert work == pytest.approx(count_flops(traced.jaxpr) / 16e12, rel=1e-12)
+    assert work < reduced("v5e:4x4", "--config.mesh.tensor=2", effort="O0").tflop_per_step < 2 * work
 
 
 def test_fsdp_gathers_weights_and_no_activations(replicated):
@@ -111,7 +124,8 @@ def test_step_that_does_not_fit_says_so_with_status_3(capsys):
     assert call(train_compile, *flags, "--effort", "O0", "--json") == 3
     output = capsys.readouterr()
     result = json.loads(output.out)
-    assert result["fits"] is False and result["peak_bytes"] is None and result["images_per_s"] is None
+    assert result["fits"] is False
+    assert all(result[key] is None for key in ("peak_bytes", "tflop_per_step", "images_per_s", "collectives"))
     assert "of memory for temporaries, and 15.75G are there" in output.err
     assert "fits: no" in train_compile.describe(Forecast(**result))
 

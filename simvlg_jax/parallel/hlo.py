@@ -104,7 +104,12 @@ def array_bytes(type_text: str, *, hbm_only: bool = False) -> int:
     return total
 
 
-def _runs(program: Program) -> dict[str, int]:
+def array_shape(type_text: str) -> tuple[int, ...]:
+    """The shape of the first array in a type."""
+    return tuple(int(n) for n in _ARRAY.search(type_text)[2].split(",") if n)
+
+
+def runs(program: Program) -> dict[str, int]:
     """How often a step runs each computation that is not inside a fusion."""
     runs: dict[str, int] = defaultdict(int)
 
@@ -131,14 +136,14 @@ def _trips(program: Program, condition: str) -> int:
     return max((int(i.inside) for i in body if i.op == "constant" and i.type.startswith("s32[]")), default=1)
 
 
-def _with_fused(program: Program, name: str) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
+def with_fused(program: Program, name: str) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
     """(computation, instruction) of a computation and of all that is fused in it."""
     body = program.computations[name]
     for instruction in body.values():
         yield body, instruction
         if instruction.op == "fusion":
             for called in instruction.called("calls"):
-                yield from _with_fused(program, called)
+                yield from with_fused(program, called)
 
 
 def collectives(program: Program, num_chips: int) -> list[Collective]:
@@ -148,9 +153,9 @@ def collectives(program: Program, num_chips: int) -> list[Collective]:
     time on the same channel.
     """
     totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
-    for name, times in _runs(program).items():
+    for name, times in runs(program).items():
         seen = set()
-        for body, instruction in _with_fused(program, name):
+        for body, instruction in with_fused(program, name):
             op = instruction.op.removesuffix("-start")
             channel = re.search(r"channel_id=(\d+)|$", instruction.attributes)[1]
             if op not in COLLECTIVES or (op, channel) in seen:
@@ -189,7 +194,7 @@ def hbm_traffic(program: Program) -> int:
     """
     return sum(
         times * _traffic(program, name, instruction)
-        for name, times in _runs(program).items()
+        for name, times in runs(program).items()
         for instruction in program.computations[name].values()
         if instruction.op not in FREE and not instruction.op.endswith("-done")
     )

@@ -23,7 +23,7 @@ from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import hlo
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel.chips import Topology, parse_topology
-from simvlg_jax.training.flops import count_flops
+from simvlg_jax.parallel.hlo_flops import matrix_flops
 from simvlg_jax.training.step import make_plan
 from simvlg_jax.training.tasks import build_task
 
@@ -36,7 +36,7 @@ class Forecast:
       peak_bytes: arguments, temporaries, results that reuse neither, and the program itself.
       hbm_bytes: what the compiler may use of the chip's memory.
       fits: peak_bytes is within hbm_bytes.
-      tflop_per_step: of the program's matrix products, recomputation included.
+      tflop_per_step: of the compiled matrix products, with what is computed again and what several chips each compute.
       compute_s, memory_s, communication_s: the step's TFLOP, its traffic to memory and its collectives at the chip's
         full speed; see `parallel.chips`.
       roofline_step_s: the longest of these three: no run is faster.
@@ -56,8 +56,8 @@ class Forecast:
     peak_bytes: int | None
     hbm_bytes: int
     fits: bool
-    tflop_per_step: float
-    compute_s: float
+    tflop_per_step: float | None
+    compute_s: float | None
     memory_s: float | None
     communication_s: float | None
     roofline_step_s: float | None
@@ -104,8 +104,7 @@ def forecast(
     task = build_task(config)
     plan = make_plan(task, config, mesh)
     batch = plan.abstract_batch(task, config.train.batch_size, mesh)
-    traced = plan.step.jit().trace(*plan.abstract, batch)
-    tflop = count_flops(traced.jaxpr) / mesh.size / 1e12
+    lowered = plan.step.jit().lower(*plan.abstract, batch)
     known = dict(
         config=name,
         topology=topology_name,
@@ -115,10 +114,7 @@ def forecast(
         global_batch=config.train.batch_size,
         micro_batches=config.train.accumulate,
         hbm_bytes=chip.usable_bytes,
-        tflop_per_step=tflop,
-        compute_s=tflop * 1e12 / chip.flops,
     )
-    lowered = traced.lower()
     started = time.monotonic()
     try:
         with ticking(say), tempfile.TemporaryDirectory() as dump, compiler_settings(effort):
@@ -129,8 +125,8 @@ def forecast(
             raise
         if found := re.search(r"\(([\d.]+\w*)\) exceeds available HBM \(([\d.]+\w*)\)", str(error)):
             say(f"the compiler needs {found[1]} of memory for temporaries, and {found[2]} are there")
-        unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "memory_s", "communication_s", "roofline_step_s")
-        unknown += ("images_per_s", "collectives")
+        unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "tflop_per_step", "compute_s", "memory_s")
+        unknown += ("communication_s", "roofline_step_s", "images_per_s", "collectives")
         return Forecast(**known, **dict.fromkeys(unknown), fits=False, compile_s=time.monotonic() - started)
     compile_s = time.monotonic() - started
     memory = compiled.memory_analysis()
@@ -140,14 +136,16 @@ def forecast(
     communication = sum(
         c.wire_bytes / (chip.dcn_bandwidth if c.op == "send" else topology.ici_bandwidth(c.group)) for c in found
     )
-    traffic = hlo.hbm_traffic(program) / chip.hbm_bandwidth
-    step = max(known["compute_s"], traffic, communication)
+    flops, traffic = matrix_flops(program), hlo.hbm_traffic(program) / chip.hbm_bandwidth
+    step = max(flops / chip.flops, traffic, communication)
     return Forecast(
         **known,
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak,
         fits=peak <= chip.usable_bytes,
+        tflop_per_step=flops / 1e12,
+        compute_s=flops / chip.flops,
         memory_s=traffic,
         communication_s=communication,
         roofline_step_s=step,
