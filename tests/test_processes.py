@@ -33,6 +33,7 @@ SETTINGS = {
     "evaluate.batch_size": 6,
     "evaluate.max_new_tokens": 4,
     "evaluate.min_new_tokens": 4,
+    "evaluate.repetition_penalty": 9.0,  # or this hardly trained model says nothing but spaces
 }
 
 
@@ -172,7 +173,7 @@ def test_evaluation_by_two_processes_counts_each_example_once(runs, tmp_path):
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for key in ("id", "caption", "source_map"):
         assert [e[key] for e in two["examples"]] == [e[key] for e in one["examples"]], key
-    assert any(e["caption"] for e in one["examples"]), one["examples"]
+    assert len({e["caption"] for e in one["examples"]}) > 1
     assert len({tuple(e["source_map"]) for e in one["examples"]}) > 8
 
 
