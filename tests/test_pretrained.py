@@ -1,5 +1,6 @@
 """Weights named in a config: where they end up, what text each family is fed, and messages for what does not fit."""
 
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -109,6 +111,22 @@ def test_vicuna_starts_with_its_end_and_gains_a_pad_row(folders, monkeypatch):
     np.testing.assert_array_equal(loaded["lm_head"][:, :64], tensors["lm_head.weight"].T)
     assert not np.any(loaded["embedding"][64]) and not np.any(loaded["lm_head"][:, 64])
     assert task.text_encoder("w1")[0] == [2, 5, 2] and task.text_encoder.pad_id == 64
+
+
+def test_sentencepiece_tokenizer_is_read_as_vicuna_ships_it(tmp_path):
+    """tokenizer.model and no tokenizer.json."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a photo of a cat on a sofa\ntwo dogs play in the park\n" * 50)
+    options = dict(vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(input=str(texts), model_prefix=str(tmp_path / "tokenizer"), **options)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    published = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    found = tasks.pretrained.load_hf_tokenizer(tmp_path)
+    for text in ("a photo of two cats", "park 4 \u00e9"):
+        assert found.backend_tokenizer.encode(text, add_special_tokens=False).ids == published.encode(text)
+    assert (found.bos_token_id, found.eos_token_id) == (published.bos_id(), published.eos_id()) == (1, 2)
 
 
 def test_published_checkpoint_gives_the_trained_part(tmp_path):
