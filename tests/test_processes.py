@@ -9,22 +9,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import quick_compile
 
+from simvlg_jax import weights
 from simvlg_jax.config import load_config
 from simvlg_jax.errors import TRY_AGAIN
+from simvlg_jax.parallel.mesh import make_mesh
 from simvlg_jax.training import loop, restore
+from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.tasks import build_task
 
 CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")  # the same program is run again and again
+START = Path(CACHE) / "start.safetensors"  # what all runs start from: initialising takes long to compile
 PRESETS = ("replicated", "fsdp", "fsdp+tensor")
 STEPS, SAVED = 4, 2
 # Five of the drawn val pictures and 16 test pictures in batches of six: what fills up the last must not count.
 SETTINGS = {
+    "train.init_from": START,
     "train.steps": STEPS,
     "train.log_every": 1,
     "train.save_every": SAVED,
@@ -119,6 +126,13 @@ def cut_back(workdir, copy):
     shutil.copytree(workdir, copy)
     shutil.rmtree(copy / "checkpoints" / str(STEPS))
     return copy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def start_weights():
+    config = load_config("configs/tiny.py", ["--config.mesh.data=1"])
+    trained, frozen = steps.init_params(build_task(config), config, make_mesh(config.mesh))
+    weights.write_tree(START, trained | frozen)
 
 
 @pytest.fixture(scope="module")
