@@ -19,5 +19,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Indented UTF-8, with a line break at its end."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

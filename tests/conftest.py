@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from simvlg_jax.data import prepare
 from simvlg_jax.parallel.chips import COMPILE_ONLY
 
+pytest_plugins = ["launching"]  # its fixtures
+
 for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test that compiles for a TPU
     os.environ.setdefault(name, value)
 

@@ -17,6 +17,7 @@ from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import hlo
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel.chips import parse_topology
+from simvlg_jax.parallel.hlo_flops import matrix_flops
 from simvlg_jax.training import ahead
 from simvlg_jax.training.ahead import Forecast, forecast, largest_batch
 from simvlg_jax.training.flops import count_flops
@@ -266,6 +267,25 @@ def test_groups_bytes_and_counts_are_read_in_every_spelling():
     assert (found["all-reduce"].count, found["all-reduce"].bytes, found["all-reduce"].group) == (1, 32, 4)
     assert found["all-reduce"].wire_bytes == pytest.approx(2 * 3 / 4 * 32)
     assert found["reduce-scatter"].wire_bytes == 80
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "operation", "flops"),
+    [
+        ("4,8", "8,5", "f32[4,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 4 * 5 * 8),
+        ("4,8", "8,5", "f32[4,5]{1,0} convolution(%a, %b), dim_labels=bf_io->bf", 2 * 4 * 5 * 8),
+        # Three products (4, 8) x (8, 5): the batch is spatial, and of three places two lie between its examples.
+        ("3,4,8", "3,8,5", "f32[3,4,5]{2,1,0} convolution(%a, %b), "
+         "window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf", 3 * 2 * 4 * 5 * 8),
+        # A window of three with its edges padded: 3 x 6 places but the two outside.
+        ("6,4,8", "3,8,5", "f32[6,4,5]{2,1,0} convolution(%a, %b), "
+         "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 16 * 2 * 4 * 5 * 8),
+    ],
+)  # fmt: skip
+def test_matrix_products_count_where_two_elements_meet(left, right, operation, flops):
+    lines = [f"%a = f32[{left}]{{0}} parameter(0)", f"%b = f32[{right}]{{0}} parameter(1)", f"ROOT %c = {operation}"]
+    text = "\n".join(["ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {", *(f"  {line}" for line in lines), "}"])
+    assert matrix_flops(hlo.parse(text)) == flops
 
 
 def test_links_at_the_edge_of_a_slice_are_counted():

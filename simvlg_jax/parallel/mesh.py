@@ -166,13 +166,17 @@ def _own_blocks(mesh: Mesh) -> list[int]:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
-    """The rows of a global batch that this process reads, in their order, for `put_batch`."""
+    """The rows of a global batch that this process reads, in their order, for `put_batch`.
+
+    Args:
+      batch_size: a multiple of `batch_shards`, of all processes together.
+    """
     size = batch_size // batch_shards(mesh)
     return tuple(block * size + row for block in _own_blocks(mesh) for row in range(size))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch onto its devices, as global arrays split along the leading axis."""
+    """This process's rows of a batch, (rows, ...) each, onto its devices: global (batch, ...) arrays, split by rows."""
     sharding, own = batch_sharding(mesh), _own_blocks(mesh)
 
     def put(local: np.ndarray) -> jax.Array:

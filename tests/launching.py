@@ -1,0 +1,182 @@
+"""What the tests of the launch scripts share: a repository, a stand-in for gcloud, and training that is faked."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import standin_gcloud
+
+ROOT = Path(__file__).parent.parent
+PLACE = "--zone=z --project=p --quiet"
+TYPE = "TYPE=v5litepod-16"
+CONFIG = "CONFIG=configs/tiny.py"
+WAIT_SECONDS = 120
+TPU_REQUIREMENTS = ("requirements-tpu.txt", "requirements.txt")
+
+# In place of simvlg_jax.train: says where it resumes, counts steps into WORKDIR/step, saves on SIGTERM and SIGINT.
+# ARGS: --steps=N ends it, --fail=I:STATUS makes process I fail at once, --deaf=I lets process I ignore the signals.
+FAKE_TRAINING = """
+import argparse, os, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("-m")
+parser.add_argument("--distributed", action="store_true")
+parser.add_argument("--config")
+parser.add_argument("--workdir", type=pathlib.Path)
+parser.add_argument("--steps", type=int, default=10**9)
+parser.add_argument("--fail", default="-1:0")
+parser.add_argument("--deaf", type=int, default=-1)
+options = parser.parse_args()
+index = int(os.environ.get("JAX_PROCESS_ID", 0))
+received = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN if index == options.deaf else lambda number, _: received.append(number))
+options.workdir.mkdir(parents=True, exist_ok=True)
+saved = options.workdir / f"step_{index}"
+step = int(saved.read_text()) if saved.exists() else 0
+how = f"resuming at step {step}" if step else "new run"
+print(f"process {index} of {os.environ.get('JAX_NUM_PROCESSES', 1)}, {how}")
+print("variables", {k: v for k, v in os.environ.items() if k.startswith("JAX_")}, flush=True)
+failing, status = options.fail.split(":")
+if index == int(failing):
+    print("cannot go on", flush=True)
+    sys.exit(int(status))
+while step < options.steps and not received:
+    step += 1
+    temporary = saved.with_suffix(".new")
+    temporary.write_text(str(step))
+    temporary.rename(saved)
+    time.sleep(0.02)
+print(f"process {index} ends at step {step}", flush=True)
+sys.exit(128 + received[0] if received else 0)
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def make_environment(folder: Path, requirements: tuple[str, ...], program: str | None = None) -> None:
+    """A .venv that need_environment finds complete; its Python is this one, or always runs `program`."""
+    program_words = ""
+    if program is not None:
+        (folder / "program.py").parent.mkdir(parents=True, exist_ok=True)
+        (folder / "program.py").write_text(program)
+        program_words = f"{shlex.quote(str(folder / 'program.py'))} "
+    executable(folder / "bin" / "python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {program_words}"$@"\n')
+    wanted = "".join((ROOT / name).read_text() for name in requirements).rstrip("\n")
+    (folder / "installed").write_text(f"{wanted}\n")
+
+
+def hear_interrupts() -> None:
+    """For a new process: shells cannot trap what is ignored when they start, as in a job put into the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def until(condition, seconds: float = WAIT_SECONDS):
+    """The first true value of `condition`, asked again and again."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def revision_folder(tmp_path_factory) -> Path:
+    """A git repository of one commit, with the files of this one but the large ones."""
+    folder = tmp_path_factory.mktemp("repository")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        source = ROOT / name
+        if source.is_file() and source.stat().st_size < 500_000:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "Everything")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    names = ["-c", "user.name=tester", "-c", "user.email=tester@example.com", "-c", "commit.gpgsign=false"]
+    return subprocess.run(
+        ["git", *names, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+class Cloud:
+    """launch/tpu.sh in a repository, with the stand-in as gcloud."""
+
+    def __init__(self, folder: Path, repository: Path):
+        self.folder, self.repository = folder / "cloud", repository
+        self.folder.mkdir()
+        self.settings: dict = {}
+        standin = shlex.join([sys.executable, standin_gcloud.__file__, str(self.folder)])
+        executable(folder / "bin" / "gcloud", f'#!/bin/sh\nexec {standin} "$@"\n')
+        self.environment = {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "ZONE": "z",
+            "PROJECT": "p",
+            "POLL": "0.1",
+        }
+        self.revision = git(repository, "rev-parse", "--short=10", "HEAD")
+
+    def set(self, **settings) -> None:
+        self.settings |= settings
+        (self.folder / "settings.json").write_text(json.dumps(self.settings))
+
+    def prepare_homes(self, program: str | None = None) -> None:
+        make_environment(self.folder / "home" / "simvlg_jax" / ".venv", TPU_REQUIREMENTS, program)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", "launch/tpu.sh", *arguments],
+            cwd=self.repository,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=hear_interrupts,
+        )
+
+    def __call__(self, *arguments: str, status: int = 0) -> str:
+        """What it prints; its exit status must be `status`."""
+        process = self.start(*arguments)
+        said = process.communicate(timeout=WAIT_SECONDS)[0]
+        assert process.returncode == status, said
+        return said
+
+    @property
+    def calls(self) -> list[str]:
+        return [shlex.join(json.loads(line)) for line in read(self.folder / "calls.jsonl").splitlines()]
+
+    def home(self, worker: int, node: str = "simvlg") -> Path:
+        return self.folder / node / f"worker_{worker}" / "simvlg_jax"
+
+    def log(self, worker: int = 0) -> str:
+        return read(self.home(worker) / "logs" / "simvlg.log")
+
+
+@pytest.fixture
+def cloud(tmp_path, revision_folder):
+    cloud = Cloud(tmp_path, revision_folder)
+    yield cloud
+    for node in cloud.folder.iterdir():
+        standin_gcloud.kill_processes(cloud.folder, node.name)
