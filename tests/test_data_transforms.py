@@ -1,6 +1,10 @@
 """Decoding and the image processors."""
 
 import io
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +51,123 @@ def test_half_transparent_is_blended_with_white():
 def test_sixteen_bit_grey_keeps_its_shades():
     data = encoded(Image.fromarray(np.array([[0, 128 << 8, 255 << 8]], np.uint16)))
     assert [transforms.decode(data).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        ("f4", [0, 0.5, 1], [0, 128, 255]),
+        ("f4", [NAN, 0.2, -3, INF, -INF, 0.4], [0, 51, 0, 255, 0, 102]),
+        ("f4", [0, 1.5, 254.6], [0, 2, 255]),
+        ("f4", [0, 256, 65535], [0, 1, 255]),
+        ("f4", [0, 2**30, 2**31], [0, 128, 255]),
+        ("f4", [0, 2**31, 2**32], [0, 128, 255]),
+        ("f4", [0, 2.0**100, 2.0**101], [0, 128, 255]),
+        ("f4", [NAN, -1, INF], [0, 0, 255]),
+        ("i4", [-5, 0, 1, 255], [0, 0, 1, 255]),
+        ("i4", [-(2**31), 255, 256, 40000, 65535], [0, 0, 1, 156, 255]),
+        ("i4", [0, 65536, 2**30, 2**31 - 1], [0, 0, 128, 255]),
+        ("u4", [0, 7, 255], [0, 7, 255]),
+        ("u4", [0, 40000], [0, 156]),
+        ("u4", [0, 2**30, 2**31, 2**32 - 1], [0, 64, 128, 255]),
+    ],
+)
+def test_32_bit_grey_keeps_its_shades(monkeypatch, dtype, values, expected):
+    monkeypatch.setattr(transforms, "BAND", 1)
+    array = np.array(values, dtype).reshape(-1, 1)
+    data = encoded(Image.fromarray(array.view("i4") if dtype == "u4" else array), "TIFF")
+    if dtype == "u4":  # Pillow writes signed integers (2) only: SampleFormat, a short, one of them
+        signed, unsigned = (np.array([339, 3, 1, 0, kind, 0], "<u2").tobytes() for kind in (2, 1))
+        assert signed in data
+        data = data.replace(signed, unsigned)
+    assert [transforms.decode(data).getpixel((0, y)) for y in range(len(values))] == [(v, v, v) for v in expected]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_bands_give_what_the_whole_gives(monkeypatch, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 10, 4), dtype=np.uint8)
+    if mode == "I;16":
+        picture, options = Image.fromarray(pixels.view(np.uint16)[..., 0]), {}
+    else:
+        picture = Image.fromarray(pixels).convert("RGB" if mode == "P" else "RGBA").convert(mode)
+        options = {"transparency": bytes(range(256))} if mode == "P" else {}
+    data = encoded(picture, **options)
+    whole = transforms.decode(data)
+    monkeypatch.setattr(transforms, "BAND", 40)  # 5 bands of 4 rows and one of 3
+    np.testing.assert_array_equal(np.asarray(transforms.decode(data)), np.asarray(whole))
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG file whose pixels are missing."""
+    whole = encoded(Image.new("RGBA", (1, 1)))
+    start = whole[:16] + width.to_bytes(4) + height.to_bytes(4) + whole[24:29]
+    return start + zlib.crc32(start[12:]).to_bytes(4) + whole[33:]
+
+
+@pytest.mark.parametrize("size", [(9500, 9500), (60_000_000, 1)])
+def test_too_many_pixels_are_refused_before_decoding_without_a_warning(size):
+    code = "import sys; from simvlg_jax.data import transforms; transforms.decode(sys.stdin.buffer.read())"
+    run = subprocess.run([sys.executable, "-c", code], input=header(*size), capture_output=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(b"PIL.Image.DecompressionBombError: ")
+    assert b"Warning" not in run.stderr
+
+
+@pytest.mark.parametrize(("limit", "size"), [(6144, (96, 64)), (6143, (48, 32)), (1535, (24, 16)), (383, (12, 8))])
+def test_large_jpegs_are_decoded_smaller(monkeypatch, limit, size):
+    picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    monkeypatch.setattr(transforms, "MAX_PIXELS", limit)
+    result = transforms.decode(encoded(picture, "JPEG", quality=95))
+    assert (result.size, result.mode) == (size, "RGB")
+    difference = np.asarray(result, int) - np.asarray(picture.resize(size, Image.Resampling.BOX))
+    assert abs(difference).max() < 8
+
+
+@pytest.mark.parametrize(
+    ("limit", "kind", "options"),
+    [(103, "JPEG", {}), (5999, "JPEG", {"progressive": True}), (5999, "PNG", {}), (5999, "GIF", {})],
+)
+def test_what_cannot_be_decoded_smaller_is_refused(monkeypatch, limit, kind, options):
+    data = encoded(Image.new("RGB", (100, 60)), kind, **options)
+    monkeypatch.setattr(transforms, "MAX_PIXELS", limit)
+    with pytest.raises(Image.DecompressionBombError, match=f"100 x 60 pixels are more than the {limit:,} that"):
+        transforms.decode(data)
+
+
+def test_too_many_bytes_are_refused(monkeypatch, tmp_path):
+    data = encoded(Image.new("RGB", (2, 2)))
+    (tmp_path / "a.png").write_bytes(data)
+    monkeypatch.setattr(transforms, "MAX_BYTES", len(data))
+    assert transforms.read(tmp_path / "a.png") == data
+    monkeypatch.setattr(transforms, "MAX_BYTES", len(data) - 1)
+    for function, argument in ((transforms.decode, data), (transforms.read, tmp_path / "a.png")):
+        with pytest.raises(OSError, match=f"the file has {len(data)} bytes, more than"):
+            function(argument)
+
+
+PEAK = """
+import io, sys
+from pathlib import Path
+from PIL import Image
+from simvlg_jax.data import transforms
+def status(name): return next(int(l.split()[1]) for l in Path("/proc/self/status").open() if l.startswith(name)) * 1024
+data = sys.stdin.buffer.read()
+Image.open(io.BytesIO(data)).size
+before = status("VmRSS")
+picture = transforms.decode(data)
+print((status("VmHWM") - before) / (4 * picture.width * picture.height))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak there")
+@pytest.mark.parametrize(("kind", "mode", "copies"), [("PNG", "RGBA", 2), ("PNG", "RGB", 1), ("JPEG", "RGB", 1)])
+def test_decoding_makes_few_copies_of_the_whole(kind, mode, copies):
+    data = encoded(Image.new(mode, (4000, 3000), (200, 100, 0, 128)[: len(mode)]), kind)
+    peak = subprocess.run([sys.executable, "-c", PEAK], input=data, capture_output=True, check=True).stdout
+    assert float(peak) < copies + 0.5
 
 
 def test_camera_orientation_is_applied():
