@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from simvlg_jax.data.captions import blip_caption
+from simvlg_jax.data.captions import blip_caption, well_formed
 from simvlg_jax.data.text import IGNORE, CaptionText, SentenceText, character_tokenizer, minilm_tokenizer
 from simvlg_jax.errors import UserError
 
@@ -35,6 +35,26 @@ def test_blip_caption_is_idempotent_and_leaves_no_listed_sign(text):
     once = blip_caption(text)
     assert blip_caption(once) == once
     assert not set(once) & set('.!"()*#:;~')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ud83d\ude00!", "\U0001f600!"),
+        ("a \ud83d", "a \ufffd"),
+        ("\ud83da", "\ufffda"),
+        ("\ude00\ud83d\ude00\ud83d\ud83d", "\ufffd\U0001f600\ufffd\ufffd"),
+        ("\ufeffcaf\u00e9 \x00 \U0001f600", "\ufeffcaf\u00e9 \x00 \U0001f600"),
+    ],
+)
+def test_lone_surrogates_are_replaced_and_pairs_joined(text, expected):
+    assert well_formed(text) == expected
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_well_formed_texts_can_be_written_and_stay(text):
+    once = well_formed(text)
+    assert once.encode() and well_formed(once) == once if text else once == ""
 
 
 TOKENIZER = character_tokenizer()

@@ -15,3 +15,11 @@ def blip_caption(text: str) -> str:
     text = re.sub(r"\s{2,}", " ", text)
     text = text.rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:MAX_WORDS])
+
+
+def well_formed(text: str) -> str:
+    """The text with surrogate pairs joined and each lone surrogate, half a character, replaced by U+FFFD.
+
+    JSON may hold such halves ("\\ud83d", an emoji that was cut in two); neither tokenizers nor UTF-8 take them.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
