@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
     config.data.name = "openmoji"  # "openmoji", "folder" or "synthetic"
     config.data.dir = "data"  # where `python -m simvlg_jax.data.prepare` put things
     config.data.path = ""  # "folder": pictures and captions.jsonl
+    config.data.allow_outside = False  # "folder": pictures may lie outside of data.path
     config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
     config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's share of the area
     config.data.flip = True  # horizontal flips; wrong where captions speak of left and right

@@ -2,14 +2,16 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from simvlg_jax.data import transforms
 from simvlg_jax.data.folder import split_of
-from simvlg_jax.data.sources import load_source
+from simvlg_jax.data.sources import check_unique_ids, load_source
 from simvlg_jax.errors import UserError
 
 
@@ -38,7 +40,7 @@ def test_folder_reads_pictures_and_captions(tmp_path):
             {"image": "c.png", "caption": ["one", "two"], "split": "val"},
         ],
     )
-    train = load_source(config, "train")
+    train = load_source(config, "train", training=True)
     assert [(record["id"], record["caption"]) for record in train] == [
         ("sub/a.png", "a red square"),
         ("b.png", "red"),
@@ -54,6 +56,93 @@ def test_folder_reads_imagefolder_metadata(tmp_path):
     lines = [{"file_name": "a.png", "text": "a red square", "split": "test"}]
     (record,) = load_source(folder(tmp_path, lines, "metadata.jsonl"), "test")
     assert (record["id"], record["caption"]) == ("a.png", "a red square")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_lines_of_one_picture_are_one_picture(tmp_path, split):
+    lines = [("./a.png", "one"), ("b.png", "two"), ("sub/../a.png", ["three", "one"]), ("a.png", "one")]
+    (tmp_path / "sub").mkdir()
+    config = folder(tmp_path, [{"image": image, "caption": caption, "split": split} for image, caption in lines])
+    references = {"a.png": ["one", "three", "one", "one"], "b.png": ["two"]}
+    evaluated = load_source(config, split)
+    assert [(r["id"], r["caption"], r["references"]) for r in evaluated] == [
+        ("a.png", "one", references["a.png"]),
+        ("b.png", "two", references["b.png"]),
+    ]
+    trained = load_source(config, split, training=True)
+    assert [(r["id"], r["caption"]) for r in trained] == [
+        ("a.png", "one"),
+        ("b.png", "two"),
+        ("a.png", "three"),
+        ("a.png", "one"),
+        ("a.png", "one"),
+    ]
+    assert all(r["references"] == references[r["id"]] for r in trained)
+
+
+def test_lines_without_split_follow_the_line_that_names_one(tmp_path):
+    lines = [{"image": f"{i}.png", "caption": "first"} for i in range(20)]
+    lines += [{"image": f"./{i}.png", "caption": "second", "split": "test"} for i in range(20)]
+    records = list(load_source(folder(tmp_path, lines), "test"))
+    assert len(records) == 20 and all(r["references"] == ["first", "second"] for r in records)
+    alone, other = ({"image": f"{dots}17.png", "caption": "x"} for dots in ("", "./"))  # by its name: val
+    (record,) = load_source(folder(tmp_path, [alone, other]), split_of("17.png"))
+    assert record["references"] == ["x", "x"]
+
+
+def test_pictures_in_two_splits_are_warned_of_once(tmp_path, capsys):
+    splits = {"a": ["train", "val"], "b": ["train", "val"], "c": ["test"], "d": ["train", "test"], "e": ["val", "val"]}
+    lines = [{"image": f"{n}.png", "caption": "x", "split": split} for n, named in splits.items() for split in named]
+    config = folder(tmp_path, lines)
+    load_source(config, "val")
+    of_val = (
+        f"warning: {tmp_path}: 2 pictures are in train and in val, for example a.png: scores of val will be too good"
+    )
+    assert capsys.readouterr().err.splitlines() == [of_val]
+    load_source(config, "val")
+    load_source(config, "train", training=True)
+    (of_test,) = capsys.readouterr().err.splitlines()
+    assert "1 picture is in train and in test, for example d.png: scores of test" in of_test
+
+
+def test_half_characters_in_captions_are_replaced_and_counted(tmp_path, capsys):
+    captions = ["a \ud83d", ["\ud83d\ude00", "\udc00 b"], "fine"]
+    config = folder(tmp_path, [{"image": "a.png", "caption": caption, "split": "val"} for caption in captions])
+    (record,) = load_source(config, "val")
+    assert record["references"] == ["a \ufffd", "\U0001f600", "\ufffd b", "fine"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "2 of the captions for val hold half a character" in warning
+
+
+@pytest.mark.parametrize("name", ["../a.png", "sub/../../a.png", "{}/a.png"])
+def test_pictures_outside_of_the_folder_are_refused_unless_allowed(tmp_path, name):
+    names = ["..link.png", name.format(tmp_path)]
+    config = folder(tmp_path / "inside", [{"image": image, "caption": "x", "split": "val"} for image in names])
+    (tmp_path / "inside" / "..link.png").unlink()
+    (tmp_path / "inside" / "..link.png").symlink_to("../a.png")
+    with pytest.raises(UserError, match=r"captions\.jsonl, line 2: .* outside .*data\.allow_outside=True"):
+        load_source(config, "train")
+    config.allow_outside = True
+    link, outside = load_source(config, "val")
+    assert (link["id"], outside["id"]) == ("..link.png", names[1].replace("sub/../", ""))
+    assert link["image"] == outside["image"] == (tmp_path / "a.png").read_bytes()
+
+
+def test_too_large_files_are_skipped_as_unreadable(tmp_path, monkeypatch):
+    config = folder(tmp_path, [{"image": "a.png", "caption": "x", "split": "val"}])
+    source = load_source(config, "val")
+    assert source[0]["id"] == "a.png"
+    monkeypatch.setattr(transforms, "MAX_BYTES", 10)
+    with pytest.raises(transforms.UNREADABLE, match="more than the 10 that are read"):
+        source[0]
+
+
+def test_shared_ids_are_refused():
+    check_unique_ids(["a", "b"])
+    with pytest.raises(UserError, match="two pictures of this split have the id 'b': "):
+        check_unique_ids(["a", "b", "b", "b"])
+    with pytest.raises(UserError, match="have the id 'a', and so have the pictures of 1 other ids"):
+        check_unique_ids(["a", "b", "b", "a"])
 
 
 def test_folder_without_splits_is_divided_by_name(tmp_path):
@@ -76,6 +165,12 @@ def test_folder_without_splits_is_divided_by_name(tmp_path):
         ('{"image": "a.png", "caption": ["x", 3]}', 'line 2: "caption"'),
         ('{"image": "a.png", "caption": "  "}', 'line 2: "caption"'),
         ('{"image": "a.png", "caption": "x", "split": "dev"}', 'line 2: unknown split "dev"'),
+        ('{"image": "\\ud83d.png", "caption": "x"}', 'line 2: the name "\ufffd.png" holds half a character'),
+        ('{"image": "%s.png", "caption": "x", "split": "train"}' % ("a" * 5000), r"are not in .*: a+\.\.\. \(line 2\)"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ('{"image": "..", "caption": "x"}', r'line 2: "\.\." is outside'),
+        ('{"image": "a/../../b", "caption": "x"}', r'line 2: "\.\./b" is outside'),
+        ('{"image": "//etc", "caption": "x"}', 'line 2: "//etc" is outside'),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
@@ -94,13 +189,21 @@ def test_absent_pictures_are_named(tmp_path):
 def test_absent_folder_file_path_and_split(tmp_path):
     with pytest.raises(UserError, match=r"has no captions\.jsonl"):
         load_source(ConfigDict({"name": "folder", "path": str(tmp_path)}), "train")
-    with pytest.raises(UserError, match="is no folder"):
-        load_source(ConfigDict({"name": "folder", "path": str(tmp_path / "none")}), "train")
+    for none in ("none", "a" * 5000):
+        with pytest.raises(UserError, match="is no folder"):
+            load_source(ConfigDict({"name": "folder", "path": str(tmp_path / none)}), "train")
     with pytest.raises(UserError, match=r"data\.path"):
         load_source(ConfigDict({"name": "folder", "path": ""}), "train")
     config = folder(tmp_path, [{"image": "a.png", "caption": "x", "split": "train"}])
     with pytest.raises(UserError, match='in the split "val"'):
         load_source(config, "val")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_unreadable_captions(tmp_path):
+    (tmp_path / "captions.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"cannot read .*captions\.jsonl: "):
+        load_source(ConfigDict({"name": "folder", "path": str(tmp_path)}), "train")
 
 
 @pytest.mark.parametrize("name", ["openmoji", "folder", "synthetic"])

@@ -3,15 +3,23 @@
     {"image": "cats/1.jpg", "caption": "a cat on a mat"}
     {"image": "cats/2.jpg", "caption": ["two cats", "cats asleep"], "split": "val"}
 
-Pictures are named relative to the folder. Without "split", a hash of the name puts 5 % of the pictures each into val
-and test. Hugging Face's imagefolder spelling (`metadata.jsonl` with "file_name" and "text") is read as well.
+Pictures are named relative to the folder. Several lines may name one picture: all their captions belong to it. Without
+"split", a line is in the split that another line of the picture names; if none does, a hash of the name puts 5 % of
+the pictures each into val and test. Hugging Face's imagefolder spelling (`metadata.jsonl` with "file_name" and "text")
+is read as well.
 """
 
+import functools
 import hashlib
 import json
+import os
+import posixpath
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from simvlg_jax.data import transforms
+from simvlg_jax.data.captions import well_formed
 from simvlg_jax.errors import UserError
 
 FILES = ("captions.jsonl", "metadata.jsonl")
@@ -20,24 +28,32 @@ EXAMPLE = '{"image": "cats/1.jpg", "caption": "a cat on a mat"}'
 
 
 class Line(NamedTuple):
-    image: str
+    number: int
+    image: str  # "a.png" for "./a.png" too
     captions: list[str]
-    split: str
+    repaired: int  # captions that held half a character
+    split: str | None
 
 
 def split_of(image: str) -> str:
-    """The split of a picture whose line names none; depends on its name only."""
+    """The split of a picture whose lines name none; depends on its name only."""
     percent = int.from_bytes(hashlib.sha256(image.encode()).digest()[:8]) * 100 / 2**64
     if percent < HELD_OUT_PERCENT:
         return "val"
     return "test" if percent < 2 * HELD_OUT_PERCENT else "train"
 
 
-def _parse(text: str, where: str) -> Line:
-    """One line of the file; raises UserError that begins with `where`."""
+def _short(name: str) -> str:
+    """A name for a message."""
+    return well_formed(name if len(name) <= 100 else f"{name[:100]}...")
+
+
+def _parse(text: str, number: int, file: Path, allow_outside: bool) -> Line:
+    """One line of the file; raises UserError that names file and line."""
+    where = f"{file}, line {number}"
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); a line looks like {EXAMPLE}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not a JSON object; a line looks like {EXAMPLE}")
@@ -46,59 +62,117 @@ def _parse(text: str, where: str) -> Line:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(image, str) or not image:
         raise UserError(f'{where}: no "image"; a line looks like {EXAMPLE}')
+    if image != well_formed(image):
+        raise UserError(f'{where}: the name "{_short(image)}" holds half a character (a lone surrogate)')
+    image = posixpath.normpath(image)
+    if not allow_outside and (posixpath.isabs(image) or image.split("/")[0] == ".."):
+        raise UserError(
+            f'{where}: "{_short(image)}" is outside of the folder or an absolute name; put the picture into '
+            f"{file.parent} and name it relative to that, or set data.allow_outside=True"
+        )
     strings = isinstance(captions, list) and all(isinstance(text, str) and text.strip() for text in captions)
     if not captions or not strings:
         raise UserError(f'{where}: "caption" must be a text or a list of texts, not empty')
-    split = fields.get("split", None) or split_of(image)
-    if split not in FolderSource.SPLITS:
-        raise UserError(f'{where}: unknown split "{split}"; known are {", ".join(FolderSource.SPLITS)}')
-    return Line(image, captions, split)
+    split = fields.get("split") or None
+    if split not in (None, *FolderSource.SPLITS):
+        name = f' "{_short(split)}"' if isinstance(split, str) else ""
+        raise UserError(f"{where}: unknown split{name}; known are {', '.join(FolderSource.SPLITS)}")
+    repaired = [well_formed(caption) for caption in captions]
+    return Line(number, image, repaired, sum(map(str.__ne__, captions, repaired)), split)
 
 
-def _read(folder: Path) -> list[Line]:
-    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+def _read(folder: Path, allow_outside: bool) -> list[Line]:
+    path = next((folder / name for name in FILES if os.path.isfile(folder / name)), None)
     if path is None:
-        what = "is no folder" if not folder.is_dir() else f"has no {FILES[0]}"
+        what = "is no folder" if not os.path.isdir(folder) else f"has no {FILES[0]}"
         raise UserError(f"{folder} {what}; data.path must name a folder with pictures and {FILES[0]}: {EXAMPLE}")
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        return [_parse(text, f"{path}, line {n}") for n, text in enumerate(lines, 1) if text.strip()]
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as lines:
+            return [_parse(text, n, path, allow_outside) for n, text in enumerate(lines, 1) if text.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Prints a warning, once in a process: the validation split is opened again and again."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class FolderSource:
-    """Records of a folder; in train one for each caption, else one for each picture.
+    """Records of a folder; in training one for each caption, else one for each picture with its first caption.
 
-    Raises UserError for an absent or malformed file, for pictures that are not there and for an empty split.
+    The references of a record are all captions that the split's lines give its picture, in the file's order. The id is
+    the picture's name. Its file is found by that name alone: a symbolic link inside of the folder is followed wherever
+    it leads.
+
+    Raises UserError for an absent or malformed file, for pictures that are not there and for an empty split. Warns on
+    stderr of a picture that is in two splits and of half characters (lone surrogates) in captions.
     """
 
     SPLITS = ("train", "val", "test")
 
-    def __init__(self, path: str, split: str):
+    def __init__(self, path: str, split: str, *, training: bool = False, allow_outside: bool = False):
+        """Args:
+        path: the folder.
+        split: one of SPLITS.
+        training: a record for each caption instead of for each picture.
+        allow_outside: pictures may lie outside of the folder, as "../a.png" or "/pictures/a.png".
+        """
         self._folder = Path(path)
-        lines = [line for line in _read(self._folder) if line.split == split]
-        absent = [line.image for line in lines if not (self._folder / line.image).is_file()]
-        if absent:
-            raise UserError(
-                f"{len(absent)} of the {len(lines)} pictures for {split} are not in {path}: "
-                f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}\n"
-                "put them there or take their lines out"
-            )
+        lines = _read(self._folder, allow_outside)
+        named: dict[str, list[str]] = {}  # picture -> splits that its lines name
+        for line in lines:
+            if line.split:
+                named.setdefault(line.image, []).append(line.split)
+        self._warn_of_overlap(named, split)
+
+        lines = [line for line in lines if (line.split or named.get(line.image, [split_of(line.image)])[0]) == split]
         if not lines:
             raise UserError(f'no picture of {path} is in the split "{split}"; give some lines "split": "{split}"')
-        each = split == "train"
-        self._records = [
-            (line.image, caption, line.captions)
-            for line in lines
-            for caption in (line.captions if each else line.captions[:1])
-        ]
+        if repaired := sum(line.repaired for line in lines):
+            _warn(
+                f"{path}: {repaired} of the captions for {split} hold half a character (a lone surrogate): now \ufffd"
+            )
+        self._references: dict[str, list[str]] = {}
+        for line in lines:
+            self._references.setdefault(line.image, []).extend(line.captions)
+        self._check_presence(lines, split)
+        if training:
+            self._records = [(line.image, caption) for line in lines for caption in line.captions]
+        else:
+            self._records = [(image, captions[0]) for image, captions in self._references.items()]
+
+    def _warn_of_overlap(self, named: dict[str, list[str]], split: str) -> None:
+        for other in self.SPLITS:
+            first, second = sorted((split, other), key=self.SPLITS.index)
+            both = [image for image, splits in named.items() if first in splits and second in splits]
+            if both and other != split:
+                pictures = f"{len(both)} pictures are" if len(both) > 1 else "1 picture is"
+                _warn(
+                    f"{self._folder}: {pictures} in {first} and in {second}, for example {_short(both[0])}: "
+                    f"scores of {second} will be too good"
+                )
+
+    def _check_presence(self, lines: list[Line], split: str) -> None:
+        numbers = {line.image: line.number for line in reversed(lines)}  # the first line of each picture
+        absent = [image for image in self._references if not os.path.isfile(self._folder / image)]
+        if absent:
+            names = [f"{_short(image)} (line {numbers[image]})" for image in absent[:3]]
+            raise UserError(
+                f"{len(absent)} of the {len(self._references)} pictures for {split} are not in {self._folder}: "
+                f"{', '.join(names)}{', ...' if len(absent) > 3 else ''}\n"
+                "put them there or take their lines out"
+            )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, caption, references = self._records[int(index)]
+        image, caption = self._records[int(index)]
         return {
-            "image": (self._folder / image).read_bytes(),
+            "image": transforms.read(self._folder / image),
             "caption": caption,
-            "references": references,
+            "references": self._references[image],
             "id": image,
         }

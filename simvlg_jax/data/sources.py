@@ -1,10 +1,12 @@
 """Record sources: what a data set's files hold, by index.
 
 A record is `{"image": PNG/JPEG bytes or uint8 (H, W, 3), "caption": str, "references": list[str], "id": str}`.
-`caption` is what training sees, `references` are all captions of the picture, what evaluation compares with.
+`caption` is what training sees, `references` are all captions of the picture, what evaluation compares with. A source
+for training has one record for each caption; any other one for each picture, and `caption` is the first.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,34 +111,49 @@ class SyntheticSource:
         }
 
 
-def _openmoji(config: ml_collections.ConfigDict, split: str) -> Source:
+def _openmoji(config: ml_collections.ConfigDict, split: str, training: bool) -> Source:
     return OpenMojiSource(config.get("dir", "data"), split)
 
 
-def _folder(config: ml_collections.ConfigDict, split: str) -> Source:
+def _folder(config: ml_collections.ConfigDict, split: str, training: bool) -> Source:
     _check_split(split, FolderSource.SPLITS, "folder")
     if not config.get("path"):
         raise UserError('the data set "folder" needs data.path, the folder with pictures and captions.jsonl', status=2)
-    return FolderSource(config.path, split)
+    outside = config.get("allow_outside", False)
+    return FolderSource(config.path, split, training=training, allow_outside=outside)
 
 
-def _synthetic(config: ml_collections.ConfigDict, split: str) -> Source:
+def _synthetic(config: ml_collections.ConfigDict, split: str, training: bool) -> Source:
     _check_split(split, SyntheticSource.SPLITS, "synthetic")
     return SyntheticSource(config.synthetic_size[split], split)
 
 
-SOURCES: dict[str, Callable[[ml_collections.ConfigDict, str], Source]] = {
+SOURCES: dict[str, Callable[[ml_collections.ConfigDict, str, bool], Source]] = {
     "openmoji": _openmoji,
     "folder": _folder,
     "synthetic": _synthetic,
 }
 
 
-def load_source(data_config: ml_collections.ConfigDict, split: str) -> Source:
+def load_source(data_config: ml_collections.ConfigDict, split: str, training: bool = False) -> Source:
     """Opens one split of the data set `data_config.name`.
+
+    Args:
+      training: for one record for each caption, instead of one for each picture with all its captions as references.
 
     Raises UserError for an unknown data set or split, and for data that is absent or malformed.
     """
     if data_config.name not in SOURCES:
         raise UserError(f'unknown data set "{data_config.name}"; there are {", ".join(SOURCES)}', status=2)
-    return SOURCES[data_config.name](data_config, split)
+    return SOURCES[data_config.name](data_config, split, training)
+
+
+def check_unique_ids(ids: Sequence[str]) -> None:
+    """Raises UserError if two records share an id: scores go by id, so one would hide the other."""
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        others = f", and so have the pictures of {len(twice) - 1} other ids" if len(twice) > 1 else ""
+        raise UserError(
+            f"two pictures of this split have the id {twice[0]!r}{others}: scores go by id, so give each picture its "
+            "own, and a picture with several captions one record with all of them as references"
+        )
