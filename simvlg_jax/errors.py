@@ -8,13 +8,14 @@ from collections.abc import Callable
 from absl import logging
 
 UNEXPECTED, TRY_AGAIN = 70, 75  # sysexits.h calls them EX_SOFTWARE and EX_TEMPFAIL
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
     """Something the user can fix: the message says what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with `status` (1: the work could not be done, nor will it
-    be if tried again; 2: it was asked for wrongly; TRY_AGAIN: another process is missing).
+    The command line prints it without a traceback and exits with `status` (1: failed, retrying will not help;
+    2: invalid arguments or config; TRY_AGAIN: another process is missing).
     """
 
     def __init__(self, message: str, status: int = 1):
@@ -43,8 +44,19 @@ def run_verb(main: Callable[[], int | None], before_failing: Callable[[str, int]
     sys.exit(status)
 
 
+def warn(message: str) -> None:
+    """Prints "warning: MESSAGE" on standard error."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """An error as "Type: first line of its message", without the notes that libraries add."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
 def _explain(error: BaseException) -> tuple[str, int]:
-    """The reason in a line, and the exit status; of what nobody expected, the traceback is printed."""
+    """Returns a one-line reason and the exit status; prints the traceback of unexpected errors."""
     if isinstance(error, UserError):
         return str(error), error.status
     if isinstance(error, KeyboardInterrupt):
@@ -53,5 +65,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "nobody reads its output any more", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on device ({error.filename or 'disk full'}): free some and run again", 1
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}", 1
     traceback.print_exception(error)
-    return traceback.format_exception_only(error)[-1].strip(), UNEXPECTED
+    return first_line(error), UNEXPECTED

@@ -208,8 +208,8 @@ def test_evaluation_sees_each_example_once(count, processes):
             assert batch["weight"].dtype == np.float32 and batch["index"].dtype == np.int32
             real = batch["weight"] == 1
             assert (batch["weight"][~real] == 0).all() and (batch["index"][~real] == -1).all()
-            assert (batch["targets"][~real] == IGNORE).all()
-            assert np.array(numbers(batch))[real].tolist() == batch["index"][real].tolist()
+            assert (batch["targets"][~real] == IGNORE).all() and (batch["image"][~real] == 0).all()
+            assert numbers({key: batch[key][real] for key in ("ids", "mask")}) == batch["index"][real].tolist()
             assert (batch["image"][real] == batch["index"][real][:, None, None, None]).all()
             seen += batch["index"][real].tolist()
     assert sorted(seen) == list(range(count))
@@ -223,9 +223,12 @@ def test_evaluation_can_pad_less_and_be_repeated():
     assert_equal(first, list(batches))
 
 
-def test_damaged_picture_stops_evaluation_with_its_name():
-    with pytest.raises(UserError, match="cannot read the picture picture 5"):
-        list(make_eval_batches(Numbered(11, damaged={5}), TEXT, image_size=8, batch_size=4))
+def test_damaged_picture_has_no_weight_and_keeps_its_index():
+    first, second, third = make_eval_batches(Numbered(11, damaged={5, 10}), TEXT, image_size=8, batch_size=4)
+    assert first["weight"].tolist() == [1, 1, 1, 1]
+    assert second["weight"].tolist() == [1, 0, 1, 1] and second["index"].tolist() == [4, 5, 6, 7]
+    assert third["weight"].tolist() == [1, 1, 0, 0] and third["index"].tolist() == [8, 9, 10, -1]
+    assert (second["targets"][1] == IGNORE).all() and (second["image"][1] == 0).all()
 
 
 def test_impossible_batch_sizes_are_refused():

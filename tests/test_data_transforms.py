@@ -184,6 +184,14 @@ def test_arrays_and_bytes_give_the_same_picture():
     np.testing.assert_array_equal(np.asarray(transforms.decode(pixels)), pixels)
 
 
+def test_formats_that_are_programs_are_not_read():
+    """Pillow would hand PostScript to Ghostscript."""
+    with pytest.raises(transforms.UNREADABLE, match="not a picture of a known format"):
+        transforms.decode(encoded(Image.new("RGB", (8, 8)), "EPS"))
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF"):
+        assert transforms.decode(encoded(Image.new("RGB", (8, 8), "white"), kind)).getpixel((4, 4)) == (255,) * 3, kind
+
+
 @pytest.mark.parametrize("damage", [b"", b"not a picture", "cut", "flipped"])
 def test_damaged_files_raise_what_callers_catch(damage):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 import posixpath
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from simvlg_jax.data import transforms
 from simvlg_jax.data.captions import well_formed
-from simvlg_jax.errors import UserError
+from simvlg_jax.errors import UserError, warn
 
 FILES = ("captions.jsonl", "metadata.jsonl")
 HELD_OUT_PERCENT = 5  # of the pictures, in val and in test each
@@ -93,10 +92,7 @@ def _read(folder: Path, allow_outside: bool) -> list[Line]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-@functools.cache
-def _warn(message: str) -> None:
-    """Prints a warning, once in a process: the validation split is opened again and again."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+_warn = functools.cache(warn)  # once in a process: evaluating may open a split again and again
 
 
 class FolderSource:

@@ -65,7 +65,7 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
     """Prints the statistics of a split and writes OUT/SPLIT.png; returns its path."""
     task = build_task(config)
     encoder = task.text_encoder
-    source = load_source(config.data, split)
+    source = load_source(config.data, split, training=split == "train")
     lengths = token_lengths(source, encoder)
     size = config.train.batch_size if split == "train" else config.evaluate.batch_size
     skipped = Skipped()

@@ -9,8 +9,8 @@ A batch is a dict of numpy arrays (B pictures of this process, side S, L tokens)
 
 and in evaluation also
 
-    weight   float32 (B,), 0 for the repeats that fill the last batch
-    index    int32 (B,), position of the example in its source, -1 for those repeats
+    weight   float32 (B,), 1 for each example that counts; 0 for unreadable pictures and for blanks in the last batch
+    index    int32 (B,), position of the example in its source, -1 for those blanks
 """
 
 import functools
@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from simvlg_jax.data import transforms
+from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.sources import Source
 from simvlg_jax.data.text import IGNORE, TextEncoder
 from simvlg_jax.errors import UserError
@@ -193,9 +193,12 @@ def make_train_iterator(
 
     Each epoch is a new permutation of the source. A batch holds the same examples in the same order and views however
     many processes share it out. The position (`get_state`, `set_state`) restores order and augmentation exactly; it
-    counts batches, so every process has the same, and another number of processes goes on from it. It depends on the
-    number of workers, the batches do not. If processes share a batch, L is always `max_tokens`, they must agree on it,
-    and lengths are not grouped.
+    counts batches, so every process has the same, and another number of processes goes on from it. It is valid for the
+    same `data_config.workers` only. The batches are the same for any number of workers, unless lengths are grouped:
+    then workers take turns with the batches of their windows, which changes the order. If processes share a batch,
+    text is padded to `max_tokens` and lengths are not grouped, since all must agree on L.
+
+    Iterate within `workers.signals_blocked`, so that Ctrl-C does not kill workers that are just starting.
 
     Args:
       data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
@@ -232,7 +235,8 @@ def make_train_iterator(
     if data_config.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes inherit absl flags
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=data_config.workers))
+        options = grain.MultiprocessingOptions(num_workers=data_config.workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=workers.start_worker)
     return iter(dataset.map(Skipped() if skipped is None else skipped))
 
 
@@ -253,32 +257,36 @@ class EvalBatch:
     multiple: int
 
     def _example(self, index: int) -> dict[str, Any]:
-        name = f"record {index}"
-        try:
-            record = self.source[index]
-            name = record["id"]
-            image = transforms.decode(record["image"])
-        except transforms.UNREADABLE as error:
-            raise UserError(f"cannot read the picture {name}: {error}") from error
-        ids, targets = self.encode(record["caption"])
-        return {"image": transforms.squash(image, self.size), "ids": ids, "targets": targets}
+        """Raises one of transforms.UNREADABLE."""
+        record = self.source[index]
+        image = transforms.squash(transforms.decode(record["image"]), self.size)
+        return self._with_text(image, record["caption"])
+
+    def _with_text(self, image: np.ndarray, caption: str) -> dict[str, Any]:
+        ids, targets = self.encode(caption)
+        return {"image": image, "ids": ids, "targets": targets}
 
     def __call__(self, number: int) -> Batch:
         indices = number * self.batch_size + np.array(self.rows)
-        real = indices < len(self.source)
-        examples = [self._example(int(i)) for i in indices[real]]
-        if not examples:
-            examples = [self._example(0)]
-        examples += [examples[-1]] * (len(indices) - len(examples))
+        indices = np.where(indices < len(self.source), indices, -1).astype(np.int32)
+        blank = self._with_text(np.zeros((self.size, self.size, 3), np.uint8), "")
+        examples, counted = [], []
+        for index in indices.tolist():
+            try:
+                example = self._example(index) if index >= 0 else None
+            except transforms.UNREADABLE:
+                example = None
+            examples.append(example or blank)
+            counted.append(example is not None)
         batch = collate(
             examples,
             pad_id=self.encode.pad_id,
             multiple=self.multiple,
             max_tokens=self.encode.max_tokens,
         )
-        batch["targets"][~real] = IGNORE
-        batch["weight"] = real.astype(np.float32)
-        batch["index"] = np.where(real, indices, -1).astype(np.int32)
+        batch["targets"][~np.array(counted)] = IGNORE
+        batch["weight"] = np.array(counted, np.float32)
+        batch["index"] = indices
         return batch
 
 
@@ -294,8 +302,8 @@ def make_eval_batches(
 ) -> grain.IterDataset:
     """Each example exactly once, in order; every process gets equally many batches of equal size.
 
-    The last batches are filled with repeats of weight 0 that have no targets. An unreadable picture raises UserError
-    with its name. Iterate over the result as often as needed.
+    Blanks of weight 0 without targets fill the last batches and stand in for unreadable pictures, which keep their
+    index. Iterate over the result as often as needed.
 
     Args:
       batch_size: of all processes together.

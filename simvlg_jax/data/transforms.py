@@ -3,6 +3,7 @@
 Normalisation is not here: it runs on the device.
 """
 
+import functools
 import io
 import math
 import struct
@@ -27,6 +28,8 @@ UNREADABLE = (
 MAX_PIXELS = 50 * 2**20  # in a decoded picture: 4 bytes each, and up to five times that while it is decoded
 MAX_BYTES = 2**28  # in a picture's file
 BAND = 2**20  # pixels that are converted at once
+# Of Pillow's formats the ones that hold photographs and drawings as pixels: others run programs, as EPS does.
+FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA")
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 
@@ -56,7 +59,7 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
         return Image.fromarray(image, "RGB") if image.ndim == 3 else Image.fromarray(image).convert("RGB")
     _check_bytes(len(image))
     try:
-        with Image.open(io.BytesIO(image)) as picture:
+        with Image.open(io.BytesIO(image), formats=_formats()) as picture:
             _fit(picture)
             ImageOps.exif_transpose(picture, in_place=True)
     except UnidentifiedImageError:
@@ -73,6 +76,13 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
     if picture.mode == "RGB" and picture.format in ("JPEG", "PNG"):
         return picture  # convert() would copy it; of other formats, the copy leaves a decoder behind
     return picture.convert("RGB")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS, but for those that this build of Pillow lacks."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_bytes(count: int) -> None:
