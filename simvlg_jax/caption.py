@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from simvlg_jax.config import add_model_arguments, model_folder
+from simvlg_jax.config import add_checkpoint_argument, add_model_arguments, model_folder
 from simvlg_jax.errors import UserError, run_verb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -23,6 +23,7 @@ def main() -> int:
         prog="python -m simvlg_jax.caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_arguments(parser)
+    add_checkpoint_argument(parser)
     parser.add_argument("--prompt", help="words for the caption to go on from")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
@@ -32,10 +33,12 @@ def main() -> int:
     pictures = [path for given in arguments.pictures for path in expand(given)]
     if not pictures:
         raise UserError(f"no pictures in {', '.join(map(str, arguments.pictures))} ({', '.join(sorted(SUFFIXES))})")
+    if not any(path.exists() for path in pictures):
+        raise UserError(f"no such file or folder: {', '.join(map(str, pictures[:5]))}")
 
     from simvlg_jax.model import load
 
-    model = load(model_folder(arguments))
+    model = load(model_folder(arguments), checkpoint=arguments.checkpoint)
     failed = 0
     for start in range(0, len(pictures), arguments.batch_size):
         group = pictures[start : start + arguments.batch_size]
@@ -62,8 +65,10 @@ def caption_files(model, paths: list[Path], arguments: argparse.Namespace) -> li
     readable, images = [], []
     for i, path in enumerate(paths):
         try:
-            images.append(transforms.decode(path.read_bytes()))
+            images.append(transforms.decode(transforms.read(path)))
             readable.append(i)
+        except FileNotFoundError:
+            results[i] = {"error": "no such file or folder"}
         except transforms.UNREADABLE as error:
             results[i] = {"error": f"cannot read this picture: {error}"}
     captions = model.captions(images, arguments.prompt, arguments.batch_size) if images else []

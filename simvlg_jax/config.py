@@ -3,17 +3,66 @@
 import argparse
 import difflib
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from simvlg_jax import files
-from simvlg_jax.errors import UserError
+from simvlg_jax.errors import UserError, warn
 
 EXAMPLE = Path(__file__).parent / "example"  # the trained example: an exported model
+
+POSITIVE, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+ONE_UP, ZERO_UP, SHARE = (1, math.inf), (0, math.inf), (0, BELOW_1)
+FORMER = {"data.allow_outside": False}  # keys that came later -> what they are in a config without them
+RANGES = {  # smallest and greatest value of each number; ".*" stands for all keys of a group
+    "seed": (0, 2**32 - 1),
+    "vit.max_frames": ZERO_UP,
+    "connector.r": ZERO_UP,
+    "connector.inflect": (-1, 1),
+    "connector.tokens": ZERO_UP,
+    "connector.dropout": SHARE,
+    "llm.dropout": SHARE,
+    "llm.max_text_tokens": ONE_UP,
+    "data.synthetic_size.*": ONE_UP,
+    "data.pad_multiple": ZERO_UP,
+    "data.length_window": ONE_UP,
+    "data.workers": ZERO_UP,
+    "data.read_threads": ONE_UP,
+    "train.batch_size": ONE_UP,
+    "train.accumulate": ONE_UP,
+    "train.beta": ZERO_UP,
+    "train.steps": ONE_UP,
+    "train.max_minutes": ZERO_UP,
+    "train.log_every": ONE_UP,
+    "train.eval_every": ZERO_UP,
+    "train.save_every": ONE_UP,
+    "train.keep_best": ZERO_UP,
+    "train.keep_last": ONE_UP,
+    "optimizer.lr": (POSITIVE, math.inf),
+    "optimizer.lr_multipliers.*": ZERO_UP,
+    "optimizer.min_lr": ZERO_UP,
+    "optimizer.warmup_lr": ZERO_UP,
+    "optimizer.warmup_steps": ZERO_UP,
+    "optimizer.inner_epoch_steps": ONE_UP,
+    "optimizer.weight_decay": ZERO_UP,
+    "optimizer.b1": SHARE,
+    "optimizer.b2": SHARE,
+    "optimizer.eps": (POSITIVE, math.inf),
+    "optimizer.clip_norm": ZERO_UP,
+    "mesh.data": (-1, math.inf),
+    "mesh.fsdp": (-1, math.inf),
+    "mesh.tensor": (-1, math.inf),
+    "evaluate.batch_size": ONE_UP,
+    "evaluate.max_new_tokens": ONE_UP,
+    "evaluate.min_new_tokens": ZERO_UP,
+    "evaluate.repetition_penalty": (POSITIVE, math.inf),
+    "evaluate.max_examples": ZERO_UP,
+}
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -31,14 +80,31 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         sys.path.insert(0, root)
     arguments = ["simvlg_jax", f"--config={spec}", *_check_form(overrides)]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
         values(arguments)
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_explain(spec, overrides, error), 2) from error
+    except Exception as error:  # a config file is code and may raise anything
+        keys = flat_keys(load_config(spec)) if overrides else {}
+        raise UserError(_explain(f"config {spec}", keys, overrides, error), 2) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config {spec}: get_config returns {type(config).__name__} instead of a ConfigDict", 2)
     check(config)
     return config
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """A copy of a config with overrides such as "--config.evaluate.batch_size=64" applied. Raises as `load_config`."""
+    arguments = ["simvlg_jax", *_check_form(overrides)]
+    values, copy = flags.FlagValues(), config.copy_and_resolve_references()
+    try:
+        config_flags.DEFINE_config_dict("config", copy, flag_values=values, sys_argv=arguments)
+        values(arguments)
+        changed = values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_explain("config", flat_keys(config), overrides, error), 2) from error
+    check(changed)
+    return changed.lock()
 
 
 def _check_form(overrides: Sequence[str]) -> list[str]:
@@ -48,16 +114,22 @@ def _check_form(overrides: Sequence[str]) -> list[str]:
     return list(overrides)
 
 
-def _explain(spec: str, overrides: Sequence[str], error: Exception) -> str:
-    if overrides:
-        keys = flat_keys(load_config(spec))
-        for override in overrides:
-            key = override.removeprefix("--config.").partition("=")[0]
-            if key not in keys:
-                near = difflib.get_close_matches(key, keys, 3, 0.5)
-                near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near]
-                return f"unknown config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    return f"config {spec}: {str(error).strip().splitlines()[-1]}"  # absl puts a config's whole traceback before
+def _explain(name: str, keys: Collection[str], overrides: Sequence[str], error: Exception) -> str:
+    for given in overrides:
+        key = given.removeprefix("--config.").partition("=")[0]
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 3, 0.5)
+            near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near]
+            return f"unknown config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    if isinstance(error, flags.IllegalFlagValueError) and overrides:
+        return str(error).strip().splitlines()[-1]
+    while (cause := error.__cause__ or error.__context__) is not None:  # absl puts its own errors around it
+        error = cause
+    if isinstance(error, SyntaxError):
+        return f"{name}: line {error.lineno}: {error.msg}"
+    lines = str(error).strip().splitlines() or [""]
+    message = f"{type(error).__name__}: {lines[-1]}" if not isinstance(error, flags.Error | ValueError) else lines[-1]
+    return f"{name}: {message}"
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -83,48 +155,98 @@ def check(config: ConfigDict) -> None:
     one_of("optimizer.schedule", "cosine", "staircase")
     one_of("sentence_encoder.pooling", "mean", "pooler")
     one_of("data.name", "openmoji", "folder", "synthetic")
-    for key in ("train.batch_size", "train.accumulate", "train.steps", "train.log_every", "evaluate.batch_size"):
-        if flat_keys(config)[key] < 1:
-            raise UserError(f"{key} must be at least 1", 2)
+    for key, value in flat_keys(config).items():
+        check_range(key, value)
+    scale = tuple(config.data.crop_scale)
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, as (0.5, 1.0)", 2)
+    if any(r < 0 for r in config.connector.merges):
+        raise UserError(f"connector.merges is {tuple(config.connector.merges)}; no layer can merge less than 0", 2)
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
     if config.llm.start_first and config.llm.start_is_target:
         raise UserError("a start token that stands first cannot be a target: llm.start_is_target=False", 2)
-    if config.task == "contrastive" and config.train.accumulate > 1:
+
+
+def check_range(key: str, value: object) -> None:
+    """Raises UserError (status 2) if a number of the config is outside of its range in RANGES."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, high = RANGES[key] if key in RANGES else RANGES[key.rpartition(".")[0] + ".*"]
+    if low <= value <= high and math.isfinite(value):
+        return
+    least = "above 0" if low == POSITIVE else f"at least {low}"
+    most = {math.inf: "", BELOW_1: " and below 1"}.get(high, f" and at most {high}")
+    raise UserError(f"{key} is {value}; it must be {least}{most}", 2)
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a workdir in which this config would mix with another run.
+
+    A start that left no checkpoint counts for nothing: the next one replaces its files.
+
+    Raises:
+      UserError: the folder holds an exported model, or checkpoints of a run of another model, data or optimizer; every
+        difference is shown.
+    """
+    if (workdir / "weights.safetensors").exists():
+        raise UserError(f"{workdir} holds an exported model: train in another --workdir")
+    if not any((workdir / "checkpoints").glob("*/commit_success.txt")):
+        return
+    path = workdir / "config.json"
+    if not path.exists():
+        warn(f"{path} is missing, so whether this config is the one that the run was started with is not checked")
+        return
+    if changed := differences(_read(path), json.loads(config.to_json()), _stays):
         raise UserError(
-            "the contrastive loss compares within a batch, so accumulating would change it: train.accumulate=1", 2
+            f"{workdir} holds a run of another config; use another --workdir, or the same values:\n  "
+            + "\n  ".join(changed)
         )
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes workdir/config.json, or checks that the one there is of the same model, data and optimiser.
-
-    Raises:
-      UserError: the folder holds another config's run; every difference is shown.
-    """
-    path = workdir / "config.json"
-    mine = json.loads(config.to_json())
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = _differences(_comparable(theirs), _comparable(mine))
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run of another config; use another --workdir, or the same values:\n  "
-                + "\n  ".join(changed)
-            )
-    files.write_json(path, mine)
+    """Writes workdir/config.json."""
+    files.write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
-def _comparable(config: dict) -> dict:
-    """What must stay the same over a run: all but how long, how often and on how many devices."""
-    flat = flat_keys(ConfigDict(config))
+def _stays(key: str) -> bool:
+    """Whether a key must stay the same over a run: all but how long, how often and on how many devices."""
     free = ("train.max_minutes", "train.log_every", "train.eval_every", "train.save_every", "train.keep_")
-    return {k: v for k, v in flat.items() if not k.startswith((*free, "mesh.", "evaluate.", "data.read_threads"))}
+    return not key.startswith((*free, "mesh.", "evaluate.", "data.read_threads", "data.allow_outside"))
 
 
-def _differences(theirs: dict, mine: dict) -> list[str]:
-    keys = dict.fromkeys([*theirs, *mine])
-    return [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in keys if theirs.get(k) != mine.get(k)]
+def is_of_model(key: str) -> bool:
+    """Whether a key says what the model is, and not where its weights come from or how it is run."""
+    free = (".weights", ".tokenizer", ".dropout", ".remat", ".train")
+    return key.startswith(("task", "vit.", "connector.", "llm.", "sentence_encoder.")) and not key.endswith(free)
+
+
+def differences(theirs: dict, mine: dict, counts: Callable[[str], bool]) -> list[str]:
+    """Lines "KEY: VALUE there, VALUE now" for the keys that count and differ between two nested configs."""
+    there, now = flat_keys(ConfigDict(theirs)), flat_keys(ConfigDict(mine))
+    keys = [key for key in dict.fromkeys([*there, *now]) if counts(key)]
+    return [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys if there.get(k) != now.get(k)]
+
+
+def _read(path: Path) -> dict:
+    """A config.json of this version or an older one."""
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+            raise ValueError("it holds no config")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): put back the one that the run was started with") from error
+    for key, value in FORMER.items():
+        group, name = key.split(".")
+        config[group].setdefault(name, value)
+    return config
+
+
+def _with_tuples(value: object) -> object:
+    """JSON's lists as the tuples that config files hold, of which flags override only those."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(each) for key, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -135,11 +257,9 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     path = workdir / "config.json"
     try:
-        config = ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        config = ConfigDict(_with_tuples(_read(path)))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} holds no run (no config.json); train one with simvlg_jax.train first") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
     today = ConfigDict(json.loads((EXAMPLE / "config.json").read_text()))
     if lacking := [key for key in flat_keys(today) if key not in flat_keys(config)]:
         raise UserError(
@@ -166,6 +286,16 @@ def add_process_argument(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one of several processes, which JAX finds (TPU slice, Slurm, Open MPI) or JAX_COORDINATOR_ADDRESS, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID name",
+    )
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint best, latest or a step."""
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="STEP",
+        help="best (by validation score, the default), latest, or a step",
     )
 
 

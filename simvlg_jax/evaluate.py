@@ -1,11 +1,15 @@
 """Scores a checkpoint on held-out pictures and writes results and the report.
 
-    python -m simvlg_jax.evaluate --workdir runs/openmoji [--split test,novel] [--config configs/openmoji.py]
+    python -m simvlg_jax.evaluate --workdir runs/openmoji [--split test,novel] [--config.evaluate.batch_size=64]
     python -m simvlg_jax.evaluate --example [--output runs/example]
+    python -m simvlg_jax.evaluate --workdir runs/openmoji --output runs/mine --config.data.name=folder \\
+      --config.data.path=FOLDER
 
-Without --config the run's own config is used; with it, values can be overridden (--config.evaluate.batch_size=64).
+The run's own config is used, with the values that are overridden; --config names another file for the same model. The
+run's folder keeps its config. Other data than the run's need --output, a folder for their results.
 
 For each split: eval/SPLIT.json with every caption; for all of it report.html; both in the workdir or --output.
+Pictures that cannot be read are named there and left out.
 Captions are also scored against other pictures' references (the shuffled control): a model that does not look scores
 the same on both.
 """
@@ -19,13 +23,16 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from simvlg_jax.config import (
+    add_checkpoint_argument,
     add_model_arguments,
     add_process_argument,
     config_parser,
+    differences,
+    is_of_model,
     load_config,
     model_folder,
+    override,
     read_config,
-    save_config,
 )
 from simvlg_jax.errors import UserError, run_verb
 from simvlg_jax.files import write_json
@@ -38,27 +45,27 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: test, and novel where the data has it")
-    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="best by validation score")
+    add_checkpoint_argument(parser)
     add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
     workdir = model_folder(arguments)
     output = arguments.output or (Path("runs/example") if arguments.example else workdir)
     config = read_config(workdir)
-    if arguments.config:
-        config = load_config(arguments.config, overrides)
-    elif overrides:
-        raise UserError(f"{overrides[0]} needs --config beside it", 2)
+    own = json.loads(config.to_json())
+    config = load_config(arguments.config, overrides) if arguments.config else override(config, overrides)
+    now = json.loads(config.to_json())
+    if changed := differences(own, now, is_of_model):
+        raise UserError(f"{workdir} holds another model than this config:\n  " + "\n  ".join(changed), 2)
+    if output == workdir and (changed := differences(own, now, lambda key: key.startswith("data."))):
+        raise UserError(
+            "these are other data than the run's; name a folder for their results with --output:\n  "
+            + "\n  ".join(changed),
+            2,
+        )
     splits = arguments.split.split(",") if arguments.split else default_splits(config.data.name)
     from simvlg_jax.parallel import processes
 
-    def work() -> int:
-        import jax
-
-        if arguments.config and jax.process_index() == 0:
-            save_config(config, workdir)
-        return evaluate(config, workdir, output, arguments.checkpoint, splits)
-
-    return processes.run(work, arguments.distributed)
+    return processes.run(lambda: evaluate(config, workdir, output, arguments.checkpoint, splits), arguments.distributed)
 
 
 def default_splits(name: str) -> list[str]:
@@ -71,20 +78,26 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
     from simvlg_jax.data.sources import load_source
     from simvlg_jax.evaluation import validation
     from simvlg_jax.evaluation.report import write_report
+    from simvlg_jax.progress import Announcer
     from simvlg_jax.training.restore import restore_run
 
+    def say(message: str) -> None:
+        if jax.process_index() == 0:
+            print(message, file=sys.stderr, flush=True)
+
+    announce = Announcer(say)
     sources = {split: load_source(config.data, split) for split in splits}  # wrong names stop here
     run = restore_run(config, workdir, checkpoint)
     for split, source in sources.items():
-        if jax.process_index() == 0:
-            print(f"scoring {len(source)} pictures of {split} at step {run.step}", file=sys.stderr)
+        say(f"scoring {len(source)} pictures of {split} at step {run.step}")
+        scored = (run.task, config, run.params, run.mesh, source, announce)
         if config.task == "contrastive":
-            results = validation.retrieval(run.task, config, run.params, run.mesh, source)
+            results = validation.retrieval(*scored)
             results = {"split": split, "step": run.step, "num_examples": len(source), **results}
             headline = results
         else:
-            captions = validation.caption_split(run.task, config, run.params, run.mesh, source)
-            results = {"split": split, "step": run.step, "num_examples": len(source), **score(captions, config.seed)}
+            captions = validation.caption_split(*scored)
+            results = {"split": split, "step": run.step, **score(captions, config.seed)}
             headline = {
                 "split": split,
                 "CIDEr": results["scores"]["CIDEr"],
@@ -94,6 +107,8 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
                 "exact_match": results["exact_match"],
                 "loss": results["loss"],
             }
+            if results["unreadable"]:
+                headline["unreadable"] = len(results["unreadable"])
             add_pictures(results["examples"], source, run.task.image_size, config.seed)
         if jax.process_index() == 0:
             write_json(output / "eval" / f"{split}.json", results)
@@ -106,14 +121,19 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
 
 
 def score(captions: dict, seed: int) -> dict:
-    """Scores of `validation.caption_split`'s output, of its shuffled control and of each example."""
-    from simvlg_jax.evaluation import metrics
+    """Scores of `validation.caption_split`'s output, of its shuffled control and of each example.
 
-    references = {e["id"]: e["references"] for e in captions["examples"]}
-    hypotheses = {e["id"]: e["caption"] for e in captions["examples"]}
+    Raises:
+      UserError: two pictures share an id.
+    """
+    from simvlg_jax.evaluation import metrics, validation
+
+    references, hypotheses = validation.by_id(captions["examples"])
     scores = metrics.score_captions(references, hypotheses)
     exact = [e["caption"] in e["references"] for e in captions["examples"]]
     return {
+        "num_examples": len(captions["examples"]),
+        "unreadable": captions["unreadable"],
         "loss": captions["loss"],
         "scores": scores.as_dict(),
         "shuffled": metrics.shuffled_control(references, hypotheses, seed),
@@ -130,8 +150,9 @@ def add_pictures(examples: list[dict], source, image_size: int, seed: int) -> No
     from simvlg_jax.data import transforms
 
     chosen = set(np.random.default_rng(seed).permutation(len(examples))[:GALLERY].tolist())
-    for index, example in enumerate(examples):
-        if index in chosen:
+    for number, example in enumerate(examples):
+        index = example.pop("index")
+        if number in chosen:
             picture = transforms.squash(transforms.decode(source[index]["image"]), image_size)
             buffer = io.BytesIO()
             Image.fromarray(np.asarray(picture)).save(buffer, "PNG")

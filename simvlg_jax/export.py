@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from simvlg_jax import files
+from simvlg_jax.config import add_checkpoint_argument, read_config
 from simvlg_jax.errors import UserError, run_verb
 
 
@@ -19,18 +21,21 @@ def main() -> int:
     )
     parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best")
+    add_checkpoint_argument(parser)
     arguments = parser.parse_args()
 
     import jax
     import ml_dtypes
 
     from simvlg_jax import weights
-    from simvlg_jax.config import read_config
     from simvlg_jax.convert import stacking
     from simvlg_jax.training.restore import WEIGHTS, restore_run
 
     config = read_config(arguments.workdir)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"--output {arguments.output} is a file; name a folder")
+    if arguments.output.resolve() == arguments.workdir.resolve():
+        raise UserError("--output must be another folder than the run's")
     if config.task != "caption":
         raise UserError(f"{arguments.workdir} holds a run of the {config.task} task; export takes a caption run")
     run = restore_run(config, arguments.workdir, arguments.checkpoint)
@@ -39,7 +44,7 @@ def main() -> int:
         params["vit"] = stacking.stack_layers(params["vit"])
     path = arguments.output / WEIGHTS
     weights.write_tree(path, params, ml_dtypes.bfloat16, {"step": str(run.step)})
-    (arguments.output / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=1))
+    files.write_json(arguments.output / "config.json", json.loads(config.to_json()))
     print(f"step {run.step}: {path.stat().st_size / 1e6:.1f} MB in {arguments.output}", file=sys.stderr)
     return 0
 

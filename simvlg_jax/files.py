@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and lines of metrics."""
 
 import contextlib
 import json
@@ -22,3 +22,18 @@ def write_json(path: Path, value: dict) -> None:
     """Indented UTF-8, with a line break at its end."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; [] if there is none; lines that were cut off are left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records

@@ -58,7 +58,7 @@ def read_picture(picture: Picture, side: int) -> np.ndarray:
     """(side, side, 3) uint8."""
     if isinstance(picture, str | Path):
         try:
-            picture = transforms.decode(Path(picture).read_bytes())
+            picture = transforms.decode(transforms.read(Path(picture)))
         except transforms.UNREADABLE as error:
             raise UserError(f"cannot read the picture {picture}: {error}") from error
     elif isinstance(picture, np.ndarray):
@@ -66,13 +66,14 @@ def read_picture(picture: Picture, side: int) -> np.ndarray:
     return np.asarray(transforms.squash(picture.convert("RGB"), side))
 
 
-def load(name: str | Path, config: ConfigDict | str | None = None) -> CaptionModel:
-    """A model from a run's workdir (its best checkpoint), an exported folder, "example", or a published checkpoint.
+def load(name: str | Path, config: ConfigDict | str | None = None, checkpoint: str = "best") -> CaptionModel:
+    """A model from a run's workdir, an exported folder, "example", or a published checkpoint.
 
     Args:
       name: folder, "example", or, with a config, an EVLGen checkpoint: a file, or a name on the Hugging Face Hub.
       config: for a published checkpoint: what it was trained with ("configs/X.py", or a config itself); names the
         vision encoder's and the language model's weights, and the mesh.
+      checkpoint: of a workdir: "best" by validation score, "latest", or a step such as "2000".
 
     Raises:
       UserError: no model there, or weights it needs are absent.
@@ -87,5 +88,5 @@ def load(name: str | Path, config: ConfigDict | str | None = None) -> CaptionMod
         config = read_config(folder)
         if config.task != "caption":
             raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")
-        run = restore.restore_run(config, folder)
+        run = restore.restore_run(config, folder, checkpoint)
     return CaptionModel(config, run.task, run.params)

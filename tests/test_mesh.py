@@ -13,7 +13,7 @@ from simvlg_jax.config import load_config
 from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import step as steps
-from simvlg_jax.training.frozen import fingerprint
+from simvlg_jax.training.fingerprints import fingerprint
 from simvlg_jax.training.tasks import build_task
 
 GOLDEN = "tests/golden/shardings"

@@ -17,7 +17,8 @@ from PIL import Image
 from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation import charts
 from simvlg_jax.evaluation.merge_map import merge_map
-from simvlg_jax.evaluation.report import read_metrics, write_report
+from simvlg_jax.evaluation.report import write_report
+from simvlg_jax.files import read_metrics
 
 EVIL = "<script>alert(\"x\")</script> & 'quote' <img src=x onerror=y> \u202e 🙂"
 SCORES = {"BLEU-1": 0.5, "BLEU-2": 0.4, "BLEU-3": 0.3, "BLEU-4": 0.2, "ROUGE-L": 0.45, "CIDEr": 0.831}

@@ -13,10 +13,12 @@ import pytest
 
 from simvlg_jax.config import load_config
 from simvlg_jax.errors import UserError
+from simvlg_jax.evaluation.validation import Validation
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import checkpoint, loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
-from simvlg_jax.training.frozen import fingerprint
+from simvlg_jax.training.fingerprints import fingerprint
+from simvlg_jax.training.frozen import check_frozen
 
 
 def tiny(mode="", mesh=(1, 1, 1), **overrides):
@@ -140,7 +142,7 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_saves_nothing_bad(tmp_p
 
 def test_best_checkpoint_survives_and_is_the_one_used(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(loop.validation, "validate", lambda *_: {"split": "val", "score": next(scores), "loss": 1.0})
+    monkeypatch.setattr(Validation, "__call__", lambda *_: {"split": "val", "score": next(scores), "loss": 1.0})
     config = tiny(train__steps=5, train__eval_every=1, train__save_every=1, train__keep_last=2)
     loop.train(config, tmp_path)
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
@@ -151,7 +153,7 @@ def test_best_checkpoint_survives_and_is_the_one_used(tmp_path, monkeypatch):
 def test_checkpoint_without_its_last_file_does_not_count_and_is_written_anew(tmp_path):
     def save(step):
         checkpoints = Checkpoints(tmp_path, keep_last=2)
-        checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step}, None)
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
         checkpoints.close()
 
     save(1)
@@ -179,6 +181,39 @@ def test_changed_frozen_weights_are_refused(tmp_path):
     (tmp_path / "frozen.json").write_text(json.dumps(known))
     with pytest.raises(UserError, match=r"frozen llm .* is not the one this run was started with"):
         loop.train(tiny(train__steps=1), tmp_path)
+
+
+@pytest.mark.parametrize(("text", "trouble"), [(None, "is missing"), ("{", "is damaged"), ("[1]", "is damaged")])
+def test_frozen_weights_that_cannot_be_checked_are_a_warning(tmp_path, capsys, text, trouble):
+    entries = {"llm": {"source": "random", "fingerprint": "1"}}
+    if text is not None:
+        (tmp_path / "frozen.json").write_text(text)
+    check_frozen(tmp_path, entries)
+    assert f"frozen.json {trouble}" in capsys.readouterr().err
+
+
+def test_step_that_was_saved_but_not_evaluated_is_evaluated_when_it_is_resumed(tmp_path, monkeypatch):
+    """Saving comes first: what ends the run while it evaluates loses no step."""
+    config = tiny(train__steps=4, train__eval_every=2, train__save_every=2)
+    loop.train(config, tmp_path / "whole")
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "__call__", fail)
+        with pytest.raises(MemoryError):
+            loop.train(config, tmp_path / "parts")
+    assert Checkpoints(tmp_path / "parts", read_only=True).latest() == 2
+    loop.train(config, tmp_path / "parts")
+
+    def lines(name):
+        timings = ("seconds", "images_per_second", "tflops", "data_wait", "memory_gb")
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in record.items() if key not in timings} for record in records]
+
+    assert lines("parts") == lines("whole")
+    assert [record["step"] for record in lines("whole") if record["kind"] == "eval"] == [2, 4]
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path):

@@ -49,8 +49,8 @@ def pictures(tmp_path):
     [
         ([*TINY, "--config.train.stepz=3"], 2, "unknown config key 'train.stepz'; did you mean train.steps"),
         ([*TINY, "--config.steps=3"], 2, "did you mean train.steps"),
-        ([*TINY, "--config.train.steps=many"], 2, "train.steps"),
-        ([*TINY, "--config.train.steps=0"], 2, "train.steps must be at least 1"),
+        ([*TINY, "--config.train.steps=many"], 2, "train.steps=many"),
+        ([*TINY, "--config.train.steps=0"], 2, "train.steps is 0; it must be at least 1"),
         ([*TINY, "--steps=3"], 2, "overrides look like --config.train.steps=100"),
         (["--config", "configs/tony.py"], 2, "no config file configs/tony.py; known here: configs/openmoji.py"),
         (["--config", "configs/tiny.py:huge"], 2, "'overfit'"),
@@ -98,8 +98,77 @@ def test_evaluate_writes_results_and_report(run, capsys):
     assert 'no split "trial"' in capsys.readouterr().err
     assert call(evaluate, "--workdir", run / "nothing") == 1
     assert "holds no run" in capsys.readouterr().err
-    assert call(evaluate, "--workdir", run, "--config.evaluate.batch_size=4") == 2
-    assert "needs --config beside it" in capsys.readouterr().err
+
+
+def folder_of(path, lines):
+    """A data folder with these (picture, captions) as test lines, and one picture each for train and val."""
+    path.mkdir()
+    fields = [{"image": image, "caption": captions, "split": "test"} for image, captions in lines]
+    fields += [{"image": f"{split}.png", "caption": "x", "split": split} for split in ("train", "val")]
+    for number, name in enumerate(sorted({line["image"] for line in fields})):
+        Image.new("RGB", (32, 32), (40 * number, 90, 200 - 30 * number)).save(path / name)
+    (path / "captions.jsonl").write_text("\n".join(map(json.dumps, fields)))
+    return [f"--config.data.{key}={value}" for key, value in (("name", "folder"), ("path", path))]
+
+
+CAPTIONS = {"a.png": ["a red circle", "one red circle", "red"], "b.png": ["a blue square"], "c.png": ["a cross", "x"]}
+
+
+def test_lines_of_one_picture_score_as_one_picture(run, tmp_path, capsys):
+    """As in COCO, with a line for each caption, in any order, or one line with all of them."""
+    single = [(image, caption) for image, captions in CAPTIONS.items() for caption in captions]
+    mixed = [single[i] for i in (5, 0, 3, 4, 1, 2)]
+    results = []
+    for name, lines in (("joined", CAPTIONS.items()), ("lines", single), ("mixed", mixed)):
+        data = folder_of(tmp_path / name, lines)
+        assert call(evaluate, "--workdir", run, "--output", tmp_path / f"{name} scores", *data) == 0
+        results.append(json.loads((tmp_path / f"{name} scores" / "eval" / "test.json").read_text()))
+    assert [r["num_examples"] for r in results] == [3, 3, 3]
+    assert {e["id"]: sorted(e["references"]) for e in results[2]["examples"]} == {
+        image: sorted(captions) for image, captions in CAPTIONS.items()
+    }
+    assert results[1]["scores"] == results[0]["scores"]
+    assert results[2]["scores"] == pytest.approx(results[0]["scores"], abs=1e-12)
+
+
+def test_two_pictures_of_one_id_are_an_error():
+    examples = [{"id": "a", "references": ["x"], "caption": "x"}, {"id": "a", "references": ["y"], "caption": "y"}]
+    with pytest.raises(simvlg_jax.UserError, match=r"two pictures of this split have the id"):
+        evaluate.score({"examples": examples, "loss": 1.0, "unreadable": []}, 0)
+
+
+def test_unreadable_pictures_are_left_out_of_scores_and_named(run, tmp_path, capsys):
+    data = folder_of(tmp_path / "data", CAPTIONS.items())
+    (tmp_path / "data" / "b.png").write_bytes(b"junk")
+    assert call(evaluate, "--workdir", run, "--output", tmp_path / "scores", *data) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["unreadable"] == 1
+    assert "warning: 1 of 3 pictures cannot be read and are left out of the score: b.png" in output.err
+    results = json.loads((tmp_path / "scores" / "eval" / "test.json").read_text())
+    assert results["num_examples"] == 2 and results["unreadable"] == ["b.png"]
+    assert [e["id"] for e in results["examples"]] == ["a.png", "c.png"]
+    assert "1 more unreadable" in (tmp_path / "scores" / "report.html").read_text()
+    for name in ("a.png", "c.png"):
+        (tmp_path / "data" / name).write_bytes(b"junk")
+    assert call(evaluate, "--workdir", run, "--output", tmp_path / "scores", *data) == 1
+    assert "none of the 3 pictures can be read" in capsys.readouterr().err
+
+
+def test_evaluate_takes_overrides_and_leaves_the_runs_config_alone(run, tmp_path, capsys):
+    before = (run / "config.json").read_text()
+    short = ["--config.evaluate.max_new_tokens=3", "--output", tmp_path]
+    assert call(evaluate, "--workdir", run, *short) == 0
+    assert call(evaluate, "--workdir", run, "--config", "configs/tiny.py", *short) == 0
+    assert max(len(e["caption"]) for e in json.loads((tmp_path / "eval" / "test.json").read_text())["examples"]) <= 3
+    assert (run / "config.json").read_text() == before
+    for wrong, status, message in (
+        (["--config.evaluate.batchsize=4"], 2, "did you mean evaluate.batch_size"),
+        (["--config.connector.merges=(4, 4)"], 2, "holds another model than this config"),
+        (folder_of(tmp_path / "data", CAPTIONS.items()), 2, "name a folder for their results with --output"),
+        (["--checkpoint", "7"], 1, "no checkpoint '7'"),
+    ):
+        assert call(evaluate, "--workdir", run, *wrong) == status
+        assert message in capsys.readouterr().err
 
 
 def test_config_of_a_run_has_todays_keys(run, tmp_path):
@@ -127,6 +196,9 @@ def test_caption_lines_keep_the_order_and_name_what_cannot_be_read(run, pictures
     assert call(caption, "--workdir", run, pictures / "broken.png", missing) == 1
     (pictures / "empty").mkdir()
     assert call(caption, "--workdir", run, pictures / "empty") == 1
+    capsys.readouterr()
+    assert call(caption, "--workdir", run / "nothing", pictures / "absent") == 1  # the model is not looked for
+    assert f"no such file or folder: {pictures / 'absent'}" in capsys.readouterr().err
 
 
 def test_exported_model_captions_as_the_run_rounded_to_bfloat16(run, tmp_path, pictures):
@@ -139,6 +211,16 @@ def test_exported_model_captions_as_the_run_rounded_to_bfloat16(run, tmp_path, p
     assert exported.caption(pictures / "b.png", prompt="a red") == exported.captions(names, "a red")[1]
 
 
+def test_output_that_cannot_be_a_folder_is_named(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert call(export, "--workdir", run, "--output", tmp_path / "file") == 1
+    assert f"--output {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert call(export, "--workdir", run, "--output", run) == 1
+    assert "another folder than the run's" in capsys.readouterr().err
+    assert call(evaluate, "--workdir", run, "--output", tmp_path / "file") == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_unreadable_picture_and_missing_model_raise_user_errors(run, pictures):
     with pytest.raises(simvlg_jax.UserError, match=r"broken\.png"):
         simvlg_jax.load(run).caption(pictures / "broken.png")
@@ -146,22 +228,33 @@ def test_unreadable_picture_and_missing_model_raise_user_errors(run, pictures):
         simvlg_jax.load(pictures)
 
 
+def noted(error):
+    """An error with the note that Grain adds to whatever fails in it."""
+    error.add_note("--------------------\nFor simplicity, Grain has removed its internal frames")
+    return error
+
+
 @pytest.mark.parametrize(
-    ("error", "status", "message"),
+    ("error", "status", "beginning", "last"),
     [
-        (OSError(28, "No space left on device", "file"), 1, "error: no space left"),
-        (simvlg_jax.UserError("it is wrong", 2), 2, "error: it is wrong"),
-        (RuntimeError("a bug"), errors.UNEXPECTED, "Traceback"),  # what is restarted, as it may not happen again
+        (OSError(28, "No space left on device", "file"), 1, "error: no space left", None),
+        (PermissionError(13, "Permission denied", "/file"), 1, "error: cannot use /file: Permission denied", None),
+        (simvlg_jax.UserError("it is wrong", 2), 2, "error: it is wrong", None),
+        # What is restarted, as it may not happen again.
+        (RuntimeError("a bug"), errors.UNEXPECTED, "Traceback", "error: RuntimeError: a bug"),
+        (noted(ValueError("the cause")), errors.UNEXPECTED, "Traceback", "error: ValueError: the cause"),
     ],
 )
-def test_errors_have_their_message_and_exit_status(capsys, error, status, message):
+def test_errors_have_their_message_and_exit_status(capsys, error, status, beginning, last):
     def fail():
         raise error
 
     with pytest.raises(SystemExit) as stop:
         errors.run_verb(fail)
     assert stop.value.code == status
-    assert capsys.readouterr().err.startswith(message)
+    said = capsys.readouterr().err
+    assert said.startswith(beginning)
+    assert last is None or said.splitlines()[-1] == last
 
 
 def test_terminated_process_saves_and_the_same_command_resumes(tmp_path):

@@ -15,7 +15,7 @@ from simvlg_jax.models.token_merging import merge_schedule
 from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
 from simvlg_jax.training import loop, partition
-from simvlg_jax.training.frozen import fingerprint
+from simvlg_jax.training.fingerprints import fingerprint
 
 SIZE = VIT_SIZES["tiny_32px"]
 CLIPS = np.random.default_rng(0).normal(size=(2, 4, 32, 32, 3)).astype(np.float32)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from simvlg_jax import files
-from simvlg_jax.config import add_model_arguments, model_folder, read_config
+from simvlg_jax.config import add_checkpoint_argument, add_model_arguments, model_folder, read_config
 from simvlg_jax.errors import UserError, run_verb
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="best by validation score")
+    add_checkpoint_argument(parser)
     parser.add_argument("--format", choices=("evlgen", "hf"), required=True)
     parser.add_argument("--all", action="store_true", help="evlgen: the frozen weights too (hf always holds all)")
     parser.add_argument("--output", type=Path, required=True, help="evlgen: a .pth or .safetensors file; hf: a folder")

@@ -52,8 +52,8 @@ def write_report(workdir: Path) -> Path:
         config=config,
         splits=splits,
         top_cider=max([1e-9, *(s[kind].get("CIDEr", 0.0) for s in splits for kind in ("scores", "shuffled"))]),
-        curves=_curves(read_metrics(workdir / "metrics.jsonl")),
-        vit_curves=_curves(read_metrics(workdir / "vit" / "metrics.jsonl")),
+        curves=_curves(files.read_metrics(workdir / "metrics.jsonl")),
+        vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl")),
         versions=_versions(),
         chart=charts,
     )
@@ -61,21 +61,6 @@ def write_report(workdir: Path) -> Path:
     with files.whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; [] if there is none; lines that were cut off are left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 def _curves(records: list[dict]) -> list[charts.Chart]:
@@ -122,6 +107,7 @@ def _split(path: Path) -> dict:
         "name": results.get("split", path.stem),
         "step": results.get("step"),
         "count": results.get("num_examples", len(examples)),
+        "unreadable": len(results.get("unreadable", ())),
         "loss": results.get("loss"),
         "exact": results.get("exact_match"),
         "recall": {key: results[key] for key in ("R@1", "R@5") if key in results},

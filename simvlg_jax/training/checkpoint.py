@@ -1,49 +1,82 @@
-"""Orbax checkpoints of a run: trained state and data position, asynchronously.
+"""Orbax checkpoints of a run: trained state and data position, asynchronously, each array verified when it is read.
 
 Several processes write one checkpoint into one folder, and any other number of them reads it.
 """
 
 import contextlib
+import hashlib
+import json
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from simvlg_jax.errors import UserError
+from simvlg_jax.errors import UserError, first_line, warn
+from simvlg_jax.parallel import processes
+from simvlg_jax.training.fingerprints import array_fingerprints
+from simvlg_jax.training.metrics_log import read_scores
 from simvlg_jax.training.step import TrainState
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or whose arrays are not the ones that were saved; the message says what."""
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore_newest` found: the step, the state in its shardings, the position of the data."""
+
+    step: int
+    state: TrainState
+    position: dict
+
+
+@dataclass
+class KeepBest:
+    """Preserves the `n` checkpoints of the highest score; `scores` may gain entries while the run goes on."""
+
+    scores: dict[int, float]
+    n: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        scored = sorted((c.step for c in checkpoints if c.step in self.scores), key=lambda step: self.scores[step])
+        best = set(scored[len(scored) - self.n :]) if self.n else set()
+        return [c.step in best for c in checkpoints]
 
 
 class Checkpoints:
     """The checkpoints of one workdir.
 
     Args:
-      workdir: holds checkpoints/.
+      workdir: holds checkpoints/ and the metrics log, whose scores say which checkpoint is best.
       keep_last: newest checkpoints kept.
       keep_best: checkpoints kept by the highest score, beside the newest.
     """
 
     def __init__(self, workdir: Path, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
-        folder = (workdir / "checkpoints").resolve()
-        keep = [policies.LatestN(keep_last)]
-        if keep_best:
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics["score"], n=keep_best, keep_checkpoints_without_metrics=False
-            )
-            keep.append(best)
+        self._folder = (workdir / "checkpoints").resolve()
+        self._scores = read_scores(workdir)
+        keep = [policies.LatestN(keep_last), KeepBest(self._scores, keep_best)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=lambda metrics: metrics["score"],
             # A checkpoint counts when its last file is there: renaming a folder is many operations on a bucket.
             atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
         )
-        if read_only and not folder.is_dir():
+        if read_only and not self._folder.is_dir():
             raise UserError(f"{workdir} holds no checkpoint; train with simvlg_jax.train first")
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """Newest step saved, or None."""
@@ -51,9 +84,23 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the highest score, else the newest."""
-        return self._manager.best_step() or self._manager.latest_step()
+        scored = [step for step in self.steps() if step in self._scores]
+        return max(scored, key=lambda step: self._scores[step]) if scored else self.latest()
 
-    def save(self, step: int, state: TrainState, position: dict, score: float | None) -> None:
+    def choose(self, which: str) -> int:
+        """The step that "best", "latest" or a number such as "2000" names.
+
+        Raises:
+          UserError: there is no such checkpoint; those there are are listed.
+        """
+        number = int(which) if which.isdecimal() else None
+        found = {"best": self.best(), "latest": self.latest()}.get(which, number)
+        if found not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none yet; train with simvlg_jax.train first"
+            raise UserError(f"no checkpoint {which!r} in {self._folder}; there are {there}")
+        return found
+
+    def save(self, step: int, state: TrainState, position: dict) -> None:
         """Starts saving in the background.
 
         Args:
@@ -62,41 +109,158 @@ class Checkpoints:
         Raises:
           UserError: no space for it; nothing is written then, and what was saved before stays whole.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
-        metrics = None if score is None else {"score": float(score)}
-        need_space(Path(self._manager.directory), state)
-        with disk_errors(self._manager.directory):
-            self._manager.save(step, args=items, metrics=metrics)
+        self._scores.pop(step, None)  # of a checkpoint that was there before
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(position),
+            checks=ocp.args.JsonSave({"arrays": array_fingerprints(state), "data": _digest(position)}),
+        )
+        need_space(self._folder, state)
+        with disk_errors(self._folder):
+            if not self._manager.save(step, args=items):
+                raise RuntimeError(f"checkpoint {step} was not saved: {self.latest()} is there already")
+
+    def score(self, step: int, score: float) -> None:
+        """Tells how good a checkpoint is; the metrics log remembers it."""
+        self._scores[step] = score
+
+    def is_scored(self, step: int) -> bool:
+        """Whether the score at a step is known."""
+        return step in self._scores
+
+    def restore_newest(self, abstract: TrainState) -> Restored | None:
+        """The newest whole checkpoint to go on from, in the shardings of `abstract`; None if there is none at all.
+
+        A damaged one that is newer is renamed to "STEP.damaged", with a warning, so that the run can save that step
+        again.
+
+        Raises:
+          UserError: there are checkpoints and none is whole; nothing is renamed then.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = Restored(step, *self._restore(step, abstract))
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            for broken, reason in damaged.items():
+                self._set_aside(broken, reason, step)
+            self._forget_after(step)
+            return restored
+        if damaged:
+            raise UserError(self._explain(max(damaged), damaged[max(damaged)], None))
+        self._forget_after(0)
+        return None
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the scores of steps that will be taken again."""
+        for later in [s for s in self._scores if s > step]:
+            del self._scores[later]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """State in the shardings of `abstract`, and the position of the data."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self._restore(step, items)
-        return restored["state"], restored["data"]
+        """State in the shardings of `abstract`, and the position of the data.
+
+        Raises:
+          UserError: it is damaged; the message names the newest whole one.
+        """
+        return self._or_explain(step, lambda s: self._restore(s, abstract))
 
     def restore_params(self, step: int, abstract: dict) -> dict:
-        """The trained parameters alone, in the shardings of `abstract`."""
-        handler = ocp.args.PyTreeRestore(
-            {"params": abstract},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
-            partial_restore=True,
-        )
-        return self._restore(step, ocp.args.Composite(state=handler))["state"]["params"]
+        """The trained parameters alone, in the shardings of `abstract`. Raises as `restore`."""
+        return self._or_explain(step, lambda s: self._restore_params(s, abstract))
 
-    def _restore(self, step: int, items: ocp.args.Composite):
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        read = self._read(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        self._verify(step, read.state, read.checks)
+        if read.checks is not None and read.checks.get("data") != _digest(read.data):
+            raise Damaged("the position of the data is not the one that was saved")
+        return read.state, read.data
+
+    def _restore_params(self, step: int, abstract: dict) -> dict:
+        tree = {"params": abstract}
+        arguments = ocp.args.PyTreeRestore(
+            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
+        read = self._read(step, state=arguments)
+        self._verify(step, read.state, read.checks)
+        return read.state["params"]
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
+        """The items of a checkpoint and its "checks", which are None in checkpoints of older versions.
+
+        Raises Damaged on every process if one cannot read its part.
+        """
+        folder = self._folder / str(step)
+        if has_checks := (folder / "checks").exists():
+            items["checks"] = ocp.args.JsonRestore()
+        # Nobody waits for the others while reading, so the error of one process blocks none.
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={here}, barrier_sync_key_prefix=f"process_{here}"
+        )
+        read, reason = None, None
         try:
-            return self._manager.restore(step, args=items)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(
-                f"cannot read checkpoint {step} ({type(error).__name__}: {str(error).splitlines()[0]}); if it is "
-                f"damaged, delete {self._manager.directory / str(step)} and the one before it is used"
-            ) from error
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+                read = reader.restore(folder, args=ocp.args.Composite(**items))
+        except jax.errors.JaxRuntimeError:  # too little memory, or a device that failed
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds, bare ones included
+            reason = first_line(error)
+        if processes.numbers_of_all(reason is not None).any():
+            raise Damaged(reason or "another process cannot read its part")
+        if not has_checks:
+            warn(f"checkpoint {step} holds no checksums (an older version wrote it), so it is not verified")
+            return ocp.args.Composite(**dict(read.items()), checks=None)
+        return read
+
+    def _verify(self, step: int, state: TrainState | dict, checks: dict | None) -> None:
+        """Raises Damaged if an array that was read is not the one that was saved."""
+        if checks is None:
+            return
+        saved, found = checks.get("arrays", {}), array_fingerprints(state)
+        if wrong := [name for name in found if found[name] != saved.get(name)]:
+            raise Damaged(f"{len(wrong)} of {len(found)} arrays are not as they were saved, the first is {wrong[0]}")
+
+    def _or_explain(self, step: int, restore: Callable[[int], Any]) -> Any:
+        try:
+            return restore(step)
+        except Damaged as error:
+            raise UserError(self._explain(step, error, self._newest_whole(step, restore))) from error
+
+    def _newest_whole(self, but: int, restore: Callable[[int], Any]) -> int | None:
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damaged):
+                if step != but:
+                    restore(step)
+                    return step
+        return None
+
+    def _explain(self, step: int, reason: Damaged, whole: int | None) -> str:
+        message = f"checkpoint {step} in {self._folder} is damaged ({reason}); "
+        if whole is None:
+            return message + "no whole one is left: start anew in another --workdir"
+        return message + f"the newest whole one is {whole}: use it with --checkpoint {whole}"
+
+    def _set_aside(self, step: int, reason: Damaged, whole: int) -> None:
+        """Renames a damaged checkpoint."""
+        if jax.process_index() == 0:
+            aside = self._folder / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+            warn(f"checkpoint {step} is damaged ({reason}) and now named {aside}; going on from checkpoint {whole}")
+        processes.sync(f"checkpoint {step} is set aside")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        with disk_errors(self._manager.directory):
+        with disk_errors(self._folder):
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+def _digest(position: dict) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
 
 
 def need_space(folder: Path, state: TrainState) -> None:

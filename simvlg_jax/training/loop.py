@@ -1,8 +1,11 @@
 """The training loop: resume; then per step maybe evaluate, maybe save, draw the batch, step, maybe log."""
 
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
+from typing import NamedTuple
 
 import grain
 import jax
@@ -13,20 +16,28 @@ from ml_collections import ConfigDict
 from simvlg_jax import config as configs
 from simvlg_jax import weights
 from simvlg_jax.convert import stacking
-from simvlg_jax.data import pipeline
+from simvlg_jax.data import pipeline, workers
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.errors import UserError
-from simvlg_jax.evaluation import validation
+from simvlg_jax.evaluation.validation import Validation
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel import processes
-from simvlg_jax.training import partition
+from simvlg_jax.progress import SILENT, Announcer
+from simvlg_jax.training import partition, run_lock
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
-from simvlg_jax.training.frozen import check_frozen
-from simvlg_jax.training.logging import MetricsLog, memory_gb
+from simvlg_jax.training.frozen import check_frozen, describe_frozen, write_frozen
+from simvlg_jax.training.metrics_log import MetricsLog, memory_gb
 from simvlg_jax.training.stopping import Stop
 from simvlg_jax.training.tasks import Task, build_task
+
+
+class Program(NamedTuple):
+    """A compiled step for one shape of batches: run(state, frozen, batch), and its FLOPs over all devices."""
+
+    run: Callable
+    flops: int
 
 
 class Trainer:
@@ -34,8 +45,10 @@ class Trainer:
 
     Attributes:
       task, mesh, step: see their modules.
-      state: the TrainState, restored from the newest checkpoint if there is one.
+      validation: scores parameters, or None if the config asks for no validation.
       frozen: the frozen parameters.
+      frozen_entries: what frozen.json holds of them.
+      state: the TrainState, restored from the newest whole checkpoint if there is one.
       iterator: the training batches, standing where the checkpoint left it.
     """
 
@@ -45,19 +58,22 @@ class Trainer:
         self.task = build_task(config)
         plan = steps.make_plan(self.task, config, self.mesh)
         self.skipped = pipeline.Skipped()
+        # What is wrong with the data shows before the weights are read, which may take minutes.
         self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
+        self.validation = Validation(self.task, config, self.mesh) if config.train.eval_every else None
         rows = meshes.local_rows(self.mesh, config.train.batch_size)
         self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
         params, self.frozen = steps.init_params(self.task, config, self.mesh)
+        self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
         self.state = plan.init_state(params)
         self.step = plan.step
-        check_frozen(workdir, self.frozen, self.task.sources)
-        newest = checkpoints.latest() if checkpoints else None
-        if newest is not None:
-            self.state, position = checkpoints.restore(newest, self.state)
-            self.move_to(position)
+        restored = checkpoints.restore_newest(self.state) if checkpoints else None
+        if restored is not None:
+            check_frozen(workdir, self.frozen_entries)
+            self.state = restored.state
+            self.move_to(restored.position)
         self._jitted = self.step.jit()
-        self._flops: dict[tuple[int, ...], int] = {}
+        self._programs: dict[tuple[int, ...], Program] = {}
 
     @property
     def params(self) -> dict:
@@ -72,7 +88,8 @@ class Trainer:
         """Puts the data where `position` says.
 
         Raises:
-          UserError: lengths were grouped (`data.length_window`), which only a single process does, or the other way.
+          UserError: the checkpoint was written with length grouping (`data.length_window`) and this run cannot group,
+            since it has several processes, or vice versa.
         """
         if position["window"] != self._window:
             raise UserError(
@@ -81,23 +98,32 @@ class Trainer:
             )
         self.iterator.set_state(position["iterator"])
 
-    def flops(self, batch: dict[str, jax.Array]) -> int:
-        """Matrix-product FLOPs of one step on such a batch, over all devices."""
+    def next_batch(self) -> dict[str, np.ndarray]:
+        """This process's rows of the next batch."""
+        with workers.signals_blocked():
+            return next(self.iterator)
+
+    def program(self, batch: dict[str, jax.Array], announce: Announcer = SILENT) -> Program:
+        """The step compiled for such a batch; each length of the texts needs one."""
         shape = batch["ids"].shape
-        if shape not in self._flops:
-            self._flops[shape] = count_flops(self._jitted.trace(self.state, self.frozen, batch).jaxpr)
-        return self._flops[shape]
+        if shape not in self._programs:
+            with announce.first("compiling the training step", f"for texts of {shape[1]} tokens"):
+                traced = self._jitted.trace(self.state, self.frozen, batch)
+                self._programs[shape] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
+        return self._programs[shape]
 
     def run_step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Takes one step; returns its metrics, scalars on the devices."""
+        run = self.program(batch).run
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self._jitted(self.state, self.frozen, batch)
+            self.state, metrics = run(self.state, self.frozen, batch)
         return metrics
 
 
 def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.Skipped) -> grain.DatasetIterator:
     iterator = pipeline.make_train_iterator(
         config.data,
-        load_source(config.data, "train"),
+        load_source(config.data, "train", training=True),
         task.text_encoder,
         image_size=task.image_size,
         batch_size=config.train.batch_size,
@@ -115,32 +141,39 @@ def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `train.steps`, `train.max_minutes`, SIGINT or SIGTERM; starts where the workdir's run stopped.
 
+    Nothing is written but a lock before config, data, sizes and weights have been found usable.
+
     Returns:
       0, or 128 + the signal's number after SIGINT or SIGTERM. The run is saved in either case.
 
     Raises:
-      UserError: an unusable config, data, weights or workdir; a loss that is not finite, with its step.
+      UserError: an unusable config, data, weights or workdir; a workdir that another process trains in; a loss that is
+        not finite, with its step.
     """
-    if jax.process_index() == 0:
-        configs.save_config(config, workdir)
-    processes.sync("the config is saved")
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} is not the same folder on every machine: put --workdir on a disk that all share")
-    checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_best)
-    with Stop(config.train.max_minutes) as stop:
-        trainer = Trainer(config, workdir, checkpoints)
-        start, total = int(trainer.state.step), config.train.steps
-        log = MetricsLog(workdir, total, start)
-        log.say(describe(trainer, start))
-        try:
-            outcome, signal = _steps(trainer, checkpoints, log, stop, start, total)
-        finally:
-            checkpoints.close()
-            log.close()
-    if config.task == "contrastive" and signal is None:
-        vit = jax.tree.map(processes.gather, trainer.state.params["vit"])
+    with contextlib.ExitStack() as stack:
+        lock = None
         if jax.process_index() == 0:
-            weights.write_tree(workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit))
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(run_lock.hold(workdir))
+            configs.check_workdir(config, workdir)
+        processes.sync("the workdir is ours")
+        if not (workdir / run_lock.LOCK).exists():
+            raise UserError(f"{workdir} is not the same folder on every machine: put it on a disk that all share")
+        stop = stack.enter_context(Stop(config.train.max_minutes))
+        with contextlib.closing(Checkpoints(workdir, config.train.keep_last, config.train.keep_best)) as checkpoints:
+            trainer = Trainer(config, workdir, checkpoints)
+            if jax.process_index() == 0:
+                configs.save_config(config, workdir)
+                write_frozen(workdir, trainer.frozen_entries)
+            start, total = int(trainer.state.step), config.train.steps
+            log = MetricsLog(workdir, total, start)
+            log.say(describe(trainer, start))
+            with contextlib.closing(log):
+                outcome, signal = _steps(trainer, checkpoints, log, stop, lock, start, total)
+        if config.task == "contrastive" and signal is None:
+            vit = jax.tree.map(processes.gather, trainer.state.params["vit"])
+            if jax.process_index() == 0:
+                weights.write_tree(workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit))
     log.say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
     return 128 + signal if signal else 0
 
@@ -159,32 +192,46 @@ def describe(trainer: Trainer, start: int) -> str:
 
 
 def _steps(
-    trainer: Trainer, checkpoints: Checkpoints, log: MetricsLog, stop: Stop, start: int, total: int
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    stop: Stop,
+    lock: run_lock.RunLock | None,
+    start: int,
+    total: int,
 ) -> tuple[str, Signals | None]:
     """What ended the training, in words, and the signal if it was one."""
     train_config = trainer.config.train
+    announce = Announcer(log.say)
     pending: list[tuple[int, jax.Array]] = []  # losses not yet looked at
     window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0
-    evaluated: dict[int, float] = {}
     step = start
     while True:
         stopped = step < total and stop.reached(step)
         signal = stop.reason() if stopped else None
         last = step >= total or stopped
-        evaluate = train_config.eval_every and signal is None and (last or step % train_config.eval_every == 0)
-        save = last or step % train_config.save_every == 0
-        if step > start and (evaluate or save):
+        evaluate = (
+            trainer.validation is not None
+            and signal is None
+            and (last or step % train_config.eval_every == 0)
+            and step > 0
+            and not checkpoints.is_scored(step)  # a run that died before it evaluated does so when it is resumed
+        )
+        save = step > start and (last or step % train_config.save_every == 0)
+        if save or evaluate:
             check_finite(pending)
-            if evaluate:
-                before = time.monotonic()
-                results = validation.validate(trainer.task, trainer.config, trainer.params, trainer.mesh)
-                log.write(step, "eval", results)
-                evaluated[step] = results["score"]
-                pause = time.monotonic() - before
-                stop.grant(pause)
-                window_start += pause
-            if save:
-                checkpoints.save(step, trainer.state, trainer.position, evaluated.get(step))
+        if save:
+            if lock is not None:
+                lock.check()
+            checkpoints.save(step, trainer.state, trainer.position)
+        if evaluate:
+            before = time.monotonic()
+            results = trainer.validation(trainer.params, announce)
+            log.write(step, "eval", results)
+            checkpoints.score(step, results["score"])
+            pause = time.monotonic() - before
+            stop.grant(pause)
+            window_start += pause
         if stopped:
             reason = f"stopped by {signal.name}" if signal else "out of time"
             return f"{reason} at step {step} of {total}, run again to resume", signal
@@ -192,19 +239,18 @@ def _steps(
             return f"done: {total} steps", None
 
         before = time.monotonic()
-        local = next(trainer.iterator)
+        local = trainer.next_batch()
         window_wait += time.monotonic() - before
         batch = meshes.put_batch(local, trainer.mesh)
-        window_flops += trainer.flops(batch)
+        window_flops += trainer.program(batch, announce).flops
         metrics = trainer.run_step(batch)
         step += 1
         pending.append((step, metrics["loss"]))
         window_images += batch["image"].shape[0]
         log.advance()
         if step == start + 1:
-            jax.block_until_ready(metrics)
-            seconds = time.monotonic() - window_start
-            log.say(f"first step after {seconds:.1f} s of compiling, memory {memory_gb():.2f} GB")
+            loss = float(metrics["loss"])
+            log.say(f"step {step}/{total} is the first of this start: loss {loss:.4g}, memory {memory_gb():.2f} GB")
         if step % train_config.log_every == 0:
             check_finite(pending)
             seconds = time.monotonic() - window_start

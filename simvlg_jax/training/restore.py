@@ -1,5 +1,6 @@
 """A trained run or exported model, put back together for evaluating, captioning and exporting."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,11 @@ from ml_collections import ConfigDict
 
 from simvlg_jax import weights
 from simvlg_jax.convert import lazy
-from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
-from simvlg_jax.training.frozen import check_frozen
+from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.tasks import Task, build_task, check_shapes
 
 WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
@@ -33,23 +33,20 @@ class Run(NamedTuple):
 
 
 def restore_run(config: ConfigDict, workdir: Path, which: str = "best") -> Run:
-    """Reads the "best" or "latest" checkpoint of a workdir, or an exported model, in the config's placements.
+    """Reads a checkpoint of a workdir ("best", "latest" or a step), or an exported model, in the config's placements.
 
     Raises:
-      UserError: no checkpoint, or other frozen weights than the run was trained with.
+      UserError: no such checkpoint, a damaged one, or other frozen weights than the run was trained with.
     """
     if (workdir / WEIGHTS).exists():
         return read_export(config, workdir / WEIGHTS)
-    mesh = meshes.make_mesh(config.mesh)
-    task = build_task(config)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    found = checkpoints.best() if which == "best" else checkpoints.latest()
-    if found is None:
-        raise UserError(f"{workdir} holds no checkpoint yet; train with simvlg_jax.train first")
-    trained, frozen = steps.init_params(task, config, mesh)
-    check_frozen(workdir, frozen, task.sources)
-    params = partition.join(frozen, checkpoints.restore_params(found, trained))
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        found = checkpoints.choose(which)
+        mesh = meshes.make_mesh(config.mesh)
+        task = build_task(config)
+        trained, frozen = steps.init_params(task, config, mesh)
+        check_frozen(workdir, describe_frozen(frozen, task.sources))
+        params = partition.join(frozen, checkpoints.restore_params(found, trained))
     return Run(task, params, mesh, found)
 
 

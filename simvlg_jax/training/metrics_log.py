@@ -1,6 +1,7 @@
 """What a run says while it goes: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -11,6 +12,8 @@ import tensorboardX
 from tqdm import tqdm
 
 from simvlg_jax import files
+
+FILE = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -25,12 +28,11 @@ class MetricsLog:
         self._quiet = jax.process_index() > 0
         if self._quiet:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _drop_after(path, start)
-        self._path = path
+        self._path = workdir / FILE
+        if self._path.exists():
+            _drop_after(self._path, start)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=not shows_bars(), dynamic_ncols=True)
         self._started = time.monotonic()
 
     def write(self, step: int, kind: str, metrics: dict[str, float | str]) -> None:
@@ -64,17 +66,24 @@ class MetricsLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Removes lines of steps that a resumed run will write again, and a torn last line."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    """Removes lines of steps that a resumed run will write again, and what is no record, such as a torn last line."""
+    kept = [json.dumps(record) + "\n" for record in files.read_metrics(path) if record["step"] <= step]
     with files.whole(path) as partial:
         partial.write_text("".join(kept))
+
+
+def read_scores(workdir: Path) -> dict[int, float]:
+    """Step -> score, of each validation that the run has logged."""
+    records = files.read_metrics(workdir / FILE)
+    return {r["step"]: r["score"] for r in records if r.get("kind") == "eval" and isinstance(r.get("score"), float)}
+
+
+def shows_bars() -> bool:
+    """Whether standard error is a terminal that a progress bar fits into: some have no width."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def memory_gb() -> float:

@@ -1,0 +1,132 @@
+"""One training at a time in a workdir, on one machine or on a disk that several machines share."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from simvlg_jax import files
+from simvlg_jax.errors import UserError
+
+LOCK, OWNER = "run.lock", "run.owner.json"
+BEAT_SECONDS = 10.0  # how often the owner renews its file
+PATIENCE_SECONDS = 3 * BEAT_SECONDS  # another machine's file that is not renewed for this long is left over
+
+
+class RunLock:
+    """A workdir that this process trains in; see `hold`."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / OWNER
+        self._identity = {"host": socket.gethostname(), "process": os.getpid(), "started": time.time_ns()}
+        self._beats = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def check(self) -> None:
+        """Raises UserError if another process has taken the workdir over: possible where locks reach one machine only.
+
+        Called before each save, so that two runs never mix their checkpoints.
+        """
+        owner = _read(self._path)
+        if owner is not None and not self._is_ours(owner):
+            raise UserError(
+                f"{_name(owner)} has started to train in {self._path.parent} too; this process stops without saving, "
+                "start again in another --workdir"
+            )
+
+    def start(self) -> None:
+        self._write()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        owner = _read(self._path)
+        if owner is None or self._is_ours(owner):
+            self._path.unlink(missing_ok=True)
+
+    def _is_ours(self, owner: dict) -> bool:
+        return all(owner.get(key) == value for key, value in self._identity.items())
+
+    def _write(self) -> None:
+        self._beats += 1
+        files.write_json(self._path, {**self._identity, "beats": self._beats})
+
+    def _renew(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            owner = _read(self._path)
+            if owner is not None and not self._is_ours(owner):
+                return  # `check` tells
+            with contextlib.suppress(OSError):  # a full or unreachable disk: the next beat tries again
+                self._write()
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[RunLock]:
+    """Holds a workdir, which must exist, until the block ends or this process does.
+
+    A lock of the operating system keeps out other processes of this machine, and of other machines where the file
+    system says so. For disks that do not, a file names the owner and is renewed every BEAT_SECONDS.
+
+    Raises:
+      UserError: another process trains there, with its host and number. What a process that is dead has left behind
+        does not count; after one of another machine this takes PATIENCE_SECONDS to find out.
+    """
+    with (workdir / LOCK).open("a") as file:
+        locks = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(_refusal(workdir, _read(workdir / OWNER))) from None
+        except OSError:  # a file system without locks
+            locks = False
+        owner = _read(workdir / OWNER)
+        if owner is not None and not (locks and owner.get("host") == socket.gethostname()):
+            _wait_until_left_over(workdir, owner)
+        lock = RunLock(workdir)
+        lock.start()
+        try:
+            yield lock
+        finally:
+            lock.stop()
+
+
+def _wait_until_left_over(workdir: Path, owner: dict) -> None:
+    """Raises UserError if the owner's file is renewed within PATIENCE_SECONDS."""
+    print(
+        f"{_name(owner)} has trained in {workdir}: waiting up to {PATIENCE_SECONDS:.0f} s to see whether it still does",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(min(0.5, PATIENCE_SECONDS / 10))
+        now = _read(workdir / OWNER)
+        if now is None and not (workdir / OWNER).exists():
+            return
+        if now is not None and now != owner:
+            raise UserError(_refusal(workdir, now))
+
+
+def _read(path: Path) -> dict | None:
+    """The owner's host, process, started and beats; None if there is no such file or it is torn."""
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _name(owner: dict | None) -> str:
+    return f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
+
+
+def _refusal(workdir: Path, owner: dict | None) -> str:
+    return f"{_name(owner)} is training in {workdir}: wait for it or stop it, or use another --workdir"

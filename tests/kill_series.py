@@ -1,0 +1,236 @@
+"""Kills work at random moments, starts it again, and compares what it leaves with the same work undisturbed.
+
+    python tests/kill_series.py FOLDER --kills 50 [--workers 2] [--processes 2] [--seed 1]
+    python tests/kill_series.py FOLDER --kills 10 --verb export
+    python tests/kill_series.py FOLDER --kills 10 --verb prepare
+
+Training is compared in every line of metrics.jsonl but timings, in all arrays of the last checkpoint and in the data's
+position; exporting and preparing in the bytes of all files. Prints each kill and exits with 1 at the first difference.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import quick_compile
+
+STEPS = 60
+SETTINGS = {
+    "mesh.data": -1,
+    "train.steps": STEPS,
+    "train.batch_size": 16,
+    "train.log_every": 1,
+    "train.save_every": 4,
+    "train.eval_every": 6,
+    "data.flip": True,
+    "data.length_window": 4,
+    "data.synthetic_size.val": 48,
+    "connector.dropout": 0.1,
+}
+TIMINGS = ("seconds", "images_per_second", "tflops", "data_wait", "memory_gb")
+MODULE = {"train": "simvlg_jax.train", "export": "simvlg_jax.export", "prepare": "simvlg_jax.data.prepare"}
+
+
+class Work:
+    """One verb with its arguments, done by one process or several.
+
+    Args:
+      folder: gets the compiler's cache and the output of each process.
+    """
+
+    def __init__(self, folder: Path, verb: str, arguments: list[str], processes: int = 1):
+        self._command = [sys.executable, "-m", MODULE[verb], *arguments] + ["--distributed"] * (processes > 1)
+        self._folder, self._count = folder, processes
+
+    def start(self) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "XLA_FLAGS": quick_compile.FLAGS,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+        if self._count > 1:
+            environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(self._count)}
+        started = []
+        for index in range(self._count):
+            said = (self._folder / f"said-{index}.txt").open("w")
+            own = {"JAX_PROCESS_ID": str(index)} if self._count > 1 else {}
+            started.append(subprocess.Popen(self._command, stdout=said, stderr=said, env=environment | own))
+        return started
+
+    def said(self) -> str:
+        return "".join((self._folder / f"said-{index}.txt").read_text() for index in range(self._count))
+
+    def finish(self) -> float:
+        """Does the work undisturbed; returns its seconds."""
+        start = time.monotonic()
+        statuses = [process.wait() for process in self.start()]
+        assert statuses == [0] * self._count, self.said()
+        return time.monotonic() - start
+
+    def kill_after(self, seconds: float, victim: int) -> bool:
+        """Starts the work and kills one process with SIGKILL; the others end by themselves, or are killed as a job
+        controller would. Returns False if the work was done before."""
+        processes = self.start()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(0.002)
+        done = all(process.poll() == 0 for process in processes)
+        processes[victim].kill()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
+            process.wait()
+        return not done
+
+
+def moment(workdir: Path, said: str) -> str:
+    """What a killed training was doing, by what it had said and written."""
+    checkpoints = workdir / "checkpoints"
+    unfinished = [p for p in checkpoints.glob("*") if p.is_dir() and not (p / "commit_success.txt").exists()]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").exists() else []
+    if "of this start" not in said:
+        return "start-up"
+    if lines and said.count(" score ") == 0:
+        return "first evaluation or before"
+    return "saving" if unfinished else "steps or evaluating"
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+
+
+def assert_same_training(workdir: Path, reference: Path) -> None:
+    """Metrics, fingerprints of all arrays as they are read back, data position, and no leftovers."""
+    from simvlg_jax.training.fingerprints import array_fingerprints
+
+    ours, theirs = lines_of(workdir), lines_of(reference)
+    assert ours == theirs, [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]][:3]
+    assert len(ours) == STEPS + STEPS // SETTINGS["train.eval_every"]
+    states = [read_state(folder) for folder in (workdir, reference)]
+    assert array_fingerprints(states[0]["state"]) == array_fingerprints(states[1]["state"])
+    assert states[0]["data"] == states[1]["data"]
+    names = [{path.name for path in (folder / "checkpoints").iterdir()} for folder in (workdir, reference)]
+    assert names[0] == names[1], names
+
+
+def read_state(workdir: Path) -> dict:
+    """The last checkpoint as numpy arrays, and the data's position."""
+    import orbax.checkpoint as ocp
+
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        read = reader.restore((workdir / "checkpoints" / str(STEPS)).resolve(), args=items)
+    return {"state": read.state, "data": read.data}
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256, of all files but the ones that name the folder or the time."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("dataset_info.json",)
+    }
+
+
+def kill_training(folder: Path, kills: int, workers: int, processes: int, seed: int) -> collections.Counter:
+    """Kills trainings `kills` times in all, of as many runs as that takes; returns how often in which moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = SETTINGS | {"data.workers": workers}
+    flags = ["--config", "configs/tiny.py", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+    def work(name: str) -> Work:
+        return Work(folder, "train", [*flags, "--workdir", str(folder / name)], processes)
+
+    work("warm").finish()  # fills the compiler's cache, so that the next one takes as long as those to come
+    seconds = work("reference").finish()
+    print(f"undisturbed: {seconds:.1f} s", flush=True)
+    assert_same_training(folder / "warm", folder / "reference")
+    rng, moments, number = np.random.default_rng(seed), collections.Counter(), 0
+    while sum(moments.values()) < kills:
+        workdir = folder / f"run-{number}"
+        killed = 0
+        while sum(moments.values()) < kills:
+            run = work(workdir.name)
+            after = rng.uniform(0, seconds)
+            if not run.kill_after(after, int(rng.integers(processes))):
+                break
+            killed += 1
+            what = moment(workdir, run.said())
+            moments[what] += 1
+            print(f"kill {sum(moments.values())} after {after:.2f} s: {what}", flush=True)
+        work(workdir.name).finish()
+        assert_same_training(workdir, folder / "reference")
+        print(f"run {number}: killed {killed} times, equal to the undisturbed one", flush=True)
+        shutil.rmtree(workdir)
+        number += 1
+    return moments
+
+
+def kill_files(folder: Path, verb: str, kills: int, seed: int) -> None:
+    """Kills exporting or preparing; then every file is whole or absent, and the same command completes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if verb == "export":
+        arguments = ["--config", "configs/tiny.py", "--config.train.steps=4", "--config.mesh.data=1"]
+        Work(folder, "train", [*arguments, "--workdir", str(folder / "run")]).finish()
+
+    def work(name: str) -> Work:
+        output = ["--output"] if verb == "export" else ["--data_dir"]
+        own = ["--workdir", str(folder / "run")] if verb == "export" else []
+        return Work(folder, verb, [*own, *output, str(folder / name)])
+
+    work("warm").finish()
+    seconds = work("reference").finish()
+    whole = bytes_of(folder / "reference")
+    rng = np.random.default_rng(seed)
+    print(f"undisturbed: {seconds:.1f} s, {len(whole)} files", flush=True)
+    for number in range(kills):
+        output = folder / f"output-{number}"
+        after = rng.uniform(0.5 * seconds, seconds)  # the first half is starting up
+        killed = work(output.name).kill_after(after, 0)
+        found = {name: value for name, value in bytes_of(output).items() if name in whole}
+        assert found.items() <= whole.items(), (found, whole)
+        work(output.name).finish()
+        assert bytes_of(output) == whole, (bytes_of(output), whole)
+        print(f"kill {number + 1} after {after:.2f} s{'' if killed else ' (was done)'}: completed", flush=True)
+        shutil.rmtree(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verb", choices=MODULE, default="train")
+    arguments = parser.parse_args()
+    if arguments.verb == "train":
+        moments = kill_training(
+            arguments.folder, arguments.kills, arguments.workers, arguments.processes, arguments.seed
+        )
+        print(", ".join(f"{what} {count}" for what, count in moments.items()))
+    else:
+        kill_files(arguments.folder, arguments.verb, arguments.kills, arguments.seed)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    main()

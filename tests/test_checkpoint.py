@@ -1,0 +1,151 @@
+"""Checkpoints that are damaged: noticed, named, and passed over by training."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simvlg_jax.errors import UserError
+from simvlg_jax.training.checkpoint import Checkpoints
+
+POSITION = {"window": 1, "iterator": {"next_index": 7}}
+
+
+def state_of(step):
+    """A tree of float32 and int32 arrays, of which one is large enough for a file of its own."""
+    keys = jax.random.split(jax.random.key(step), 3)
+    return {
+        "params": {"kernel": jax.random.normal(keys[0], (64, 96)), "bias": jnp.full(5, 0.25)},
+        "moments": {"kernel": jax.random.normal(keys[1], (64, 96)), "bias": jax.random.normal(keys[2], (5,))},
+        "step": jnp.int32(step),
+    }
+
+
+ABSTRACT = state_of(0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with whole checkpoints of steps 1, 2 and 3."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, keep_last=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state_of(step), POSITION)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files_of(workdir, step):
+    return sorted(path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
+
+
+def damage(path, rng):
+    """Flips a bit of a file, or cuts it off."""
+    data = bytearray(path.read_bytes())
+    if rng.random() < 0.25:
+        data = data[: rng.integers(len(data))]
+    else:
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+
+
+def assert_equal(state, step):
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(step))
+
+
+def test_no_flipped_bit_and_no_truncation_is_silent(saved, tmp_path):
+    """50 in turn, over all files: what is read is what was saved, or it is said to be damaged."""
+    noticed, arrays = 0, 0
+    for number in range(50):
+        rng = np.random.default_rng(number)
+        workdir = tmp_path / str(number)
+        shutil.copytree(saved, workdir)
+        paths = files_of(workdir, 3)
+        path = paths[number % len(paths)] if number % 2 else max(paths, key=lambda path: path.stat().st_size)
+        damage(path, rng)
+        checkpoints = Checkpoints(workdir, read_only=True)
+        if checkpoints.latest() == 2:  # the file that says that it is complete is damaged
+            continue
+        try:
+            state, position = checkpoints.restore(3, ABSTRACT)
+        except UserError as error:
+            assert "checkpoint 3 in" in str(error) and "the newest whole one is 2: use it with --checkpoint 2" in str(
+                error
+            )
+            noticed += 1
+            arrays += "not as they were saved" in str(error)
+        else:
+            assert_equal(state, 3)
+            assert position == POSITION
+    assert noticed > 20 and arrays > 5
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(workdir, capsys):
+    """A changed array in 3 and a missing file in 2: both are set aside, and their steps can be saved again."""
+    largest = max(files_of(workdir, 3), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 16
+    largest.write_bytes(data)
+    max(files_of(workdir, 2), key=lambda path: path.stat().st_size).unlink()
+    checkpoints = Checkpoints(workdir, keep_last=3)
+    restored = checkpoints.restore_newest(ABSTRACT)
+    assert restored.step == 1 and restored.position == POSITION
+    assert_equal(restored.state, 1)
+    warnings = capsys.readouterr().err
+    assert "checkpoint 3 is damaged" in warnings and "going on from checkpoint 1" in warnings
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2.damaged", "3.damaged"}
+    for step in (2, 3):
+        checkpoints.save(step, state_of(step), POSITION)
+    checkpoints.close()
+    assert_equal(Checkpoints(workdir, read_only=True).restore(3, ABSTRACT)[0], 3)
+
+
+def test_nothing_is_renamed_when_no_checkpoint_is_whole(workdir):
+    for step in (1, 2, 3):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "state")
+    with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged .*; no whole one is left"):
+        Checkpoints(workdir, keep_last=3).restore_newest(ABSTRACT)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3"}
+
+
+def test_parameters_alone_are_verified_too(workdir):
+    checkpoints = Checkpoints(workdir, read_only=True)
+    np.testing.assert_array_equal(
+        checkpoints.restore_params(3, ABSTRACT["params"])["kernel"], state_of(3)["params"]["kernel"]
+    )
+    checks = workdir / "checkpoints" / "3" / "checks" / "metadata"
+    checks.write_text(checks.read_text().replace("float32 (64, 96) [", "float32 (64, 96) [1"))
+    with pytest.raises(UserError, match=r"first is params/kernel.*the newest whole one is 2"):
+        checkpoints.restore_params(3, ABSTRACT["params"])
+
+
+def test_checkpoint_of_an_older_version_is_read_with_a_warning(workdir, capsys):
+    shutil.rmtree(workdir / "checkpoints" / "3" / "checks")
+    restored = Checkpoints(workdir, keep_last=3).restore_newest(ABSTRACT)
+    assert_equal(restored.state, 3)
+    assert "checkpoint 3 holds no checksums" in capsys.readouterr().err
+
+
+def test_checkpoints_are_named_best_latest_or_by_step(workdir):
+    (workdir / "metrics.jsonl").write_text('{"step": 2, "kind": "eval", "score": 0.5}\nnull\n{"step": 3, "kind": "ev')
+    checkpoints = Checkpoints(workdir, read_only=True)
+    assert [checkpoints.choose(which) for which in ("best", "latest", "1")] == [2, 3, 1]
+    with pytest.raises(UserError, match=r"no checkpoint '7' in .*; there are 1, 2, 3"):
+        checkpoints.choose("7")
+
+
+def test_best_is_kept_though_it_is_scored_after_it_was_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+    for step, score in enumerate((0.3, 0.9, 0.2, 0.4), 1):
+        checkpoints.save(step, state_of(step), POSITION)
+        checkpoints.score(step, score)
+    checkpoints.close()
+    assert Checkpoints(tmp_path, read_only=True).steps() == [2, 4]

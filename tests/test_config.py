@@ -1,0 +1,80 @@
+"""Configs: every number has a range, and a config file that is wrong is named in one line."""
+
+import pytest
+from verbs import call
+
+from configs import common
+from simvlg_jax import train
+from simvlg_jax.config import RANGES, check_range, flat_keys, load_config, override
+from simvlg_jax.errors import UserError
+
+
+def numbers():
+    flat = flat_keys(common.get_config())
+    return {k: v for k, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def test_every_number_has_a_range_that_holds_its_default():
+    groups = {key if key in RANGES else f"{key.rpartition('.')[0]}.*" for key in numbers()}
+    assert groups == set(RANGES)
+    for key, value in numbers().items():
+        check_range(key, value)
+
+
+@pytest.mark.parametrize("key", numbers())
+def test_numbers_out_of_range_are_refused(key):
+    low, high = RANGES.get(key) or RANGES[f"{key.rpartition('.')[0]}.*"]
+    for value in (low - 1, float("nan"), float("inf"), *([high + 1] if high < 1e300 else [])):
+        with pytest.raises(
+            UserError, match=rf"^{key.replace('.', '[.]')} is .*; it must be (at least|above)"
+        ) as raised:
+            check_range(key, value)
+        assert raised.value.status == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.save_every=0", "train.save_every is 0; it must be at least 1"),
+        ("data.workers=-1", "data.workers is -1; it must be at least 0"),
+        ("optimizer.lr=-1.0", "optimizer.lr is -1.0; it must be above 0"),
+        ("connector.dropout=1.0", "connector.dropout is 1.0; it must be at least 0 and below 1"),
+        ("connector.inflect=2.0", "it must be at least -1 and at most 1"),
+        ("data.crop_scale=(2.0, -1.0)", "data.crop_scale is (2.0, -1.0); it takes two shares"),
+        ("data.crop_scale=(0.5,)", "data.crop_scale is (0.5,); it takes two shares"),
+        ("connector.merges=(5, -1)", "connector.merges is (5, -1)"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting, message):
+    with pytest.raises(UserError) as raised:
+        load_config("configs/tiny.py", [f"--config.{setting}"])
+    assert message in str(raised.value) and raised.value.status == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "line 1: invalid syntax"),
+        ("import nothing_of_this_name\n", "nothing_of_this_name"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return {}\n", "get_config returns dict instead of a ConfigDict"),
+        ("x = 1\n", "get_config"),
+        (
+            "from configs import common\ndef get_config():\n    config = common.get_config()\n    config.a.b = 1\n",
+            "'a'",
+        ),
+    ],
+)
+def test_config_file_that_is_wrong_is_named_in_a_line(tmp_path, capsys, text, message):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    assert call(train, "--config", path, "--workdir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: config {path}: ") and message in error and error.count("\n") == 1
+
+
+def test_override_gives_a_changed_copy():
+    config = load_config("configs/tiny.py")
+    changed = override(config, ["--config.evaluate.batch_size=3", "--config.data.crop_scale=(0.25, 1.0)"])
+    assert (changed.evaluate.batch_size, changed.data.crop_scale) == (3, (0.25, 1.0))
+    assert config.evaluate.batch_size == 8
