@@ -1,9 +1,12 @@
-"""The auxiliary contrastive loss (beta): its value against torch, what it adds to the loss, what it trains."""
+"""The contrastive losses: their value against torch, what they add to the loss and train, and that they compare the
+whole global batch however it is cut into micro-batches or laid over devices.
+"""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from safetensors.numpy import save_file
@@ -11,10 +14,15 @@ from transformers import BertConfig, BertModel
 
 from simvlg_jax.config import load_config
 from simvlg_jax.convert import bert, evlgen
+from simvlg_jax.data.sources import load_source
+from simvlg_jax.evaluation import validation
 from simvlg_jax.models.bert import SentenceEncoder
 from simvlg_jax.models.contrastive import matching_losses, unit
-from simvlg_jax.training import loop, tasks
-from simvlg_jax.training.frozen import fingerprint
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.training import loop, partition, tasks
+from simvlg_jax.training.fingerprints import fingerprint
+from simvlg_jax.training.flops import count_flops
+from simvlg_jax.training.step import init_params, make_plan
 
 
 def tiny(*overrides: str):
@@ -78,6 +86,120 @@ def test_contrast_is_over_the_batch_of_all_devices(tmp_path):
         batches = [next(trainer.iterator) for _ in range(3)]
         losses.append([float(trainer.run_step(loop.meshes.put_batch(b, trainer.mesh))["loss"]) for b in batches])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+CAPTION = ["train.beta=0.5", "connector.dropout=0.0"]
+JOINT = [*CAPTION, "vit.train=True"]  # every path that the contrast's gradient takes
+ENCODER = ["task=contrastive"]
+EIGHT_DEVICES = (4, 2, 1)
+MICRO_BATCHES = [(2,), (4,), (8,), (2, EIGHT_DEVICES)]
+
+
+def step_config(task, accumulate, mesh=(1, 1, 1)):
+    axes = [f"mesh.{axis}={size}" for axis, size in zip(meshes.AXES, mesh, strict=True)]
+    flags = ["train.batch_size=16", f"train.accumulate={accumulate}", *axes, *task]
+    return load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
+
+
+def drawn_batch(size=16, length=12):
+    """Drawn pictures and texts, each text of its own length."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 98, (size, length)).astype(np.int32)
+    mask = (np.arange(length) < rng.integers(2, length + 1, (size, 1))).astype(np.int32)
+    image = rng.integers(0, 256, (size, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    text = {"ids": ids, "mask": mask, "targets": np.where(mask > 0, ids, -100)}
+    return {"image": image, **text, "sentence_ids": ids[:, ::-1].copy(), "sentence_mask": np.ones_like(mask)}
+
+
+def first_step(config):
+    """(loss, {top-level name: its gradient, flat}) of the first step on `drawn_batch`."""
+    task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
+    plan = make_plan(task, config, mesh)
+    params, frozen = init_params(task, config, mesh)
+    state, metrics = plan.step.jit()(plan.init_state(params), frozen, meshes.put_batch(drawn_batch(), mesh))
+    moments = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+    return float(metrics["loss"]), flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
+
+
+def flat(tree):
+    return {name: np.concatenate([np.ravel(x) for x in jax.tree.leaves(part)]) for name, part in tree.items()}
+
+
+def assert_same(found, wanted, limit=1e-5):
+    """Of single modules, the temperature's among them, most of the gradient cancels: they may round more."""
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    whole = [np.concatenate([gradient[name] for name in wanted[1]]) for _, gradient in (found, wanted)]
+    assert np.linalg.norm(whole[0] - whole[1]) < limit * np.linalg.norm(whole[1])
+    for name, gradient in wanted[1].items():
+        assert np.linalg.norm(gradient) > 0, name
+        assert np.linalg.norm(found[1][name] - gradient) < 5 * limit * np.linalg.norm(gradient), name
+
+
+@pytest.mark.parametrize(
+    ("task", "layouts"),
+    [(CAPTION, [(4,)]), (JOINT, MICRO_BATCHES), (ENCODER, MICRO_BATCHES)],
+    ids=["caption", "joint", "encoder"],
+)
+def test_contrast_is_over_the_global_batch_however_many_micro_batches(task, layouts):
+    """Each layout: (micro-batches, mesh)."""
+    one = first_step(step_config(task, 1))
+    for layout in layouts:
+        assert_same(first_step(step_config(task, *layout)), one)
+
+
+def test_both_passes_over_micro_batches_draw_the_same_dropout():
+    """The step's gradients against those of the loss written down as one function of all micro-batches."""
+    dropout = ["train.beta=0.5", "connector.dropout=0.1", "llm.size=opt_tiny", "llm.dropout=0.1", "vit.train=True"]
+    config = step_config(dropout, 2)
+    task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
+    trained, frozen = init_params(task, config, mesh)
+    step_key = jax.random.fold_in(jax.random.key(config.seed), 0)
+
+    def loss(trained, batch):
+        params = partition.join(frozen, trained)
+        micro = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
+        parts = [task.losses(params, rows, jax.random.fold_in(step_key, i)) for i, rows in enumerate(micro)]
+        picture, text = (jnp.concatenate(x) for x in zip(*[part.pair for part in parts], strict=True))
+        matching = matching_losses(picture, text, params["temperature"])
+        captions = sum(part.losses.sum() for part in parts) / sum(part.counts.sum() for part in parts)
+        return captions + 0.5 * matching.mean()
+
+    wanted, gradient = jax.jit(jax.value_and_grad(loss))(trained, drawn_batch())
+    assert_same(first_step(config), (float(wanted), flat(jax.device_get(gradient))), limit=5e-5)
+
+
+def test_first_pass_over_micro_batches_leaves_the_language_model_out():
+    """Compiled from shapes alone: one batch's work, and the pictures' and sentences' once more."""
+    work = []
+    for accumulate in (1, 2):
+        config = step_config(CAPTION, accumulate, EIGHT_DEVICES)
+        task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
+        plan = make_plan(task, config, mesh)
+        batch = plan.abstract_batch(task, 16, mesh)
+        traced = plan.step.jit().trace(*plan.abstract, batch)
+        traced.lower().compile()
+        work.append(count_flops(traced.jaxpr))
+    params = partition.join(plan.abstract[1], plan.abstract[0].params)
+    del params["llm"], params["llm_proj"]
+    embed = jax.make_jaxpr(task.contrast.embed)(params, batch, jax.random.key(0))
+    assert work[1] == work[0] + count_flops(embed)
+
+
+def test_validation_loss_is_of_each_example_once():
+    """Eleven examples in batches of eight, the last filled up with repeats that do not count."""
+    flags = ["data.synthetic_size.val=11", "mesh.data=1"]
+    config = load_config("configs/tiny.py:vit", [f"--config.{flag}" for flag in flags])
+    task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
+    params = partition.join(*init_params(task, config, mesh))
+    source = load_source(config.data, "val")
+    batches = [batch for batch, _ in validation.eval_batches(task, config, source, mesh)]
+    assert [len(batch["image"]) for batch in batches] == [8, 8]
+    total = 0.0
+    for batch, real in zip(batches, (8, 3), strict=True):
+        pair = task.model.apply({"params": params}, *(batch[name][:real] for name in ("image", "ids", "mask")))
+        total += matching_losses(*pair, jnp.exp(params["log_temperature"])).sum()
+    found = validation.retrieval(task, config, params, mesh, source)
+    assert found["loss"] == pytest.approx(float(total) / 11, rel=1e-5)
 
 
 def test_published_names_of_the_contrastive_part():

@@ -4,6 +4,8 @@ The loss is the auxiliary image-text contrastive loss of the published code (tem
 smoothing 0.1, 256 shared dimensions), taken over the global batch, with the mean of the ViT's tokens as the picture.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,13 @@ import optax
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers, vit
+
+
+class Pair(NamedTuple):
+    """picture, text: (B, S) float32 unit vectors, row i of the one belonging to row i of the other."""
+
+    picture: jax.Array
+    text: jax.Array
 
 
 class ContrastiveViT(nn.Module):
@@ -33,25 +42,24 @@ class ContrastiveViT(nn.Module):
         self.text_proj = layers.Linear(self.shared_width, ("embed", "mlp"), dtype=self.dtype)
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(0.07)), ())
 
-    def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """images (B, H, W, 3) uint8, ids and mask (B, L): unit vectors ((B, S) picture, (B, S) text), float32."""
+    def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> Pair:
+        """images (B, H, W, 3) uint8, ids and mask (B, L)."""
         tokens = self.vit(vit.normalize_images(images, self.dtype))
         picture = self.vision_proj(self.head_norm(tokens).mean(1))
         sentence = jax.lax.stop_gradient(self.sentence_encoder(ids, mask))
         text = self.text_proj(sentence)
-        return unit(picture), unit(text)
+        return Pair(unit(picture), unit(text))
 
-    def contrastive_losses(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """((B,) mean of the picture->text and text->picture cross-entropies in nats, (B,) weights of one)."""
-        losses = matching_losses(*self(images, ids, mask), jnp.exp(self.log_temperature))
-        return losses, jnp.ones_like(losses)
+    def contrastive_losses(self, picture: jax.Array, text: jax.Array) -> jax.Array:
+        """`matching_losses` at the learned temperature: (B,)."""
+        return matching_losses(picture, text, jnp.exp(self.log_temperature))
 
 
 def matching_losses(picture: jax.Array, text: jax.Array, temperature: jax.Array) -> jax.Array:
     """Which text belongs to which picture, and the reverse: the mean of both cross-entropies of each row, (B,) nats.
 
     Args:
-      picture, text: (B, S) unit vectors, row i of the one belonging to row i of the other. B is the global batch.
+      picture, text: (B, S), a `Pair`. B is the global batch.
       temperature: () divides the similarities; held within 0.001 and 0.5, as published.
     """
     temperature = jnp.clip(temperature, 0.001, 0.5)

@@ -7,6 +7,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers, vit
+from simvlg_jax.models.tomeformer import TomeFormerOutput
 
 
 @struct.dataclass
@@ -75,6 +76,11 @@ class SimVLG(nn.Module):
 
     def encode_image(self, images: jax.Array, deterministic: bool = True) -> VisualOutput:
         """images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or already normalised floats."""
+        frames, ln, merged = self._connect(images, deterministic)
+        return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
+
+    def _connect(self, images: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array, TomeFormerOutput]:
+        """`encode_image` as far as the connector: (frames, ln, the connector's output)."""
         if images.dtype == jnp.uint8:
             images = vit.normalize_images(images, self.dtype)
         if self.vit.temporal and images.ndim == 4:
@@ -83,8 +89,7 @@ class SimVLG(nn.Module):
         if not self.vit_grad:
             frames = jax.lax.stop_gradient(frames)
         ln = self.ln_vision(frames.mean(1) if images.ndim == 5 else frames)
-        merged = self.connector(self.vl_proj(ln), deterministic)
-        return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
+        return frames, ln, self.connector(self.vl_proj(ln), deterministic)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """ids (B, L) int32 -> (B, L, E)."""
@@ -129,7 +134,7 @@ class SimVLG(nn.Module):
         picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]  # (B, L)
         return -jnp.sum(picked * wanted, 1), jnp.sum(wanted, 1)
 
-    def joint_losses(
+    def losses_and_pair(
         self,
         images: jax.Array,
         ids: jax.Array,
@@ -137,21 +142,30 @@ class SimVLG(nn.Module):
         targets: jax.Array,
         sentence_ids: jax.Array,
         sentence_mask: jax.Array,
-        beta: float,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, jax.Array]:
-        """`caption_losses` with beta times the contrastive loss (section 3.2) in them.
-
-        The sum of the first output over that of the second is the mean caption loss plus beta times the mean
-        contrastive loss over the batch.
+    ) -> tuple[jax.Array, jax.Array, contrastive.Pair]:
+        """`caption_losses` and, of the same forward pass, what `contrastive_losses` (section 3.2) compares.
 
         Args:
           sentence_ids, sentence_mask: (B, L') int32, the captions for the sentence encoder.
         """
         out = self(images, ids, mask, deterministic)
-        losses, counts = self.next_token_losses(out.hidden, ids, targets)
+        pair = self._pair(out.visual.connector, sentence_ids, sentence_mask)
+        return *self.next_token_losses(out.hidden, ids, targets), pair
+
+    def embed_pair(
+        self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array, deterministic: bool = True
+    ) -> contrastive.Pair:
+        """The pair of `losses_and_pair`, without the language model."""
+        *_, merged = self._connect(images, deterministic)
+        return self._pair(merged.tokens, sentence_ids, sentence_mask)
+
+    def _pair(self, connector: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
+        """The connector's class token, of (B, P, D), and the captions (B, L')."""
         sentences = jax.lax.stop_gradient(self.sentence_encoder(sentence_ids, sentence_mask))
-        picture = contrastive.unit(self.vision_proj(out.visual.connector[:, 0]))
-        text = contrastive.unit(self.text_proj(sentences))
-        matching = contrastive.matching_losses(picture, text, self.temperature)
-        return losses + beta * matching * counts.mean(), counts
+        picture, text = self.vision_proj(connector[:, 0]), self.text_proj(sentences)
+        return contrastive.Pair(contrastive.unit(picture), contrastive.unit(text))
+
+    def contrastive_losses(self, picture: jax.Array, text: jax.Array) -> jax.Array:
+        """`contrastive.matching_losses` at the learned temperature: (B,), B the global batch."""
+        return contrastive.matching_losses(picture, text, self.temperature)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.convert import lazy
 from simvlg_jax.errors import UserError
+from simvlg_jax.models.contrastive import Pair
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
 from simvlg_jax.training.optimizer import learning_rate, make_optimizer
@@ -76,7 +77,10 @@ def make_step(
     """Builds the step.
 
     The loss is the mean over all targets of the global batch, whatever the number of devices and of
-    micro-batches (the published code averages the ranks' means instead).
+    micro-batches (the published code averages the ranks' means instead). A task's contrast is over the global batch
+    too: with several micro-batches a first pass embeds them all, which gives the slope of the loss along each
+    embedding, and a second one carries the slopes on to the parameters (GradCache, arXiv 2101.06983). Both draw the
+    same dropout.
 
     Args:
       states: the TrainState's placements.
@@ -84,29 +88,71 @@ def make_step(
       seed: dropout's; each step and micro-batch folds its own number in.
       accumulate: micro-batches per step.
     """
+    contrast = task.contrast
 
-    def total_loss(params: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def split(x: jax.Array) -> jax.Array:
+        """(B, ...) -> (accumulate, B / accumulate, ...). Each device keeps its own rows, dealt out one by one."""
+        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def unsplit(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def contrastive_loss(params: dict, frozen: dict, pair: Pair, weight: jax.Array) -> jax.Array:
+        """Of the global batch's pair, to stand beside losses summed over `weight` targets."""
+        return contrast.weight * weight * contrast.losses(partition.join(frozen, params), *pair).mean()
+
+    def total_loss(
+        params: dict, frozen: dict, batch: dict, key: jax.Array, slopes: Pair | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """(what is differentiated, (the loss in it, the number of targets)), summed over targets.
+
+        Args:
+          slopes: the contrastive loss's along the batch's pair, if it is part of a greater one whose loss is known.
+        """
         with meshes.activation_shardings(mesh):
-            losses, weights = task.losses(partition.join(frozen, params), batch, key)
-        return losses.sum(), weights.sum()
+            losses, counts, pair = task.losses(partition.join(frozen, params), batch, key)
+            loss, weight = losses.sum(), counts.sum()
+            if slopes is not None:
+                return loss + sum(jnp.sum(x * slope) for x, slope in zip(pair, slopes, strict=True)), (loss, weight)
+            if contrast:
+                loss += contrastive_loss(params, frozen, pair, weight)
+        return loss, (loss, weight)
+
+    def contrast_micro_batches(
+        params: dict, frozen: dict, micro: dict, key: jax.Array, weight: jax.Array
+    ) -> tuple[jax.Array, tuple[dict, Pair]]:
+        """The contrastive loss over all micro-batches, and its slopes along params and along each one's pair."""
+
+        def embed(item: tuple[jax.Array, dict]) -> Pair:
+            index, rows = item
+            return contrast.embed(partition.join(frozen, params), rows, jax.random.fold_in(key, index))
+
+        def loss(params: dict, pairs: Pair) -> jax.Array:
+            return contrastive_loss(params, frozen, jax.tree.map(unsplit, pairs), weight)
+
+        with meshes.activation_shardings(mesh):
+            return jax.value_and_grad(loss, (0, 1))(params, jax.lax.map(embed, (jnp.arange(accumulate), micro)))
 
     def run(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Each device keeps its own rows: micro-batch i takes every accumulate-th.
-        micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        micro = jax.tree.map(split, batch)
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def add_micro_batch(carry, item):
-            index, rows = item
-            (loss, weight), grads = jax.value_and_grad(total_loss, has_aux=True)(
-                state.params, frozen, rows, jax.random.fold_in(step_key, index)
+            index, rows, slopes = item
+            (_, (loss, weight)), grads = jax.value_and_grad(total_loss, has_aux=True)(
+                state.params, frozen, rows, jax.random.fold_in(step_key, index), slopes
             )
             return jax.tree.map(jnp.add, carry, (loss, weight, grads)), None
 
-        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        loss, grads, slopes = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params), None
+        if contrast and accumulate > 1:
+            weight = contrast.counts(batch).sum()
+            loss, (grads, slopes) = contrast_micro_batches(state.params, frozen, micro, step_key, weight)
+        total = (loss, jnp.zeros(()), grads)
         if accumulate == 1:
-            (loss, weight, grads), _ = add_micro_batch(zero, (0, jax.tree.map(lambda x: x[0], micro)))
+            (loss, weight, grads), _ = add_micro_batch(total, (0, jax.tree.map(lambda x: x[0], micro), None))
         else:
-            (loss, weight, grads), _ = jax.lax.scan(add_micro_batch, zero, (jnp.arange(accumulate), micro))
+            (loss, weight, grads), _ = jax.lax.scan(add_micro_batch, total, (jnp.arange(accumulate), micro, slopes))
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

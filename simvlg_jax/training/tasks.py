@@ -7,6 +7,7 @@ trained and frozen. The loop, the checkpoints and the step know only this.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.data import text
 from simvlg_jax.errors import UserError
 from simvlg_jax.models.bert import BERT_SIZES, SentenceEncoder
-from simvlg_jax.models.contrastive import ContrastiveViT
+from simvlg_jax.models.contrastive import ContrastiveViT, Pair
 from simvlg_jax.models.llama import LLAMA_SIZES, Llama
 from simvlg_jax.models.opt import OPT_SIZES, Opt
 from simvlg_jax.models.simvlg import SimVLG
@@ -27,7 +28,36 @@ from simvlg_jax.models.tomeformer import TomeFormer
 from simvlg_jax.models.vit import VIT_SIZES, ViT
 from simvlg_jax.training import partition, pretrained
 
-Losses = tuple[jax.Array, jax.Array]  # ((B,) summed over each example's targets, (B,) number of targets)
+
+class Losses(NamedTuple):
+    """What a task makes of a batch.
+
+    Attributes:
+      losses: (B,) summed over each example's targets.
+      counts: (B,) number of targets.
+      pair: the embeddings that `Task.contrast` compares, if there is one; not in evaluation.
+    """
+
+    losses: jax.Array
+    counts: jax.Array
+    pair: Pair | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A loss that compares every example of the global batch with all others.
+
+    Attributes:
+      weight: of its mean over the examples, beside the mean of `Losses` over the targets.
+      embed: (params, batch, dropout key) -> the pair that `Task.losses` gives for the same, without the losses.
+      losses: (params, picture (B, S), text (B, S)) -> (B,), B the global batch.
+      counts: batch -> `Losses.counts`.
+    """
+
+    weight: float
+    embed: Callable[[dict, dict, jax.Array], Pair]
+    losses: Callable[[dict, jax.Array, jax.Array], jax.Array]
+    counts: Callable[[dict], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -38,13 +68,14 @@ class Task:
       model: the Linen module.
       is_trained: whether the parameter at a path, ("connector", "layer_0", ...), is trained; else it is frozen.
       init: key -> parameters, boxed with their logical axes.
-      losses: (params, batch, dropout key or None) -> `Losses`.
+      losses: (params, batch, dropout key, or None in evaluation) -> `Losses`.
       load_pretrained: abstract parameters -> {top-level name: lazy or host arrays} of those with named weights.
       image_size: side of the pictures, pixels.
       sources: top-level name -> where its frozen weights come from, in words.
       max_tokens: longest text, tokens.
       load_text: gives `text_encoder`.
       load_sentence_text: gives `sentence_encoder`, if there is one.
+      contrast: the loss across examples, if there is one.
     """
 
     model: nn.Module
@@ -57,6 +88,7 @@ class Task:
     max_tokens: int
     load_text: Callable[[], text.TextEncoder]
     load_sentence_text: Callable[[], text.TextEncoder] | None = None
+    contrast: Contrast | None = None
 
     @cached_property
     def text_encoder(self) -> text.TextEncoder:
@@ -178,19 +210,27 @@ def caption_task(config: ConfigDict) -> Task:
     def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
         inputs = [batch[name] for name in ("image", "ids", "mask", "targets")]
         if key is None:
-            return model.apply({"params": params}, *inputs, method="caption_losses")
+            return Losses(*model.apply({"params": params}, *inputs, method="caption_losses"))
         options = dict(deterministic=False, rngs={"dropout": key})
         if not beta:
-            return model.apply({"params": params}, *inputs, method="caption_losses", **options)
-        inputs += [batch["sentence_ids"], batch["sentence_mask"], beta]
-        return model.apply({"params": params}, *inputs, method="joint_losses", **options)
+            return Losses(*model.apply({"params": params}, *inputs, method="caption_losses", **options))
+        inputs += [batch["sentence_ids"], batch["sentence_mask"]]
+        return Losses(*model.apply({"params": params}, *inputs, method="losses_and_pair", **options))
+
+    def embed(params: dict, batch: dict, key: jax.Array) -> Pair:
+        inputs = [batch[name] for name in ("image", "sentence_ids", "sentence_mask")]
+        options = dict(deterministic=False, rngs={"dropout": key})
+        return model.apply({"params": params}, *inputs, method="embed_pair", **options)
+
+    def counts(batch: dict) -> jax.Array:
+        return jnp.sum(batch["targets"] >= 0, 1, dtype=jnp.float32)
 
     def init(key: jax.Array) -> dict:
         token = jnp.ones((1, 1), jnp.int32)
         image = jnp.zeros((1, side, side, 3), jnp.uint8)
         inputs, method = [image, token, token, token], "caption_losses"
         if beta:
-            inputs, method = [*inputs, token, token, beta], "joint_losses"
+            inputs, method = [*inputs, token, token], "losses_and_pair"
         return model.init(key, *inputs, method=method)["params"]
 
     def load_pretrained(abstract: dict) -> dict:
@@ -225,6 +265,7 @@ def caption_task(config: ConfigDict) -> Task:
         config.llm.max_text_tokens,
         lambda: build_text_encoder(config),
         (lambda: build_sentence_text(config)) if beta else None,
+        Contrast(beta, embed, contrastive_losses(model), counts) if beta else None,
     )
 
 
@@ -236,10 +277,16 @@ def contrastive_task(config: ConfigDict) -> Task:
     sentences = build_sentence_encoder(config)
     model = ContrastiveViT(vit, sentences, dtype=dtype)
 
-    def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
+    def embed(params: dict, batch: dict, key: jax.Array | None) -> Pair:
         del key  # nothing in this model is random
-        inputs = (batch["image"], batch["ids"], batch["mask"])
-        return model.apply({"params": params}, *inputs, method="contrastive_losses")
+        return model.apply({"params": params}, batch["image"], batch["ids"], batch["mask"])
+
+    def counts(batch: dict) -> jax.Array:
+        return jnp.ones(batch["image"].shape[0])
+
+    def losses(params: dict, batch: dict, key: jax.Array | None) -> Losses:
+        ones = counts(batch)
+        return Losses(jnp.zeros_like(ones), ones, embed(params, batch, key))
 
     def init(key: jax.Array) -> dict:
         token = jnp.ones((1, 1), jnp.int32)
@@ -267,7 +314,13 @@ def contrastive_task(config: ConfigDict) -> Task:
         sources,
         config.llm.max_text_tokens,
         lambda: build_sentence_text(config),
+        contrast=Contrast(1.0, embed, contrastive_losses(model), counts),
     )
+
+
+def contrastive_losses(model: nn.Module) -> Callable[[dict, jax.Array, jax.Array], jax.Array]:
+    """A model's method of that name, for `Contrast`."""
+    return lambda params, picture, text: model.apply({"params": params}, picture, text, method="contrastive_losses")
 
 
 def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
