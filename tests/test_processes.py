@@ -143,8 +143,11 @@ def runs(tmp_path_factory):
     run_jobs(4, 1, [(preset_overrides(preset), folder / f"4 {preset}") for preset in PRESETS])
     for count in (2, 1):
         cut_back(folder / "4 fsdp+tensor", folder / f"4 to {count}")
-    again = (overrides(mesh__preset="fsdp+tensor"), folder / "4 to 2")
-    run_jobs(2, 2, [*((preset_overrides(preset), folder / f"2 {preset}") for preset in PRESETS), again])
+    shutil.copytree(folder / "4 fsdp+tensor", folder / "damaged")
+    for path in (folder / "damaged" / "checkpoints" / str(STEPS) / "state" / "ocdbt.process_3" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])  # what one of the two reads
+    again = [(overrides(mesh__preset="fsdp+tensor"), folder / name) for name in ("4 to 2", "damaged")]
+    run_jobs(2, 2, [*((preset_overrides(preset), folder / f"2 {preset}") for preset in PRESETS), *again])
     loop.train(load_config("configs/tiny.py", overrides(mesh__data=2)), folder / "4 to 1")
     return folder
 
@@ -158,6 +161,12 @@ def test_run_does_not_depend_on_the_number_of_processes(runs, count, preset):
 @pytest.mark.parametrize("count", [2, 1])
 def test_run_of_four_processes_is_resumed_by_fewer(runs, count):
     assert_same_run(runs / f"4 to {count}", runs / "one")
+
+
+def test_damaged_checkpoint_is_passed_over_by_all_processes(runs):
+    names = {path.name for path in (runs / "damaged" / "checkpoints").iterdir()}
+    assert names == {str(SAVED), str(STEPS), f"{STEPS}.damaged"}
+    assert_same_run(runs / "damaged", runs / "one")
 
 
 def test_all_processes_write_one_checkpoint(runs):

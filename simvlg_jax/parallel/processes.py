@@ -109,10 +109,14 @@ def gather(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def gather_each(array: np.ndarray) -> np.ndarray:
+    """(P, ...): each process's array (...), of equal shape and at most 32 bits."""
+    return array[None] if jax.process_count() == 1 else multihost_utils.process_allgather(array[None], tiled=True)
+
+
 def numbers_of_all(*numbers: float) -> np.ndarray:
     """(P, n) float32: each process's n numbers."""
-    mine = np.array([numbers], np.float32)
-    return mine if jax.process_count() == 1 else multihost_utils.process_allgather(mine, tiled=True)
+    return gather_each(np.array(numbers, np.float32))
 
 
 _finished = threading.Event()  # nothing to watch any more
