@@ -31,7 +31,7 @@ def run_verb(main: Callable[[], int | None], before_failing: Callable[[str, int]
     Args:
       before_failing: called with the reason and the exit status before the process ends with an error.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS speak of their own affairs
+    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log much; what fails in them is raised too, and told below
     try:
         status = main() or 0
     except (Exception, KeyboardInterrupt) as error:
