@@ -20,15 +20,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import quick_compile
 
-STEPS = 60
 SETTINGS = {
     "mesh.data": -1,
-    "train.steps": STEPS,
     "train.batch_size": 16,
     "train.log_every": 1,
     "train.save_every": 4,
@@ -38,6 +37,8 @@ SETTINGS = {
     "data.synthetic_size.val": 48,
     "connector.dropout": 0.1,
 }
+FIRST_STEP = "is the first of this start"
+STARTED_SHARE = 0.7  # of the kills of a training come after its first step
 TIMINGS = ("seconds", "images_per_second", "tflops", "data_wait", "memory_gb")
 MODULE = {"train": "simvlg_jax.train", "export": "simvlg_jax.export", "prepare": "simvlg_jax.data.prepare"}
 
@@ -76,20 +77,38 @@ class Work:
     def said(self) -> str:
         return "".join((self._folder / f"said-{index}.txt").read_text() for index in range(self._count))
 
-    def finish(self) -> float:
-        """Does the work undisturbed; returns its seconds."""
+    def _wait(self, processes: list[subprocess.Popen], until: Callable[[], bool]) -> float:
+        """Waits until something holds or all processes have ended; returns the seconds."""
         start = time.monotonic()
-        statuses = [process.wait() for process in self.start()]
-        assert statuses == [0] * self._count, self.said()
+        while not until() and any(process.poll() is None for process in processes):
+            time.sleep(0.002)
         return time.monotonic() - start
 
-    def kill_after(self, seconds: float, victim: int) -> bool:
-        """Starts the work and kills one process with SIGKILL; the others end by themselves, or are killed as a job
-        controller would. Returns False if the work was done before."""
+    def is_started(self) -> bool:
+        """Whether a training has taken its first step."""
+        return FIRST_STEP in self.said()
+
+    def finish(self) -> tuple[float, float]:
+        """Does the work undisturbed; returns the seconds of a training's start, and those after it."""
         processes = self.start()
+        seconds = self._wait(processes, self.is_started), self._wait(processes, lambda: False)
+        statuses = [process.wait() for process in processes]
+        assert statuses == [0] * self._count, self.said()
+        return seconds
+
+    def kill_after(self, seconds: float, victim: int, started: bool = False) -> bool:
+        """Starts the work and kills one process with SIGKILL; returns False if the work was done before.
+
+        The other processes end by themselves, or are killed as a job controller would.
+
+        Args:
+          seconds: from the start, or from the first step of a training if it is to have `started`.
+        """
+        processes = self.start()
+        if started:
+            self._wait(processes, self.is_started)
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-            time.sleep(0.002)
+        self._wait(processes, lambda: time.monotonic() >= deadline)
         done = all(process.poll() == 0 for process in processes)
         processes[victim].kill()
         for process in processes:
@@ -104,12 +123,9 @@ def moment(workdir: Path, said: str) -> str:
     """What a killed training was doing, by what it had said and written."""
     checkpoints = workdir / "checkpoints"
     unfinished = [p for p in checkpoints.glob("*") if p.is_dir() and not (p / "commit_success.txt").exists()]
-    lines = (workdir / "metrics.jsonl").read_text().splitlines() if (workdir / "metrics.jsonl").exists() else []
-    if "of this start" not in said:
-        return "start-up"
-    if lines and said.count(" score ") == 0:
-        return "first evaluation or before"
-    return "saving" if unfinished else "steps or evaluating"
+    if unfinished:
+        return "saving"
+    return "steps or evaluating" if FIRST_STEP in said else "start-up"
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -117,27 +133,27 @@ def lines_of(workdir: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
 
 
-def assert_same_training(workdir: Path, reference: Path) -> None:
+def assert_same_training(workdir: Path, reference: Path, steps: int) -> None:
     """Metrics, fingerprints of all arrays as they are read back, data position, and no leftovers."""
     from simvlg_jax.training.fingerprints import array_fingerprints
 
     ours, theirs = lines_of(workdir), lines_of(reference)
     assert ours == theirs, [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]][:3]
-    assert len(ours) == STEPS + STEPS // SETTINGS["train.eval_every"]
-    states = [read_state(folder) for folder in (workdir, reference)]
+    assert len(ours) == steps + steps // SETTINGS["train.eval_every"]
+    states = [read_state(folder, steps) for folder in (workdir, reference)]
     assert array_fingerprints(states[0]["state"]) == array_fingerprints(states[1]["state"])
     assert states[0]["data"] == states[1]["data"]
     names = [{path.name for path in (folder / "checkpoints").iterdir()} for folder in (workdir, reference)]
     assert names[0] == names[1], names
 
 
-def read_state(workdir: Path) -> dict:
-    """The last checkpoint as numpy arrays, and the data's position."""
+def read_state(workdir: Path, step: int) -> dict:
+    """A checkpoint as numpy arrays, and the data's position."""
     import orbax.checkpoint as ocp
 
     items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        read = reader.restore((workdir / "checkpoints" / str(STEPS)).resolve(), args=items)
+        read = reader.restore((workdir / "checkpoints" / str(step)).resolve(), args=items)
     return {"state": read.state, "data": read.data}
 
 
@@ -150,10 +166,12 @@ def bytes_of(folder: Path) -> dict[str, str]:
     }
 
 
-def kill_training(folder: Path, kills: int, workers: int, processes: int, seed: int) -> collections.Counter:
+def kill_training(
+    folder: Path, kills: int, workers: int = 0, processes: int = 1, seed: int = 0, steps: int = 60
+) -> collections.Counter:
     """Kills trainings `kills` times in all, of as many runs as that takes; returns how often in which moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = SETTINGS | {"data.workers": workers}
+    settings = SETTINGS | {"data.workers": workers, "train.steps": steps}
     flags = ["--config", "configs/tiny.py", *(f"--config.{key}={value}" for key, value in settings.items())]
 
     def work(name: str) -> Work:
@@ -161,23 +179,24 @@ def kill_training(folder: Path, kills: int, workers: int, processes: int, seed: 
 
     work("warm").finish()  # fills the compiler's cache, so that the next one takes as long as those to come
     seconds = work("reference").finish()
-    print(f"undisturbed: {seconds:.1f} s", flush=True)
-    assert_same_training(folder / "warm", folder / "reference")
+    print(f"undisturbed: {seconds[0]:.1f} s to the first step, {seconds[1]:.1f} s after it", flush=True)
+    assert_same_training(folder / "warm", folder / "reference", steps)
     rng, moments, number = np.random.default_rng(seed), collections.Counter(), 0
     while sum(moments.values()) < kills:
         workdir = folder / f"run-{number}"
         killed = 0
         while sum(moments.values()) < kills:
             run = work(workdir.name)
-            after = rng.uniform(0, seconds)
-            if not run.kill_after(after, int(rng.integers(processes))):
+            started = rng.random() < STARTED_SHARE
+            after = rng.uniform(0, seconds[started])
+            if not run.kill_after(after, int(rng.integers(processes)), started):
                 break
             killed += 1
             what = moment(workdir, run.said())
             moments[what] += 1
             print(f"kill {sum(moments.values())} after {after:.2f} s: {what}", flush=True)
         work(workdir.name).finish()
-        assert_same_training(workdir, folder / "reference")
+        assert_same_training(workdir, folder / "reference", steps)
         print(f"run {number}: killed {killed} times, equal to the undisturbed one", flush=True)
         shutil.rmtree(workdir)
         number += 1
@@ -197,7 +216,7 @@ def kill_files(folder: Path, verb: str, kills: int, seed: int) -> None:
         return Work(folder, verb, [*own, *output, str(folder / name)])
 
     work("warm").finish()
-    seconds = work("reference").finish()
+    seconds = sum(work("reference").finish())
     whole = bytes_of(folder / "reference")
     rng = np.random.default_rng(seed)
     print(f"undisturbed: {seconds:.1f} s, {len(whole)} files", flush=True)
