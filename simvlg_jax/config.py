@@ -18,6 +18,10 @@ EXAMPLE = Path(__file__).parent / "example"  # the trained example: an exported 
 
 POSITIVE, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 ONE_UP, ZERO_UP, SHARE = (1, math.inf), (0, math.inf), (0, BELOW_1)
+REQUIRED = (  # keys without which nothing can be checked
+    "task", "dtype", "frozen_dtype", "optimizer.schedule", "sentence_encoder.pooling", "data.name", "data.crop_scale",
+    "connector.merges", "train.batch_size", "train.accumulate", "llm.start_first", "llm.start_is_target",
+)  # fmt: skip
 FORMER = {"data.allow_outside": False}  # keys that came later -> what they are in a config without them
 RANGES = {  # smallest and greatest value of each number; ".*" stands for all keys of a group
     "seed": (0, 2**32 - 1),
@@ -103,7 +107,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         changed = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_explain("config", flat_keys(config), overrides, error), 2) from error
-    check(changed)
+    check(changed, [given.removeprefix("--config.").partition("=")[0] for given in overrides])
     return changed.lock()
 
 
@@ -123,7 +127,8 @@ def _explain(name: str, keys: Collection[str], overrides: Sequence[str], error: 
             return f"unknown config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
     if isinstance(error, flags.IllegalFlagValueError) and overrides:
         return str(error).strip().splitlines()[-1]
-    while (cause := error.__cause__ or error.__context__) is not None:  # absl puts its own errors around it
+    # absl puts its own errors around the config's.
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
     if isinstance(error, SyntaxError):
         return f"{name}: line {error.lineno}: {error.msg}"
@@ -141,11 +146,18 @@ def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError (status 2) for values that cannot work, each with the fix."""
+def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
+    """Raises UserError (status 2) for values that cannot work, each with the fix.
+
+    Args:
+      keys: whose range is checked; all by default. Older versions accepted numbers that are now out of range.
+    """
+    flat = flat_keys(config)
+    if lacking := [key for key in REQUIRED if key not in flat]:
+        raise UserError(f"the config lacks {', '.join(lacking)}: start from the get_config of configs/common.py", 2)
 
     def one_of(key: str, *allowed: object) -> None:
-        value = flat_keys(config)[key]
+        value = flat[key]
         if value not in allowed:
             raise UserError(f"{key} is {value!r}; it takes {', '.join(map(repr, allowed))}", 2)
 
@@ -155,24 +167,29 @@ def check(config: ConfigDict) -> None:
     one_of("optimizer.schedule", "cosine", "staircase")
     one_of("sentence_encoder.pooling", "mean", "pooler")
     one_of("data.name", "openmoji", "folder", "synthetic")
-    for key, value in flat_keys(config).items():
-        check_range(key, value)
-    scale = tuple(config.data.crop_scale)
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+    for key in keys or flat:
+        check_range(key, flat[key])
+    scale = config.data.crop_scale
+    if len(scale) != 2 or not all(map(is_number, scale)) or not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, as (0.5, 1.0)", 2)
-    if any(r < 0 for r in config.connector.merges):
-        raise UserError(f"connector.merges is {tuple(config.connector.merges)}; no layer can merge less than 0", 2)
+    if not all(isinstance(r, int) and r >= 0 for r in config.connector.merges):
+        raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
     if config.llm.start_first and config.llm.start_is_target:
         raise UserError("a start token that stands first cannot be a target: llm.start_is_target=False", 2)
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_range(key: str, value: object) -> None:
     """Raises UserError (status 2) if a number of the config is outside of its range in RANGES."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return
-    low, high = RANGES[key] if key in RANGES else RANGES[key.rpartition(".")[0] + ".*"]
+    group = key.rpartition(".")[0] + ".*"
+    low, high = RANGES.get(key) or RANGES.get(group) or (-math.inf, math.inf)  # a config may have keys of its own
     if low <= value <= high and math.isfinite(value):
         return
     least = "above 0" if low == POSITIVE else f"at least {low}"
@@ -217,7 +234,7 @@ def _stays(key: str) -> bool:
 
 def is_of_model(key: str) -> bool:
     """Whether a key says what the model is, and not where its weights come from or how it is run."""
-    free = (".weights", ".tokenizer", ".dropout", ".remat", ".train")
+    free = (".weights", ".tokenizer", ".dropout", ".remat")
     return key.startswith(("task", "vit.", "connector.", "llm.", "sentence_encoder.")) and not key.endswith(free)
 
 

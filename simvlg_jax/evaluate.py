@@ -33,10 +33,12 @@ from simvlg_jax.config import (
     model_folder,
     override,
     read_config,
+    save_config,
 )
 from simvlg_jax.errors import UserError, run_verb
 from simvlg_jax.files import write_json
 
+WHICH_DATA = ("data.name", "data.dir", "data.path", "data.synthetic_size")  # keys that choose the pictures
 GALLERY = 24  # examples whose picture and merge map the report shows
 
 
@@ -56,7 +58,10 @@ def main() -> int:
     now = json.loads(config.to_json())
     if changed := differences(own, now, is_of_model):
         raise UserError(f"{workdir} holds another model than this config:\n  " + "\n  ".join(changed), 2)
-    if output == workdir and (changed := differences(own, now, lambda key: key.startswith("data."))):
+    elsewhere = output.resolve() != workdir.resolve()
+    if elsewhere and (output / "checkpoints").exists():
+        raise UserError(f"--output {output} holds a run of its own; name another folder", 2)
+    if not elsewhere and (changed := differences(own, now, lambda key: key.startswith(WHICH_DATA))):
         raise UserError(
             "these are other data than the run's; name a folder for their results with --output:\n  "
             + "\n  ".join(changed),
@@ -93,8 +98,8 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
         scored = (run.task, config, run.params, run.mesh, source, announce)
         if config.task == "contrastive":
             results = validation.retrieval(*scored)
-            results = {"split": split, "step": run.step, "num_examples": len(source), **results}
-            headline = results
+            results = {"split": split, "step": run.step, **results}
+            headline = {**results}
         else:
             captions = validation.caption_split(*scored)
             results = {"split": split, "step": run.step, **score(captions, config.seed)}
@@ -107,15 +112,16 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
                 "exact_match": results["exact_match"],
                 "loss": results["loss"],
             }
-            if results["unreadable"]:
-                headline["unreadable"] = len(results["unreadable"])
             add_pictures(results["examples"], source, run.task.image_size, config.seed)
+        headline.pop("unreadable", None)
+        if results["unreadable"]:
+            headline["unreadable"] = len(results["unreadable"])
         if jax.process_index() == 0:
             write_json(output / "eval" / f"{split}.json", results)
             print(json.dumps(headline))
     if jax.process_index() == 0:
-        if output != workdir:
-            write_json(output / "config.json", json.loads(config.to_json()))
+        if output.resolve() != workdir.resolve():
+            save_config(config, output)
         print(f"report: {write_report(output)}", file=sys.stderr)
     return 0
 

@@ -6,12 +6,10 @@ config.json and weights.safetensors (bfloat16) hold everything but what the conf
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from simvlg_jax import files
-from simvlg_jax.config import add_checkpoint_argument, read_config
+from simvlg_jax.config import add_checkpoint_argument, read_config, save_config
 from simvlg_jax.errors import UserError, run_verb
 
 
@@ -44,7 +42,7 @@ def main() -> int:
         params["vit"] = stacking.stack_layers(params["vit"])
     path = arguments.output / WEIGHTS
     weights.write_tree(path, params, ml_dtypes.bfloat16, {"step": str(run.step)})
-    files.write_json(arguments.output / "config.json", json.loads(config.to_json()))
+    save_config(config, arguments.output)
     print(f"step {run.step}: {path.stat().st_size / 1e6:.1f} MB in {arguments.output}", file=sys.stderr)
     return 0
 

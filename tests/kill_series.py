@@ -148,13 +148,16 @@ def assert_same_training(workdir: Path, reference: Path, steps: int) -> None:
 
 
 def read_state(workdir: Path, step: int) -> dict:
-    """A checkpoint as numpy arrays, and the data's position."""
+    """A checkpoint as numpy arrays, by any number of processes written, and the data's position."""
+    import jax
     import orbax.checkpoint as ocp
 
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore())
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        read = reader.restore((workdir / "checkpoints" / str(step)).resolve(), args=items)
-    return {"state": read.state, "data": read.data}
+    folder = (workdir / "checkpoints" / str(step)).resolve()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(folder / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {"state": state, "data": json.loads((folder / "data" / "metadata").read_text())}
 
 
 def bytes_of(folder: Path) -> dict[str, str]:

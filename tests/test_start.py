@@ -63,7 +63,7 @@ def test_missing_validation_data_is_found_before_the_first_step(tmp_path, capsys
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000], ids=["torn", "list", "deep"])
 def test_damaged_config_of_a_run_is_named(tmp_path, capsys, text):
     assert call(train, *TINY, "--workdir", tmp_path) == 0
     (tmp_path / "config.json").write_text(text)

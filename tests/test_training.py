@@ -161,11 +161,9 @@ def test_checkpoint_without_its_last_file_does_not_count_and_is_written_anew(tmp
     (tmp_path / "checkpoints" / "2" / "commit_success.txt").unlink()
     assert Checkpoints(tmp_path, read_only=True).latest() == 1
     save(2)
-    checkpoints = Checkpoints(tmp_path, read_only=True)
-    assert checkpoints.latest() == 2
-    state, position = checkpoints.restore(2, {"x": jnp.zeros(3)})
-    np.testing.assert_array_equal(state["x"], 2)
-    assert position == {"step": 2}
+    restored = Checkpoints(tmp_path).restore_newest({"x": jnp.zeros(3)})
+    np.testing.assert_array_equal(restored.state["x"], 2)
+    assert restored.step == 2 and restored.position == {"step": 2}
 
 
 def test_workdir_of_another_config_is_refused(tmp_path):

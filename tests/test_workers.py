@@ -1,11 +1,13 @@
 """Data worker processes: Ctrl-C on a terminal reaches them too, and they must not outlive the process that trains."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -26,50 +28,72 @@ def start(workdir, *flags):
     )  # fmt: skip
 
 
-def wait_for(process, beginning):
-    """Reads what the process says until a line begins so; returns the lines."""
+def wait_for(process, words):
+    """Reads what the process says until a line holds the words; returns the lines."""
     said = []
     for line in process.stderr:
         said.append(line)
-        if line.startswith(beginning):
+        if words in line:
             return said
     raise AssertionError("".join(said))
+
+
+def blocked_or_ignored(pid):
+    """Whether a process cannot be ended by SIGINT or SIGTERM, by what the kernel says of it."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    mask = int(fields["SigBlk"], 16) | int(fields["SigIgn"], 16)
+    return all(mask >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
+
+
+def workers_of(process):
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def shared_memory():
     return set(os.listdir("/dev/shm"))
 
 
-@pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGINT, "step 5/"), (signal.SIGTERM, "step 5/"), (signal.SIGINT, "44,096")]
-)
-def test_signal_to_all_processes_of_a_terminal_saves(tmp_path, number, moment):
-    """While steps are taken, and while the workers start: then a signal would end them before they can ignore it."""
-    process = start(tmp_path)
-    said = wait_for(process, moment)
-    if moment == "44,096":
-        while len(psutil.Process(process.pid).children()) < 2:  # one of them is multiprocessing's tracker
-            time.sleep(0.002)
-    os.killpg(process.pid, number)
-    said += process.communicate(timeout=120)[1].splitlines(keepends=True)
-    assert process.returncode == 128 + number, "".join(said)
+@pytest.fixture
+def run(tmp_path):
+    process = start(tmp_path / "run")
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_all_processes_of_a_terminal_saves(run, tmp_path, number):
+    said = wait_for(run, "step 5/")
+    os.killpg(run.pid, number)
+    said += run.communicate(timeout=120)[1].splitlines(keepends=True)
+    assert run.returncode == 128 + number, "".join(said)
     assert "Traceback" not in "".join(said), "".join(said)
     assert f"stopped by {number.name} at step" in said[-1]
-    if moment != "44,096":
-        assert Checkpoints(tmp_path, read_only=True).latest() >= 5
+    assert Checkpoints(tmp_path / "run", read_only=True).latest() >= 5
 
 
-def test_killed_run_leaves_no_process_and_no_shared_memory(tmp_path):
+def test_signal_while_workers_start_is_survived_too(run, tmp_path):
+    """From the first moment on: a worker takes seconds until it runs code of ours."""
+    said = wait_for(run, "trained and")
+    while len(workers_of(run)) < 2:
+        time.sleep(0.001)
+    assert all(blocked_or_ignored(worker.pid) for worker in workers_of(run))
+    os.killpg(run.pid, signal.SIGINT)
+    said += run.communicate(timeout=120)[1].splitlines(keepends=True)
+    assert run.returncode == 128 + signal.SIGINT and "Traceback" not in "".join(said), "".join(said)
+
+
+def test_killed_run_leaves_no_process_and_no_shared_memory(run):
     before = shared_memory()
-    process = start(tmp_path)
-    wait_for(process, "step 5/")
-    workers = psutil.Process(process.pid).children(recursive=True)
+    wait_for(run, "step 5/")
+    workers = psutil.Process(run.pid).children(recursive=True)
     blocks = shared_memory() - before
     assert len(workers) >= 2 and blocks
-    process.kill()
+    run.kill()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120  # some may be of a test that runs beside this one
     while blocks & shared_memory():
         assert time.monotonic() < deadline
         time.sleep(0.1)

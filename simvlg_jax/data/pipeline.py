@@ -235,6 +235,7 @@ def make_train_iterator(
     if data_config.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes inherit absl flags
             flags.FLAGS.mark_as_parsed()
+        workers.start_tracker()
         options = grain.MultiprocessingOptions(num_workers=data_config.workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=workers.start_worker)
     return iter(dataset.map(Skipped() if skipped is None else skipped))

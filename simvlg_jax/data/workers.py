@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal, SIGTERM all of a job
 
@@ -27,6 +28,14 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def start_tracker() -> None:
+    """Starts multiprocessing's tracker of shared memory, if it is not up.
+
+    It unblocks the signals in the thread that starts it, so it must be up before `signals_blocked`.
+    """
+    resource_tracker.ensure_running()
 
 
 @contextlib.contextmanager

@@ -82,19 +82,23 @@ class Validation:
         """Scores the parameters. "score" is what the best checkpoint is chosen by: CIDEr, or R@1."""
         arguments = (self._task, self._config, params, self._mesh, self._source, announce)
         if self._config.task == "contrastive":
-            return {"split": "val", **retrieval(*arguments)}
-        results = caption_split(*arguments)
+            results = retrieval(*arguments)
+            scores = {name: results[name] for name in ("score", "loss", "R@1", "R@5")}
+        else:
+            results = caption_split(*arguments)
+            scores = self._caption_scores(results)
+        unreadable = {"unreadable": float(len(results["unreadable"]))} if results["unreadable"] else {}
+        return {"split": "val", **scores, **unreadable}
+
+    def _caption_scores(self, results: dict) -> dict[str, float]:
         references, hypotheses = by_id(results["examples"])
         shuffled = metrics.shuffled_control(references, hypotheses, self._config.seed)
         scores = metrics.score_captions(references, hypotheses).as_dict()
-        unreadable = {"unreadable": float(len(results["unreadable"]))} if results["unreadable"] else {}
         return {
-            "split": "val",
             "score": scores["CIDEr"],
             "loss": results["loss"],
             **scores,
             "CIDEr_shuffled": shuffled["CIDEr"],
-            **unreadable,
         }
 
 
@@ -179,10 +183,12 @@ def name_of(source: Source, index: int) -> str:
 
 def retrieval(
     task: Task, config: ConfigDict, params: dict, mesh: Mesh, source: Source, announce: Announcer = SILENT
-) -> dict[str, float]:
+) -> dict:
     """How often a picture's own sentence is its nearest (R@1) or among five (R@5), and the contrastive loss.
 
-    The loss compares within groups of evaluate.batch_size, in the source's order.
+    Returns:
+      {"score": R@1, "loss": in groups of evaluate.batch_size in the source's order, "R@1", "R@5", "num_examples",
+      "unreadable": names of the pictures that cannot be read and are left out}.
     """
     embed = jitted_embed(task.model)
     pictures, sentences = [], []
@@ -194,7 +200,7 @@ def retrieval(
         pictures.append(picture[real])
         sentences.append(sentence[real])
         unreadable += index[(index >= 0) & ~real].tolist()
-    report_unreadable(unreadable, source)
+    left_out = report_unreadable(unreadable, source)
     picture, sentence = np.concatenate(pictures), np.concatenate(sentences)  # (N, S)
     size = config.evaluate.batch_size
     groups = [slice(start, start + size) for start in range(0, len(picture), size)]
@@ -203,7 +209,8 @@ def retrieval(
     own = np.diagonal(similarity)[:, None]
     rank = (similarity > own).sum(1)  # 0: nearest
     recall = {f"R@{k}": float((rank < k).mean()) for k in (1, 5)}
-    return {"score": recall["R@1"], "loss": float(sum(losses)) / len(picture), **recall}
+    loss = float(sum(losses)) / len(picture)
+    return {"score": recall["R@1"], "loss": loss, **recall, "num_examples": len(picture), "unreadable": left_out}
 
 
 @functools.lru_cache(maxsize=4)

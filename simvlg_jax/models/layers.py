@@ -145,12 +145,19 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _avalanche(_avalanche(element_numbers(shape) ^ first) + second)
 
 
-def element_numbers(shape: tuple[int, ...]) -> jax.Array:
-    """uint32 of a shape: 0, 1, 2, ... in the order of memory, modulo 2^32; each is made where it is needed."""
+def element_numbers(
+    shape: tuple[int, ...], whole: tuple[int, ...] | None = None, start: tuple[jax.Array, ...] | None = None
+) -> jax.Array:
+    """uint32 of a shape: 0, 1, 2, ... in the order of memory, modulo 2^32; each is made where it is needed.
+
+    Args:
+      whole, start: the numbers are those of an array of shape `whole`, in its part from the place `start` on.
+    """
     numbers, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        numbers = numbers + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
+        places = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) + (start[axis] if start else 0)
+        numbers = numbers + places * jnp.uint32(stride % 2**32)
+        stride *= (whole or shape)[axis]
     return numbers
 
 

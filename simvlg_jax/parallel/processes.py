@@ -5,6 +5,7 @@ looks there. What dies without a word is noticed by its broken connections, or b
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -104,6 +105,12 @@ def sync(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def wait_for_all(name: str) -> None:
+    """Waits until every process is here, for a day if need be; `sync`, being a collective, gives up sooner."""
+    if jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(f"simvlg_jax/{name}/{next(_barriers)}", 1000 * DONE_SECONDS)
+
+
 def gather(array: jax.Array) -> np.ndarray:
     """A global array as numpy on every process."""
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -119,6 +126,7 @@ def numbers_of_all(*numbers: float) -> np.ndarray:
     return gather_each(np.array(numbers, np.float32))
 
 
+_barriers = itertools.count()  # a barrier's name serves once
 _finished = threading.Event()  # nothing to watch any more
 _ending = threading.Event()  # another process has failed
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 from simvlg_jax.errors import UserError, first_line, warn
 from simvlg_jax.parallel import processes
 from simvlg_jax.training.fingerprints import array_fingerprints
-from simvlg_jax.training.metrics_log import read_scores
+from simvlg_jax.training.metrics_log import FILE, read_scores
 from simvlg_jax.training.step import TrainState
+
+RETRY_SECONDS = 1.0  # between two tries to read a checkpoint
 
 
 class Damaged(Exception):
@@ -37,16 +40,20 @@ class Restored(NamedTuple):
 
 @dataclass
 class KeepBest:
-    """Preserves the `n` checkpoints of the highest score; `scores` may gain entries while the run goes on."""
+    """Preserves the `n` checkpoints of the highest score, of equal ones the newest, and those of `always`.
+
+    `scores` may gain entries while the run goes on.
+    """
 
     scores: dict[int, float]
     n: int
+    always: frozenset[int] = frozenset()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        scored = sorted((c.step for c in checkpoints if c.step in self.scores), key=lambda step: self.scores[step])
-        best = set(scored[len(scored) - self.n :]) if self.n else set()
-        return [c.step in best for c in checkpoints]
+        scored = sorted((self.scores[c.step], c.step) for c in checkpoints if c.step in self.scores)
+        best = {step for _, step in scored[len(scored) - self.n :]} if self.n else set()
+        return [c.step in best | self.always for c in checkpoints]
 
 
 class Checkpoints:
@@ -61,7 +68,10 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
         self._folder = (workdir / "checkpoints").resolve()
         self._scores = read_scores(workdir)
-        keep = [policies.LatestN(keep_last), KeepBest(self._scores, keep_best)]
+        unscored = frozenset(self._steps_there() if keep_best and not (workdir / FILE).exists() else ())
+        if unscored:
+            warn(f"{workdir / FILE} is missing, so which checkpoint is best is not known: all that are there are kept")
+        keep = [policies.LatestN(keep_last), KeepBest(self._scores, keep_best, unscored)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
             # A checkpoint counts when its last file is there: renaming a folder is many operations on a bucket.
@@ -74,6 +84,11 @@ class Checkpoints:
             raise UserError(f"{workdir} holds no checkpoint; train with simvlg_jax.train first")
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+    def _steps_there(self) -> list[int]:
+        return [
+            int(path.parent.name) for path in self._folder.glob("*/commit_success.txt") if path.parent.name.isdecimal()
+        ]
+
     def steps(self) -> list[int]:
         """Steps of all checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
@@ -84,8 +99,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the highest score, else the newest."""
-        scored = [step for step in self.steps() if step in self._scores]
-        return max(scored, key=lambda step: self._scores[step]) if scored else self.latest()
+        scored = [(self._scores[step], step) for step in self.steps() if step in self._scores]
+        return max(scored)[1] if scored else self.latest()
 
     def choose(self, which: str) -> int:
         """The step that "best", "latest" or a number such as "2000" names.
@@ -125,8 +140,8 @@ class Checkpoints:
         self._scores[step] = score
 
     def is_scored(self, step: int) -> bool:
-        """Whether the score at a step is known."""
-        return step in self._scores
+        """Whether the score at a step is known; what process 0 knows counts."""
+        return bool(processes.numbers_of_all(step in self._scores)[0, 0])
 
     def restore_newest(self, abstract: TrainState) -> Restored | None:
         """The newest whole checkpoint to go on from, in the shardings of `abstract`; None if there is none at all.
@@ -158,23 +173,17 @@ class Checkpoints:
         for later in [s for s in self._scores if s > step]:
             del self._scores[later]
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """State in the shardings of `abstract`, and the position of the data.
+    def restore_params(self, step: int, abstract: dict) -> dict:
+        """The trained parameters alone, in the shardings of `abstract`.
 
         Raises:
           UserError: it is damaged; the message names the newest whole one.
         """
-        return self._or_explain(step, lambda s: self._restore(s, abstract))
-
-    def restore_params(self, step: int, abstract: dict) -> dict:
-        """The trained parameters alone, in the shardings of `abstract`. Raises as `restore`."""
         return self._or_explain(step, lambda s: self._restore_params(s, abstract))
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         read = self._read(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        self._verify(step, read.state, read.checks)
-        if read.checks is not None and read.checks.get("data") != _digest(read.data):
-            raise Damaged("the position of the data is not the one that was saved")
+        self._verify(read)
         return read.state, read.data
 
     def _restore_params(self, step: int, abstract: dict) -> dict:
@@ -183,44 +192,54 @@ class Checkpoints:
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
         read = self._read(step, state=arguments)
-        self._verify(step, read.state, read.checks)
+        self._verify(read)
         return read.state["params"]
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
         """The items of a checkpoint and its "checks", which are None in checkpoints of older versions.
 
-        Raises Damaged on every process if one cannot read its part.
+        Raises Damaged on every process if one cannot read its part twice.
         """
-        folder = self._folder / str(step)
-        if has_checks := (folder / "checks").exists():
-            items["checks"] = ocp.args.JsonRestore()
-        # Nobody waits for the others while reading, so the error of one process blocks none.
+        for last in (False, True):
+            reason = None
+            try:
+                read = self._read_alone(self._folder / str(step), items)
+            except (jax.errors.JaxRuntimeError, MemoryError):  # too little memory, or a device that failed
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds, bare ones included
+                reason = first_line(error)
+            if not processes.numbers_of_all(reason is not None).any():
+                break
+            if last:
+                raise Damaged(reason or "another process cannot read its part")
+            time.sleep(RETRY_SECONDS)  # a disk that is far away may fail for a moment
+        if read.checks is None and jax.process_index() == 0:
+            warn(f"checkpoint {step} holds no checksums (an older version wrote it), so it is not verified")
+        return read
+
+    def _read_alone(self, folder: Path, items: dict[str, ocp.args.CheckpointArgs]) -> ocp.args.Composite:
+        """`_read` for this process; it waits for no other, so that an error in one blocks none."""
+        named = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+        if has_checks := "checks" in named or (folder / "checks").exists():
+            items = items | {"checks": ocp.args.JsonRestore()}
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=None, active_processes={here}, barrier_sync_key_prefix=f"process_{here}"
         )
-        read, reason = None, None
-        try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
-                read = reader.restore(folder, args=ocp.args.Composite(**items))
-        except jax.errors.JaxRuntimeError:  # too little memory, or a device that failed
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds, bare ones included
-            reason = first_line(error)
-        if processes.numbers_of_all(reason is not None).any():
-            raise Damaged(reason or "another process cannot read its part")
-        if not has_checks:
-            warn(f"checkpoint {step} holds no checksums (an older version wrote it), so it is not verified")
-            return ocp.args.Composite(**dict(read.items()), checks=None)
-        return read
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            read = dict(reader.restore(folder, args=ocp.args.Composite(**items)).items())
+        return ocp.args.Composite(**read if has_checks else {**read, "checks": None})
 
-    def _verify(self, step: int, state: TrainState | dict, checks: dict | None) -> None:
-        """Raises Damaged if an array that was read is not the one that was saved."""
-        if checks is None:
+    def _verify(self, read: ocp.args.Composite) -> None:
+        """Raises Damaged if something that was read is not what was saved."""
+        if read.checks is None:
             return
-        saved, found = checks.get("arrays", {}), array_fingerprints(state)
-        if wrong := [name for name in found if found[name] != saved.get(name)]:
-            raise Damaged(f"{len(wrong)} of {len(found)} arrays are not as they were saved, the first is {wrong[0]}")
+        saved, found = read.checks.get("arrays", {}), array_fingerprints(read.state)
+        wrong = [f"{name} is not as it was saved" for name in found if found[name] != saved.get(name)]
+        if "data" in read and read.checks.get("data") != _digest(read.data):
+            wrong.append("the position of the data is not as it was saved")
+        if processes.numbers_of_all(len(wrong)).any():
+            raise Damaged("; ".join(wrong[:2]) + "; ..." * (len(wrong) > 2) or "another process read something else")
 
     def _or_explain(self, step: int, restore: Callable[[int], Any]) -> Any:
         try:
@@ -237,9 +256,9 @@ class Checkpoints:
         return None
 
     def _explain(self, step: int, reason: Damaged, whole: int | None) -> str:
-        message = f"checkpoint {step} in {self._folder} is damaged ({reason}); "
+        message = f"checkpoint {step} in {self._folder} is damaged, or of another model ({reason}); "
         if whole is None:
-            return message + "no whole one is left: start anew in another --workdir"
+            return message + "none that is whole is left: correct the config, or start anew in another --workdir"
         return message + f"the newest whole one is {whole}: use it with --checkpoint {whole}"
 
     def _set_aside(self, step: int, reason: Damaged, whole: int) -> None:

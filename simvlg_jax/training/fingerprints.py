@@ -1,5 +1,6 @@
 """Fingerprints of device arrays: numbers that change with any bit, made where the array lies."""
 
+import concurrent.futures
 import functools
 import hashlib
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simvlg_jax.models.layers import element_numbers
 from simvlg_jax.parallel import processes
 
 
@@ -18,7 +20,8 @@ def array_fingerprints(tree) -> dict[str, str]:
     """
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
     arrays = {name: x if isinstance(x, jax.Array) else jnp.asarray(x) for name, x in sorted(flat.items())}
-    started = [_shard_sums(array) for array in arrays.values()]  # all are started before one is awaited
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # each shape compiles, on each device
+        started = list(pool.map(_shard_sums, arrays.values()))
     here = np.array([np.sum([np.zeros(2), *sums], 0, np.uint64) for sums in started]).reshape(-1, 2) % 2**32
     everywhere = processes.gather_each(here.astype(np.uint32)).sum(0, np.uint64) % 2**32  # (arrays, 2)
     return {
@@ -49,10 +52,7 @@ def _bit_sums(shard: jax.Array, start: tuple[jax.Array, ...], shape: tuple[int, 
     """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[shard.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(shard, unsigned).astype(jnp.uint32)
-    place, stride = jnp.zeros(shard.shape, jnp.uint32), 1  # in the whole array, in the order of memory
-    for axis in reversed(range(len(shape))):
-        numbers = jax.lax.broadcasted_iota(jnp.uint32, shard.shape, axis) + start[axis]
-        place, stride = place + numbers * jnp.uint32(stride % 2**32), stride * shape[axis]
+    place = element_numbers(shard.shape, shape, start)
     first = (place + 1) * jnp.uint32(2654435761)
     first = (first ^ (first >> 15)) * jnp.uint32(2246822519)
     second = (first ^ (first >> 13)) * jnp.uint32(3266489917)

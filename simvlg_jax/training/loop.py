@@ -28,7 +28,7 @@ from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.frozen import check_frozen, describe_frozen, write_frozen
-from simvlg_jax.training.metrics_log import MetricsLog, memory_gb
+from simvlg_jax.training.metrics_log import MetricsLog, memory_gb, say
 from simvlg_jax.training.stopping import Stop
 from simvlg_jax.training.tasks import Task, build_task
 
@@ -52,7 +52,13 @@ class Trainer:
       iterator: the training batches, standing where the checkpoint left it.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        checkpoints: Checkpoints | None = None,
+        announce: Announcer = SILENT,
+    ):
         self.config = config
         self.mesh = meshes.make_mesh(config.mesh)
         self.task = build_task(config)
@@ -63,13 +69,16 @@ class Trainer:
         self.validation = Validation(self.task, config, self.mesh) if config.train.eval_every else None
         rows = meshes.local_rows(self.mesh, config.train.batch_size)
         self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
-        params, self.frozen = steps.init_params(self.task, config, self.mesh)
-        self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
-        self.state = plan.init_state(params)
+        with announce.first("reading and initialising the weights"):
+            params, self.frozen = steps.init_params(self.task, config, self.mesh)
+            self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
+            self.state = plan.init_state(params)
         self.step = plan.step
+        self._announce = announce
+        if checkpoints and checkpoints.steps():
+            check_frozen(workdir, self.frozen_entries)
         restored = checkpoints.restore_newest(self.state) if checkpoints else None
         if restored is not None:
-            check_frozen(workdir, self.frozen_entries)
             self.state = restored.state
             self.move_to(restored.position)
         self._jitted = self.step.jit()
@@ -103,11 +112,11 @@ class Trainer:
         with workers.signals_blocked():
             return next(self.iterator)
 
-    def program(self, batch: dict[str, jax.Array], announce: Announcer = SILENT) -> Program:
+    def program(self, batch: dict[str, jax.Array]) -> Program:
         """The step compiled for such a batch; each length of the texts needs one."""
         shape = batch["ids"].shape
         if shape not in self._programs:
-            with announce.first("compiling the training step", f"for texts of {shape[1]} tokens"):
+            with self._announce.first("compiling the training step", f"for texts of {shape[1]} tokens"):
                 traced = self._jitted.trace(self.state, self.frozen, batch)
                 self._programs[shape] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
         return self._programs[shape]
@@ -133,7 +142,8 @@ def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.
         sentence_encoder=task.sentence_encoder,
     )
     if config.train.overfit_one_batch:
-        first = next(iterator)
+        with workers.signals_blocked():
+            first = next(iterator)
         iterator = iter(grain.MapDataset.source([first]).repeat().to_iter_dataset())
     return iterator
 
@@ -141,7 +151,7 @@ def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `train.steps`, `train.max_minutes`, SIGINT or SIGTERM; starts where the workdir's run stopped.
 
-    Nothing is written but a lock before config, data, sizes and weights have been found usable.
+    The config is written once config, data, sizes and weights have been found usable.
 
     Returns:
       0, or 128 + the signal's number after SIGINT or SIGTERM. The run is saved in either case.
@@ -156,25 +166,27 @@ def train(config: ConfigDict, workdir: Path) -> int:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(run_lock.hold(workdir))
             configs.check_workdir(config, workdir)
-        processes.sync("the workdir is ours")
+        processes.wait_for_all("the workdir is ours")
         if not (workdir / run_lock.LOCK).exists():
             raise UserError(f"{workdir} is not the same folder on every machine: put it on a disk that all share")
         stop = stack.enter_context(Stop(config.train.max_minutes))
         with contextlib.closing(Checkpoints(workdir, config.train.keep_last, config.train.keep_best)) as checkpoints:
-            trainer = Trainer(config, workdir, checkpoints)
+            announce = Announcer(say)
+            trainer = Trainer(config, workdir, checkpoints, announce)
             if jax.process_index() == 0:
                 configs.save_config(config, workdir)
                 write_frozen(workdir, trainer.frozen_entries)
             start, total = int(trainer.state.step), config.train.steps
             log = MetricsLog(workdir, total, start)
-            log.say(describe(trainer, start))
+            say(describe(trainer, start))
+            check_lock = lock.check if lock else lambda: None
             with contextlib.closing(log):
-                outcome, signal = _steps(trainer, checkpoints, log, stop, lock, start, total)
+                outcome, signal = _steps(trainer, checkpoints, log, announce, stop, check_lock, start, total)
         if config.task == "contrastive" and signal is None:
             vit = jax.tree.map(processes.gather, trainer.state.params["vit"])
             if jax.process_index() == 0:
                 weights.write_tree(workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit))
-    log.say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
+    say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
     return 128 + signal if signal else 0
 
 
@@ -195,14 +207,14 @@ def _steps(
     trainer: Trainer,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    announce: Announcer,
     stop: Stop,
-    lock: run_lock.RunLock | None,
+    check_lock: Callable[[], None],
     start: int,
     total: int,
 ) -> tuple[str, Signals | None]:
     """What ended the training, in words, and the signal if it was one."""
     train_config = trainer.config.train
-    announce = Announcer(log.say)
     pending: list[tuple[int, jax.Array]] = []  # losses not yet looked at
     window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0
     step = start
@@ -221,12 +233,12 @@ def _steps(
         if save or evaluate:
             check_finite(pending)
         if save:
-            if lock is not None:
-                lock.check()
+            check_lock()
             checkpoints.save(step, trainer.state, trainer.position)
         if evaluate:
             before = time.monotonic()
             results = trainer.validation(trainer.params, announce)
+            check_lock()
             log.write(step, "eval", results)
             checkpoints.score(step, results["score"])
             pause = time.monotonic() - before
@@ -242,7 +254,7 @@ def _steps(
         local = trainer.next_batch()
         window_wait += time.monotonic() - before
         batch = meshes.put_batch(local, trainer.mesh)
-        window_flops += trainer.program(batch, announce).flops
+        window_flops += trainer.program(batch).flops
         metrics = trainer.run_step(batch)
         step += 1
         pending.append((step, metrics["loss"]))
@@ -250,7 +262,7 @@ def _steps(
         log.advance()
         if step == start + 1:
             loss = float(metrics["loss"])
-            log.say(f"step {step}/{total} is the first of this start: loss {loss:.4g}, memory {memory_gb():.2f} GB")
+            say(f"step {step}/{total} is the first of this start: loss {loss:.4g}, memory {memory_gb():.2f} GB")
         if step % train_config.log_every == 0:
             check_finite(pending)
             seconds = time.monotonic() - window_start
@@ -263,6 +275,7 @@ def _steps(
             values["data_wait"], values["memory_gb"] = map(float, everyones[:, :2].max(0))
             if unreadable := float(everyones[:, 2].sum()):
                 values["unreadable"] = unreadable
+            check_lock()
             log.write(step, "train", values)
             pending.clear()
             window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0

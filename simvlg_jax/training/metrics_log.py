@@ -48,21 +48,22 @@ class MetricsLog:
         if kind == "train" and not self._bar.disable:
             self._bar.set_postfix(loss=f"{numbers['loss']:.3f}", img_s=f"{numbers['images_per_second']:.1f}")
         else:
-            self.say(f"step {step}/{self._bar.total} " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            say(f"step {step}/{self._bar.total} " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
 
     def advance(self) -> None:
         if not self._quiet:
             self._bar.update()
 
-    def say(self, message: str) -> None:
-        """A line for the person, above the progress bar."""
-        if not self._quiet:
-            tqdm.write(message, file=sys.stderr)
-
     def close(self) -> None:
         if not self._quiet:
             self._bar.close()
             self._board.close()
+
+
+def say(message: str) -> None:
+    """Prints a line on standard error, above the progress bar if there is one; process 0 alone does."""
+    if jax.process_index() == 0:
+        tqdm.write(message, file=sys.stderr)
 
 
 def _drop_after(path: Path, step: int) -> None:

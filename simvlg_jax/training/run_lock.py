@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from simvlg_jax import files
-from simvlg_jax.errors import UserError
+from simvlg_jax.errors import TRY_AGAIN, UserError
 
 LOCK, OWNER = "run.lock", "run.owner.json"
 BEAT_SECONDS = 10.0  # how often the owner renews its file
-PATIENCE_SECONDS = 3 * BEAT_SECONDS  # another machine's file that is not renewed for this long is left over
+# Another machine's file that is not renewed for this long is left over. Mounted buckets may show a file 60 s late.
+PATIENCE_SECONDS = 90.0
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunLock:
@@ -24,7 +25,7 @@ class RunLock:
 
     def __init__(self, workdir: Path):
         self._path = workdir / OWNER
-        self._identity = {"host": socket.gethostname(), "process": os.getpid(), "started": time.time_ns()}
+        self._identity = {**_machine(), "process": os.getpid(), "started": time.time_ns()}
         self._beats = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -32,7 +33,7 @@ class RunLock:
     def check(self) -> None:
         """Raises UserError if another process has taken the workdir over: possible where locks reach one machine only.
 
-        Called before each save, so that two runs never mix their checkpoints.
+        Called before anything is written, so that two runs never mix their checkpoints and metrics.
         """
         owner = _read(self._path)
         if owner is not None and not self._is_ours(owner):
@@ -57,7 +58,9 @@ class RunLock:
 
     def _write(self) -> None:
         self._beats += 1
-        files.write_json(self._path, {**self._identity, "beats": self._beats})
+        partial = self._path.with_name(f".{OWNER}.{self._identity['started']}")  # another owner's has another name
+        partial.write_text(json.dumps({**self._identity, "beats": self._beats}))
+        partial.replace(self._path)
 
     def _renew(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
@@ -76,19 +79,19 @@ def hold(workdir: Path) -> Iterator[RunLock]:
     system says so. For disks that do not, a file names the owner and is renewed every BEAT_SECONDS.
 
     Raises:
-      UserError: another process trains there, with its host and number. What a process that is dead has left behind
-        does not count; after one of another machine this takes PATIENCE_SECONDS to find out.
+      UserError (status TRY_AGAIN): another process trains there, with its host and number. What a dead process has left
+        behind does not count; if it was of another machine, it takes PATIENCE_SECONDS to find out.
     """
     with (workdir / LOCK).open("a") as file:
         locks = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(_refusal(workdir, _read(workdir / OWNER))) from None
+            raise _refusal(workdir, _read(workdir / OWNER)) from None
         except OSError:  # a file system without locks
             locks = False
         owner = _read(workdir / OWNER)
-        if owner is not None and not (locks and owner.get("host") == socket.gethostname()):
+        if owner is not None and not (locks and owner.items() >= _machine().items()):
             _wait_until_left_over(workdir, owner)
         lock = RunLock(workdir)
         lock.start()
@@ -112,7 +115,7 @@ def _wait_until_left_over(workdir: Path, owner: dict) -> None:
         if now is None and not (workdir / OWNER).exists():
             return
         if now is not None and now != owner:
-            raise UserError(_refusal(workdir, now))
+            raise _refusal(workdir, now)
 
 
 def _read(path: Path) -> dict | None:
@@ -128,5 +131,15 @@ def _name(owner: dict | None) -> str:
     return f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
 
 
-def _refusal(workdir: Path, owner: dict | None) -> str:
-    return f"{_name(owner)} is training in {workdir}: wait for it or stop it, or use another --workdir"
+def _refusal(workdir: Path, owner: dict | None) -> UserError:
+    """To be tried again: the other process may be saving its last checkpoint."""
+    return UserError(
+        f"{_name(owner)} is training in {workdir}: wait for it or stop it, or use another --workdir", TRY_AGAIN
+    )
+
+
+def _machine() -> dict[str, str]:
+    """What tells this machine from others: its name, and the number of its boot, as names may be equal."""
+    with contextlib.suppress(OSError):
+        return {"host": socket.gethostname(), "boot": BOOT.read_text().strip()}
+    return {"host": socket.gethostname()}
