@@ -37,7 +37,7 @@ SETTINGS = {
     "data.synthetic_size.val": 48,
     "connector.dropout": 0.1,
 }
-FIRST_STEP = "is the first of this start"
+FIRST_STEP = "first step of this start"
 STARTED_SHARE = 0.7  # of the kills of a training come after its first step
 TIMINGS = ("seconds", "images_per_second", "tflops", "data_wait", "memory_gb")
 MODULE = {"train": "simvlg_jax.train", "export": "simvlg_jax.export", "prepare": "simvlg_jax.data.prepare"}

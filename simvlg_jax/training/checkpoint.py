@@ -68,9 +68,12 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
         self._folder = (workdir / "checkpoints").resolve()
         self._scores = read_scores(workdir)
-        unscored = frozenset(self._steps_there() if keep_best and not (workdir / FILE).exists() else ())
-        if unscored:
-            warn(f"{workdir / FILE} is missing, so which checkpoint is best is not known: all that are there are kept")
+        unscored = frozenset(() if (workdir / FILE).exists() else self._steps_there())
+        if unscored and jax.process_index() == 0:
+            warn(
+                f"{workdir / FILE} is missing, so which checkpoint is best is not known: the newest counts as the best, "
+                "and training deletes none of those that are there"
+            )
         keep = [policies.LatestN(keep_last), KeepBest(self._scores, keep_best, unscored)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -106,7 +109,7 @@ class Checkpoints:
         """The step that "best", "latest" or a number such as "2000" names.
 
         Raises:
-          UserError: there is no such checkpoint; those there are are listed.
+          UserError: there is no such checkpoint; the message lists those that are there.
         """
         number = int(which) if which.isdecimal() else None
         found = {"best": self.best(), "latest": self.latest()}.get(which, number)

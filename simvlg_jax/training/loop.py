@@ -262,7 +262,7 @@ def _steps(
         log.advance()
         if step == start + 1:
             loss = float(metrics["loss"])
-            say(f"step {step}/{total} is the first of this start: loss {loss:.4g}, memory {memory_gb():.2f} GB")
+            say(f"first step of this start: {step}/{total}, loss {loss:.4g}, memory {memory_gb():.2f} GB")
         if step % train_config.log_every == 0:
             check_finite(pending)
             seconds = time.monotonic() - window_start
