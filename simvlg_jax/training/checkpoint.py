@@ -71,7 +71,7 @@ class Checkpoints:
         unscored = frozenset(() if (workdir / FILE).exists() else self._steps_there())
         if unscored and jax.process_index() == 0:
             warn(
-                f"{workdir / FILE} is missing, so which checkpoint is best is not known: the newest counts as the best, "
+                f"{workdir / FILE} is missing, so the best checkpoint is not known: the newest counts as the best, "
                 "and training deletes none of those that are there"
             )
         keep = [policies.LatestN(keep_last), KeepBest(self._scores, keep_best, unscored)]
