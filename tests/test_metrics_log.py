@@ -32,6 +32,12 @@ def test_resumed_run_drops_later_steps_and_what_is_no_record(tmp_path):
     assert read_scores(tmp_path) == {2: 0.5}
 
 
+def test_run_that_has_logged_nothing_yet_has_its_file(tmp_path):
+    """Else its first checkpoint would be taken for one whose scores are lost."""
+    MetricsLog(tmp_path, total=1, start=0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_tensorboard_gets_the_numbers(tmp_path):
     log = MetricsLog(tmp_path, total=1, start=0)
     log.write(1, "eval", {"split": "val", "score": 0.5, "CIDEr": 0.25})

@@ -29,8 +29,8 @@ class MetricsLog:
         if self._quiet:
             return
         self._path = workdir / FILE
-        if self._path.exists():
-            _drop_after(self._path, start)
+        self._path.touch()  # a run without it has lost its scores
+        _drop_after(self._path, start)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=not shows_bars(), dynamic_ncols=True)
         self._started = time.monotonic()
