@@ -65,7 +65,7 @@ def tiny_run(tmp_path_factory):
     loop.configs.save_config(config, workdir)
     trainer = loop.Trainer(config, workdir)
     params = jax.tree.map(lambda x: 3 * x, trainer.state.params)
-    checkpoints.save(1, trainer.state.replace(params=params), trainer.position, None)
+    checkpoints.save(1, trainer.state.replace(params=params), trainer.position)
     checkpoints.close()
     return workdir, config, partition.join(trainer.frozen, params), trainer.task
 
