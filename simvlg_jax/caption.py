@@ -14,6 +14,7 @@ from pathlib import Path
 
 from simvlg_jax.config import add_checkpoint_argument, add_model_arguments, model_folder
 from simvlg_jax.errors import UserError, run_verb
+from simvlg_jax.progress import Announcer
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -38,11 +39,14 @@ def main() -> int:
 
     from simvlg_jax.model import load
 
+    announce = Announcer(lambda message: print(message, file=sys.stderr, flush=True))
     model = load(model_folder(arguments), checkpoint=arguments.checkpoint)
     failed = 0
     for start in range(0, len(pictures), arguments.batch_size):
         group = pictures[start : start + arguments.batch_size]
-        for path, result in zip(group, caption_files(model, group, arguments), strict=True):
+        with announce.first("compiling the model and captioning the first pictures"):
+            results = caption_files(model, group, arguments)
+        for path, result in zip(group, results, strict=True):
             failed += "error" in result
             print(json.dumps({"image": str(path), **result}, ensure_ascii=False), flush=True)
     if failed:

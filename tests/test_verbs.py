@@ -209,6 +209,8 @@ def test_exported_model_captions_as_the_run_rounded_to_bfloat16(run, tmp_path, p
     config = read_config(run)
     assert exported.captions(names) == CaptionModel(config, whole.task, rounded).captions(names)
     assert exported.caption(pictures / "b.png", prompt="a red") == exported.captions(names, "a red")[1]
+    with pytest.raises(simvlg_jax.UserError, match="an exported model of one checkpoint"):
+        simvlg_jax.load(tmp_path / "exported", checkpoint="4")
 
 
 def test_output_that_cannot_be_a_folder_is_named(run, tmp_path, capsys):

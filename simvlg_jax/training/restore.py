@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from simvlg_jax import weights
 from simvlg_jax.convert import lazy
+from simvlg_jax.errors import UserError
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import partition
 from simvlg_jax.training import step as steps
@@ -39,6 +40,8 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best") -> Run:
       UserError: no such checkpoint, a damaged one, or other frozen weights than the run was trained with.
     """
     if (workdir / WEIGHTS).exists():
+        if which not in ("best", "latest"):
+            raise UserError(f"{workdir} is an exported model of one checkpoint: leave out --checkpoint {which}", 2)
         return read_export(config, workdir / WEIGHTS)
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         found = checkpoints.choose(which)
