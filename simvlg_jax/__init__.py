@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["UserError", "load"]
 
 
-def load(name: "str | Path", config: "ConfigDict | str | None" = None) -> "CaptionModel":
+def load(name: "str | Path", config: "ConfigDict | str | None" = None, checkpoint: str = "best") -> "CaptionModel":
     """A model from a workdir, an exported folder, "example", or a published checkpoint; see `simvlg_jax.model.load`."""
     from simvlg_jax.model import load as load_model  # late: importing the package must not start jax
 
-    return load_model(name, config)
+    return load_model(name, config, checkpoint)
