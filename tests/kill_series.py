@@ -128,6 +128,11 @@ def moment(workdir: Path, said: str) -> str:
     return "steps or evaluating" if FIRST_STEP in said else "start-up"
 
 
+def saved_step(workdir: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    return max([int(path.parent.name) for path in (workdir / "checkpoints").glob("*/commit_success.txt")], default=0)
+
+
 def lines_of(workdir: Path) -> list[dict]:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
@@ -203,7 +208,8 @@ def kill_training(
         while sum(moments.values()) < kills:
             run = work(workdir.name)
             started = rng.random() < STARTED_SHARE
-            after = rng.uniform(0, seconds[started])
+            left = 1 - saved_step(workdir) / steps  # or runs that go on from a late step are done before the kill
+            after = rng.uniform(0, seconds[started] * (left if started else 1))
             if not run.kill_after(after, int(rng.integers(processes)), started):
                 break
             killed += 1
