@@ -181,6 +181,7 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
 
 
 def is_number(value: object) -> bool:
+    """Whether a config value is an int or a float, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -15,7 +15,7 @@ class UserError(Exception):
     """Something the user can fix: the message says what is wrong and what to do.
 
     The command line prints it without a traceback and exits with `status` (1: failed, retrying will not help;
-    2: invalid arguments or config; TRY_AGAIN: another process is missing).
+    2: invalid arguments or config; TRY_AGAIN: another process is missing, or has not released the workdir yet).
     """
 
     def __init__(self, message: str, status: int = 1):

@@ -5,8 +5,8 @@
 With several processes, start the same command in each; SIGTERM to any of them saves and stops all at the same step.
 
 Exit status: 0 done or out of time, 130 or 143 after SIGINT or SIGTERM, and the run is saved in each case; 1 failed and
-would fail again, 2 invalid arguments or config, 70 failed unexpectedly, 75 another process of the run is missing. After
-each, the same command goes on from the newest whole checkpoint.
+would fail again, 2 invalid arguments or config, 70 failed unexpectedly, 75 another process of the run is missing or one
+still trains in the workdir. After each, the same command goes on from the newest whole checkpoint.
 """
 
 from pathlib import Path
