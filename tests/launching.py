@@ -49,7 +49,7 @@ if index == int(failing):
     sys.exit(int(status))
 while step < options.steps and not received:
     step += 1
-    temporary = saved.with_suffix(".new")
+    temporary = saved.with_suffix(f".{os.getpid()}")  # process 0 of another slice may write the same file
     temporary.write_text(str(step))
     temporary.rename(saved)
     time.sleep(0.02)
