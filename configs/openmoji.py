@@ -13,11 +13,11 @@ picture (locked-text contrastive, MiniLM sentence embeddings), then it is frozen
 
 from ml_collections import ConfigDict
 
-from configs import common
+from simvlg_jax.config import defaults
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    config = common.get_config()
+    config = defaults.get_config()
     config.vit.size = "small_64px"
     config.vit.weights = "runs/openmoji/vit/vit.safetensors"
     config.vit.scan = False

@@ -25,7 +25,7 @@ for 16 chips of TPU v5e with 16 GB each; neither changes the result.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from simvlg_jax.config import defaults
 
 VITS = {
     "eva_g": "shared/eva_vit_g.pth",
@@ -42,9 +42,9 @@ LLMS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    llm, vit = common.choose(argument, llm=LLMS, vit=VITS)
+    llm, vit = defaults.choose(argument, llm=LLMS, vit=VITS)
     published_vicuna = llm.startswith("vicuna")
-    config = common.get_config()
+    config = defaults.get_config()
     config.dtype = "bfloat16"
     config.frozen_dtype = "bfloat16"
     config.vit.size = vit

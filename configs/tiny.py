@@ -9,11 +9,11 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from simvlg_jax.config import defaults
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    config = common.get_config()
+    config = defaults.get_config()
     config.vit.size = "tiny_32px"
     config.connector.size = "tiny"
     config.connector.merges = (5, 5)

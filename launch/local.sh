@@ -33,7 +33,7 @@ run "$PYTHON" -m simvlg_jax.train --config configs/openmoji.py --workdir "$WORKD
   "--config.data.dir=$DATA" "--config.vit.weights=$vit" "--config.train.max_minutes=$(share 0.6)"
 say "== 3/3 held-out pictures =="
 run "$PYTHON" -m simvlg_jax.evaluate --workdir "$WORKDIR"
-run "$PYTHON" -m simvlg_jax.evaluation.samples --workdir "$WORKDIR"
+run "$PYTHON" -m simvlg_jax.samples --workdir "$WORKDIR"
 
 say ""
 say "report:       $WORKDIR/report.html"

@@ -2,20 +2,26 @@
 
 from typing import TYPE_CHECKING
 
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ml_collections import ConfigDict
 
-    from simvlg_jax.model import CaptionModel
+    from simvlg_jax.api import CaptionModel
 
 __all__ = ["UserError", "load"]
 
 
-def load(name: "str | Path", config: "ConfigDict | str | None" = None, checkpoint: str = "best") -> "CaptionModel":
-    """A model from a workdir, an exported folder, "example", or a published checkpoint; see `simvlg_jax.model.load`."""
-    from simvlg_jax.model import load as load_model  # late: importing the package must not start jax
+def load(
+    name: "str | Path",
+    config: "ConfigDict | str | None" = None,
+    checkpoint: str = "best",
+    overrides: "Sequence[str]" = (),
+) -> "CaptionModel":
+    """A model from a workdir, an exported folder, "example", or a published checkpoint; see `simvlg_jax.api.load`."""
+    from simvlg_jax.api import load as load_model  # late: importing the package must not start jax
 
-    return load_model(name, config, checkpoint)
+    return load_model(name, config, checkpoint, overrides)

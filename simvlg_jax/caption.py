@@ -2,6 +2,7 @@
 
     python -m simvlg_jax.caption --example picture.png folder/
     python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
+    python -m simvlg_jax.caption --workdir runs/openmoji --config.evaluate.max_new_tokens=40 picture.png
 
 `--example` uses the checkpoint that comes with the package. A picture that cannot be read gets an "error" instead of
 a "caption"; the exit status is 1 only if there was none that could.
@@ -12,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from simvlg_jax.config import add_checkpoint_argument, add_model_arguments, model_folder
-from simvlg_jax.errors import UserError, run_verb
-from simvlg_jax.progress import Announcer
+from simvlg_jax.config.arguments import add_checkpoint_argument, add_model_arguments, model_folder
+from simvlg_jax.utils.errors import UserError, run_verb
+from simvlg_jax.utils.progress import Announcer
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -28,7 +29,10 @@ def main() -> int:
     parser.add_argument("--prompt", help="words for the caption to go on from")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    overrides = [given for given in rest if given.startswith("--config.")]
+    if unknown := [given for given in rest if given not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1", 2)
     pictures = [path for given in arguments.pictures for path in expand(given)]
@@ -37,10 +41,10 @@ def main() -> int:
     if not any(path.exists() for path in pictures):
         raise UserError(f"no such file or folder: {', '.join(map(str, pictures[:5]))}")
 
-    from simvlg_jax.model import load
+    from simvlg_jax.api import load
 
     announce = Announcer(lambda message: print(message, file=sys.stderr, flush=True))
-    model = load(model_folder(arguments), checkpoint=arguments.checkpoint)
+    model = load(model_folder(arguments), checkpoint=arguments.checkpoint, overrides=overrides)
     failed = 0
     for start in range(0, len(pictures), arguments.batch_size):
         group = pictures[start : start + arguments.batch_size]

@@ -22,21 +22,17 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.config import (
+from simvlg_jax.config.arguments import (
     add_checkpoint_argument,
     add_model_arguments,
     add_process_argument,
     config_parser,
-    differences,
-    is_of_model,
-    load_config,
     model_folder,
-    override,
-    read_config,
-    save_config,
 )
-from simvlg_jax.errors import UserError, run_verb
-from simvlg_jax.files import write_json
+from simvlg_jax.config.load import load_config, override
+from simvlg_jax.config.saved import differences, is_of_model, read_config, save_config
+from simvlg_jax.utils.errors import UserError, run_verb
+from simvlg_jax.utils.files import write_json
 
 WHICH_DATA = ("data.name", "data.dir", "data.path", "data.synthetic_size")  # keys that choose the pictures
 GALLERY = 24  # examples whose picture and merge map the report shows
@@ -52,16 +48,14 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     workdir = model_folder(arguments)
     output = arguments.output or (Path("runs/example") if arguments.example else workdir)
-    config = read_config(workdir)
-    own = json.loads(config.to_json())
-    config = load_config(arguments.config, overrides) if arguments.config else override(config, overrides)
-    now = json.loads(config.to_json())
-    if changed := differences(own, now, is_of_model):
+    own = read_config(workdir)
+    config = load_config(arguments.config, overrides) if arguments.config else override(own, overrides)
+    if changed := differences(own, config, is_of_model):
         raise UserError(f"{workdir} holds another model than this config:\n  " + "\n  ".join(changed), 2)
     elsewhere = output.resolve() != workdir.resolve()
     if elsewhere and (output / "checkpoints").exists():
         raise UserError(f"--output {output} holds a run of its own; name another folder", 2)
-    if not elsewhere and (changed := differences(own, now, lambda key: key.startswith(WHICH_DATA))):
+    if not elsewhere and (changed := differences(own, config, lambda key: key.startswith(WHICH_DATA))):
         raise UserError(
             "these are other data than the run's; name a folder for their results with --output:\n  "
             + "\n  ".join(changed),
@@ -83,8 +77,8 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
     from simvlg_jax.data.sources import load_source
     from simvlg_jax.evaluation import validation
     from simvlg_jax.evaluation.report import write_report
-    from simvlg_jax.progress import Announcer
     from simvlg_jax.training.restore import restore_run
+    from simvlg_jax.utils.progress import Announcer
 
     def say(message: str) -> None:
         if jax.process_index() == 0:

@@ -9,8 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from simvlg_jax.config import add_checkpoint_argument, read_config, save_config
-from simvlg_jax.errors import UserError, run_verb
+from simvlg_jax.config.arguments import add_checkpoint_argument
+from simvlg_jax.config.saved import read_config, save_config
+from simvlg_jax.utils.errors import UserError, run_verb
 
 
 def main() -> int:
@@ -25,8 +26,7 @@ def main() -> int:
     import jax
     import ml_dtypes
 
-    from simvlg_jax import weights
-    from simvlg_jax.convert import stacking
+    from simvlg_jax.convert import own_files, stacking
     from simvlg_jax.training.restore import WEIGHTS, restore_run
 
     config = read_config(arguments.workdir)
@@ -41,7 +41,7 @@ def main() -> int:
     if not config.vit.scan:
         params["vit"] = stacking.stack_layers(params["vit"])
     path = arguments.output / WEIGHTS
-    weights.write_tree(path, params, ml_dtypes.bfloat16, {"step": str(run.step)})
+    own_files.write_tree(path, params, ml_dtypes.bfloat16, {"step": str(run.step)})
     save_config(config, arguments.output)
     print(f"step {run.step}: {path.stat().st_size / 1e6:.1f} MB in {arguments.output}", file=sys.stderr)
     return 0

@@ -11,8 +11,9 @@ still trains in the workdir. After each, the same command goes on from the newes
 
 from pathlib import Path
 
-from simvlg_jax.config import add_process_argument, config_parser, load_config
-from simvlg_jax.errors import run_verb
+from simvlg_jax.config.arguments import add_process_argument, config_parser
+from simvlg_jax.config.load import load_config
+from simvlg_jax.utils.errors import run_verb
 
 
 def main() -> int:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.config import config_parser, load_config
-from simvlg_jax.errors import UserError, run_verb
-from simvlg_jax.parallel.chips import COMPILE_ONLY, parse_topology
+from simvlg_jax.config.arguments import config_parser
+from simvlg_jax.config.load import load_config
+from simvlg_jax.forecast.chips import COMPILE_ONLY, parse_topology
+from simvlg_jax.utils.errors import UserError, run_verb
 
 if TYPE_CHECKING:
-    from simvlg_jax.training.ahead import Forecast
+    from simvlg_jax.forecast.forecast import Forecast
 
 
 def main() -> int:
@@ -47,8 +48,8 @@ def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast":
     """The forecast that was asked for."""
     topology = parse_topology(arguments.topology)
     os.environ.update(COMPILE_ONLY)
+    from simvlg_jax.forecast import forecast as ahead
     from simvlg_jax.parallel import mesh as meshes
-    from simvlg_jax.training import ahead
 
     def forecast_of(batch: int) -> ahead.Forecast:
         with config.unlocked():

@@ -25,16 +25,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, i
 
 from simvlg_jax.convert import evlgen
 from simvlg_jax.decoding.generate import greedy_decode
-from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation import metrics, ptb_tokenizer
-from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.llama import LLAMA_SIZES, Llama
-from simvlg_jax.models.opt import OPT_SIZES, POSITION_OFFSET, Opt
+from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models.connectors.tomeformer import TomeFormer
+from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.llms.opt import OPT_SIZES, POSITION_OFFSET, Opt
 from simvlg_jax.models.simvlg import SimVLG
-from simvlg_jax.models.tomeformer import TomeFormer
-from simvlg_jax.models.vit import VIT_SIZES, ViT
-from simvlg_jax.training import partition
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.utils.errors import UserError
 
 TOLERANCE, SCORE_TOLERANCE = 1e-4, 1e-6
 FULL_SIZE = {"opt2.7b": "opt_2.7b", "opt6.7b": "opt_6.7b", "vicuna7b": "vicuna_7b", "vicuna13b": "vicuna_13b"}

@@ -16,8 +16,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from simvlg_jax.data import prepare
-from simvlg_jax.parallel.chips import COMPILE_ONLY
+from simvlg_jax.data.openmoji import prepare
+from simvlg_jax.forecast.chips import COMPILE_ONLY
 
 pytest_plugins = ["launching"]  # its fixtures
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from simvlg_jax.config import load_config
+from simvlg_jax.config.load import load_config
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel import processes
 from simvlg_jax.training import loop

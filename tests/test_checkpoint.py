@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simvlg_jax.errors import UserError
 from simvlg_jax.training import checkpoint
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.utils.errors import UserError
 
 POSITION = {"window": 1, "iterator": {"next_index": 7}}
 

@@ -12,14 +12,16 @@ import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
-from simvlg_jax.config import load_config
+from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import bert, evlgen
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.evaluation import validation
-from simvlg_jax.models.bert import SentenceEncoder
 from simvlg_jax.models.contrastive import matching_losses, unit
+from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.training import loop, partition, tasks
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks import task as tasks
+from simvlg_jax.training import loop
 from simvlg_jax.training.fingerprints import fingerprint
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.step import init_params, make_plan

@@ -5,12 +5,12 @@ import importlib.util
 import pytest
 from ml_collections import ConfigDict
 
-from simvlg_jax.data import prepare
+from simvlg_jax.data.openmoji import prepare
 from simvlg_jax.data.openmoji.names import caption
 from simvlg_jax.data.openmoji.splits import SPLITS, Picture, assign, base_of, distinct
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.data.transforms import decode
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.data.text import IGNORE, CaptionText, character_tokenizer
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 TEXT = CaptionText(character_tokenizer(), start_id=1, end_id=2, pad_id=0, max_tokens=24, start_is_target=False)
 

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from simvlg_jax.data import transforms
-from simvlg_jax.data.folder import split_of
 from simvlg_jax.data.sources import check_unique_ids, load_source
-from simvlg_jax.errors import UserError
+from simvlg_jax.data.sources.folder import split_of
+from simvlg_jax.utils.errors import UserError
 
 
 def synthetic(**sizes) -> ConfigDict:

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from simvlg_jax.convert.tokenizers import minilm_tokenizer
 from simvlg_jax.data.captions import blip_caption, well_formed
-from simvlg_jax.data.text import IGNORE, CaptionText, SentenceText, character_tokenizer, minilm_tokenizer
-from simvlg_jax.errors import UserError
+from simvlg_jax.data.text import IGNORE, CaptionText, SentenceText, character_tokenizer
+from simvlg_jax.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simvlg_jax.convert import hf_llama
+from simvlg_jax.convert import llama as hf_llama
 from simvlg_jax.decoding.generate import greedy_decode
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.llama import Llama
+from simvlg_jax.models.llms.llama import Llama
+from simvlg_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = dict(width=32, depth=2, num_heads=4, num_kv_heads=2, ffn=48, vocab_size=60)

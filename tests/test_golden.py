@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from simvlg_jax.convert import evlgen, stacking
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ["image_llama", "image_opt", "video_opt"]

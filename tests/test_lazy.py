@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from simvlg_jax.convert import stacking
-from simvlg_jax.convert.lazy import Lazy, LazyStack, put, split
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.parallel.lazy import Lazy, LazyStack, put, split
 
 
 class Counted:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simvlg_jax.convert import hf_llama, stacking
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.language_model import LlmOutput
-from simvlg_jax.models.llama import LLAMA_SIZES, Llama, RopeScaling
+from simvlg_jax.convert import llama as hf_llama
+from simvlg_jax.convert import stacking
+from simvlg_jax.models.llms.language_model import LlmOutput
+from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama, RopeScaling
+from simvlg_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(width=24, depth=2, num_heads=6, num_kv_heads=2, ffn=40, vocab_size=50, norm_eps=1e-5)

@@ -9,12 +9,12 @@ import pytest
 from flax import traverse_util
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from simvlg_jax.config import load_config
-from simvlg_jax.errors import UserError
+from simvlg_jax.config.load import load_config
 from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.tasks.task import build_task
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.fingerprints import fingerprint
-from simvlg_jax.training.tasks import build_task
+from simvlg_jax.utils.errors import UserError
 
 GOLDEN = "tests/golden/shardings"
 CONFIGS = [

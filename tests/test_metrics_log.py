@@ -9,9 +9,9 @@ import termios
 
 import pytest
 
-from simvlg_jax import progress
-from simvlg_jax.progress import Announcer
 from simvlg_jax.training.metrics_log import MetricsLog, read_scores, shows_bars
+from simvlg_jax.utils import progress
+from simvlg_jax.utils.progress import Announcer
 
 
 def record(step, kind="train", **fields):

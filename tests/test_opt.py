@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from simvlg_jax.convert import hf_opt, stacking
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.opt import OPT_SIZES, Opt
+from simvlg_jax.convert import opt as hf_opt
+from simvlg_jax.convert import stacking
+from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
+from simvlg_jax.utils.errors import UserError
 
 TINY = dict(width=24, depth=2, num_heads=4, ffn=40, vocab_size=50, max_positions=30)
 SHAPES = [TINY, TINY | dict(embed_width=12, pre_norm=False)]

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from simvlg_jax.config import load_config
+from simvlg_jax.config.load import load_config
 from simvlg_jax.training.optimizer import decay_mask, learning_rate
 
 

@@ -15,11 +15,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import simvlg_jax
-from simvlg_jax.config import load_config
-from simvlg_jax.convert import evlgen, from_torch, hf_llama, hf_opt, to_torch
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.llama import LLAMA_SIZES
-from simvlg_jax.training import tasks
+from simvlg_jax import from_torch, to_torch
+from simvlg_jax.config.load import load_config
+from simvlg_jax.convert import evlgen, tokenizers
+from simvlg_jax.convert import llama as hf_llama
+from simvlg_jax.convert import opt as hf_opt
+from simvlg_jax.models.llms.llama import LLAMA_SIZES
+from simvlg_jax.tasks import task as tasks
+from simvlg_jax.utils.errors import UserError
 
 WORDS = ["<s>", "<pad>", "</s>", "\n", *[f"w{i}" for i in range(60)]]
 
@@ -123,7 +126,7 @@ def test_sentencepiece_tokenizer_is_read_as_vicuna_ships_it(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     published = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    found = tasks.pretrained.load_hf_tokenizer(tmp_path)
+    found = tokenizers.load_hf_tokenizer(tmp_path)
     for text in ("a photo of two cats", "park 4 \u00e9"):
         assert found.backend_tokenizer.encode(text, add_special_tokens=False).ids == published.encode(text)
     assert (found.bos_token_id, found.eos_token_id) == (published.bos_id(), published.eos_id()) == (1, 2)

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import quick_compile
 
-from simvlg_jax import weights
-from simvlg_jax.config import load_config
-from simvlg_jax.errors import TRY_AGAIN
+from simvlg_jax.config.load import load_config
+from simvlg_jax.convert import own_files
 from simvlg_jax.parallel.mesh import make_mesh
+from simvlg_jax.tasks.task import build_task
 from simvlg_jax.training import loop, restore
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
-from simvlg_jax.training.tasks import build_task
+from simvlg_jax.utils.errors import TRY_AGAIN
 
 CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")  # the same program is run again and again
 START = Path(CACHE) / "start.safetensors"  # what all runs start from: initialising takes long to compile
@@ -132,7 +132,7 @@ def cut_back(workdir, copy):
 def start_weights():
     config = load_config("configs/tiny.py", ["--config.mesh.data=1"])
     trained, frozen = steps.init_params(build_task(config), config, make_mesh(config.mesh))
-    weights.write_tree(START, trained | frozen)
+    own_files.write_tree(START, trained | frozen)
 
 
 @pytest.fixture(scope="module")

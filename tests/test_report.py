@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation import charts
 from simvlg_jax.evaluation.merge_map import merge_map
 from simvlg_jax.evaluation.report import write_report
-from simvlg_jax.files import read_metrics
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.files import read_metrics
 
 EVIL = "<script>alert(\"x\")</script> & 'quote' <img src=x onerror=y> \u202e 🙂"
 SCORES = {"BLEU-1": 0.5, "BLEU-2": 0.4, "BLEU-3": 0.3, "BLEU-4": 0.2, "ROUGE-L": 0.45, "CIDEr": 0.831}
@@ -164,7 +164,7 @@ def test_report_is_replaced_whole(tmp_path):
 
 def test_report_verb(tmp_path):
     make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "simvlg_jax.evaluation.report", "--workdir"]
+    command = [sys.executable, "-m", "simvlg_jax.report", "--workdir"]
     done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "run" / "report.html"))
     failed = subprocess.run([*command, str(tmp_path / "absent")], capture_output=True, text=True)

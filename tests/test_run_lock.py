@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from simvlg_jax.errors import UserError
 from simvlg_jax.training import run_lock
+from simvlg_jax.utils.errors import UserError
 
 HOLD = "import sys, pathlib; from simvlg_jax.training.run_lock import hold\nwith hold(pathlib.Path(sys.argv[1])):\n"
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models.connectors.tomeformer import TomeFormer
+from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
 from simvlg_jax.models.simvlg import SimVLG
-from simvlg_jax.models.tomeformer import TomeFormer
-from simvlg_jax.models.vit import VIT_SIZES, ViT
 from simvlg_jax.training.flops import count_flops
 
 

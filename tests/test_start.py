@@ -7,8 +7,8 @@ from PIL import Image
 from verbs import call
 
 from simvlg_jax import train
-from simvlg_jax.errors import UserError
 from simvlg_jax.training import loop
+from simvlg_jax.utils.errors import UserError
 
 TINY = ["--config", "configs/tiny.py", "--config.mesh.data=1", "--config.train.steps=1", "--config.train.eval_every=1"]
 FOLDER = [*TINY, "--config.data.name=folder"]

@@ -13,14 +13,18 @@ from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
 from verbs import call
 
-from simvlg_jax.config import load_config
-from simvlg_jax.convert import evlgen, hf_export, stacking, to_torch
+from simvlg_jax import to_torch
+from simvlg_jax.config.load import load_config
+from simvlg_jax.config.saved import save_config
+from simvlg_jax.convert import evlgen, stacking
 from simvlg_jax.data.text import CaptionText, character_tokenizer
 from simvlg_jax.evaluation.captioner import Captioner
-from simvlg_jax.models.vit import normalize_images
-from simvlg_jax.training import loop, partition
+from simvlg_jax.huggingface import export as hf_export
+from simvlg_jax.models.encoders.vit import normalize_images
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.task import build_model
+from simvlg_jax.training import loop
 from simvlg_jax.training.checkpoint import Checkpoints
-from simvlg_jax.training.tasks import build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -62,7 +66,7 @@ def tiny_run(tmp_path_factory):
     flags = ["mesh.data=1", "llm.start_first=True", "vit.scan=False", "train.steps=1", "evaluate.max_new_tokens=12"]
     config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
     checkpoints = Checkpoints(workdir)
-    loop.configs.save_config(config, workdir)
+    save_config(config, workdir)
     trainer = loop.Trainer(config, workdir)
     params = jax.tree.map(lambda x: 3 * x, trainer.state.params)
     checkpoints.save(1, trainer.state.replace(params=params), trainer.position)

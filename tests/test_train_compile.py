@@ -12,17 +12,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from verbs import call
 
 from simvlg_jax import train_compile
-from simvlg_jax.config import load_config
-from simvlg_jax.errors import UserError
-from simvlg_jax.parallel import hlo
+from simvlg_jax.config.load import load_config
+from simvlg_jax.forecast import forecast as ahead
+from simvlg_jax.forecast import hlo
+from simvlg_jax.forecast.chips import parse_topology
+from simvlg_jax.forecast.forecast import Forecast, forecast, largest_batch
+from simvlg_jax.forecast.hlo_flops import matrix_flops
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.parallel.chips import parse_topology
-from simvlg_jax.parallel.hlo_flops import matrix_flops
-from simvlg_jax.training import ahead
-from simvlg_jax.training.ahead import Forecast, forecast, largest_batch
+from simvlg_jax.tasks.task import build_task
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.step import make_plan
-from simvlg_jax.training.tasks import build_task
+from simvlg_jax.utils.errors import UserError
 
 REDUCED = ["--config.dtype=bfloat16", "--config.frozen_dtype=bfloat16", "--config.train.batch_size=64"]
 KEYS = {

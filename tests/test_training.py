@@ -12,14 +12,14 @@ import numpy as np
 import optax
 import pytest
 
-from simvlg_jax.config import load_config
-from simvlg_jax.errors import UserError
+from simvlg_jax.config.load import load_config
 from simvlg_jax.evaluation.validation import Validation
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import checkpoint, loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.fingerprints import fingerprint
 from simvlg_jax.training.frozen import check_frozen
+from simvlg_jax.utils.errors import UserError
 
 
 def tiny(mode="", mesh=(1, 1, 1), **overrides):

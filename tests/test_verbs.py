@@ -15,12 +15,13 @@ from PIL import Image
 from verbs import call
 
 import simvlg_jax
-from simvlg_jax import caption, errors, evaluate, export, train
-from simvlg_jax import config as configs
-from simvlg_jax.config import EXAMPLE, read_config
+from simvlg_jax import caption, evaluate, export, train
+from simvlg_jax.api import CaptionModel
+from simvlg_jax.config.check import flat_keys
+from simvlg_jax.config.saved import EXAMPLE, read_config
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.evaluation import metrics
-from simvlg_jax.model import CaptionModel
+from simvlg_jax.utils import errors
 
 TINY = ["--config", "configs/tiny.py", "--config.mesh.data=1"]
 OPENMOJI = ["--config", "configs/openmoji.py", "--config.mesh.data=1"]
@@ -52,7 +53,7 @@ def pictures(tmp_path):
         ([*TINY, "--config.train.steps=many"], 2, "train.steps=many"),
         ([*TINY, "--config.train.steps=0"], 2, "train.steps is 0; it must be at least 1"),
         ([*TINY, "--steps=3"], 2, "overrides look like --config.train.steps=100"),
-        (["--config", "configs/tony.py"], 2, "no config file configs/tony.py; known here: configs/openmoji.py"),
+        (["--config", "configs/tony.py"], 2, "no config file configs/tony.py; the package has configs/openmoji.py"),
         (["--config", "configs/tiny.py:huge"], 2, "'overfit'"),
         ([*TINY, "--config.vit.size=giant"], 2, "vit.size is 'giant'; it takes 'eva_g'"),
         ([*TINY, "--config.mesh.data=64"], 2, "needs 64 devices and 8 are here"),
@@ -171,14 +172,13 @@ def test_evaluate_takes_overrides_and_leaves_the_runs_config_alone(run, tmp_path
         assert message in capsys.readouterr().err
 
 
-def test_config_of_a_run_has_todays_keys(run, tmp_path):
-    """The example's config is what today's keys are known by."""
+def test_run_that_is_older_than_a_key_has_its_default(run, tmp_path):
     written = json.loads((run / "config.json").read_text())
-    assert configs.flat_keys(read_config(EXAMPLE)).keys() == configs.flat_keys(read_config(run)).keys()
-    del written["train"]["beta"], written["llm"]["prompt"]
+    del written["train"]["beta"], written["llm"]["prompt"], written["sentence_encoder"]
     (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(simvlg_jax.UserError, match=r"older version and lacks llm\.prompt, train\.beta: add them"):
-        read_config(tmp_path)
+    old, new = read_config(tmp_path), read_config(run)
+    assert (old.train.beta, old.llm.prompt, old.sentence_encoder.pooling) == (0.0, "", "mean")
+    assert flat_keys(old).keys() == flat_keys(new).keys() == flat_keys(read_config(EXAMPLE)).keys()
 
 
 def test_caption_lines_keep_the_order_and_name_what_cannot_be_read(run, pictures, capsys):

@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simvlg_jax.config import load_config
+from simvlg_jax.config.load import load_config
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.opt import OPT_SIZES, Opt
+from simvlg_jax.models.connectors.token_merging import merge_schedule
+from simvlg_jax.models.connectors.tomeformer import TomeFormer
+from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
+from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
 from simvlg_jax.models.simvlg import SimVLG
-from simvlg_jax.models.temporal_merge import TemporalMerge
-from simvlg_jax.models.token_merging import merge_schedule
-from simvlg_jax.models.tomeformer import TomeFormer
-from simvlg_jax.models.vit import VIT_SIZES, ViT
-from simvlg_jax.training import loop, partition
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.training import loop
 from simvlg_jax.training.fingerprints import fingerprint
 
 SIZE = VIT_SIZES["tiny_32px"]

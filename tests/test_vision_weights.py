@@ -13,11 +13,12 @@ import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel, Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
-from simvlg_jax.convert import bert, vision
+from simvlg_jax.convert import bert
+from simvlg_jax.convert import vit as vision
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.tomeformer import TomeFormer
-from simvlg_jax.models.vit import CLIP_STYLE, ViT
+from simvlg_jax.models.connectors.tomeformer import TomeFormer
+from simvlg_jax.models.encoders.vit import CLIP_STYLE, ViT
+from simvlg_jax.utils.errors import UserError
 
 SIZE = dict(image_size=28, patch_size=7, width=24, depth=2, num_heads=3, mlp_dim=40)
 IMAGES = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)

@@ -3,7 +3,7 @@
 import sys
 from types import ModuleType
 
-from simvlg_jax import errors
+from simvlg_jax.utils import errors
 
 
 def call(module: ModuleType, *arguments) -> int:

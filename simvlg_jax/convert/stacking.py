@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from simvlg_jax.convert.lazy import Lazy, LazyStack
+from simvlg_jax.parallel.lazy import Lazy, LazyStack
 
 
 def stack_layers(params: dict, name: str = "blocks") -> dict:

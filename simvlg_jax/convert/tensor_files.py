@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from simvlg_jax.convert.lazy import Lazy
-from simvlg_jax.errors import UserError
+from simvlg_jax.parallel.lazy import Lazy
+from simvlg_jax.utils.errors import UserError
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of what a model on the Hub is made of

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 Tensors = dict[str, np.ndarray]
 

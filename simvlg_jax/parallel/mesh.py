@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from simvlg_jax.errors import UserError
+from simvlg_jax.utils.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax._src import distributed  # the only way to the run's key-value store
 from jax.experimental import multihost_utils
 
-from simvlg_jax.errors import TRY_AGAIN, UserError, run_verb
+from simvlg_jax.utils.errors import TRY_AGAIN, UserError, run_verb
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long is given up
 LOOK_SECONDS = 0.5

@@ -17,11 +17,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from simvlg_jax.errors import UserError, first_line, warn
 from simvlg_jax.parallel import processes
 from simvlg_jax.training.fingerprints import array_fingerprints
 from simvlg_jax.training.metrics_log import FILE, read_scores
 from simvlg_jax.training.step import TrainState
+from simvlg_jax.utils.errors import UserError, first_line, warn
 
 RETRY_SECONDS = 1.0  # between two tries to read a checkpoint
 

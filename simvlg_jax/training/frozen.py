@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from simvlg_jax import files
-from simvlg_jax.errors import UserError, warn
 from simvlg_jax.training.fingerprints import fingerprint
+from simvlg_jax.utils import files
+from simvlg_jax.utils.errors import UserError, warn
 
 FILE = "frozen.json"
 

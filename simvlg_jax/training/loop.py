@@ -13,24 +13,24 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax import config as configs
-from simvlg_jax import weights
-from simvlg_jax.convert import stacking
+from simvlg_jax.config import saved
+from simvlg_jax.convert import own_files, stacking
 from simvlg_jax.data import pipeline, workers
 from simvlg_jax.data.sources import load_source
-from simvlg_jax.errors import UserError
 from simvlg_jax.evaluation.validation import Validation
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel import processes
-from simvlg_jax.progress import SILENT, Announcer
-from simvlg_jax.training import partition, run_lock
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.task import Task, build_task
+from simvlg_jax.training import run_lock
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.frozen import check_frozen, describe_frozen, write_frozen
 from simvlg_jax.training.metrics_log import MetricsLog, memory_gb, say
 from simvlg_jax.training.stopping import Stop
-from simvlg_jax.training.tasks import Task, build_task
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.progress import SILENT, Announcer
 
 
 class Program(NamedTuple):
@@ -165,7 +165,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(run_lock.hold(workdir))
-            configs.check_workdir(config, workdir)
+            saved.check_workdir(config, workdir)
         processes.wait_for_all("the workdir is ours")
         if not (workdir / run_lock.LOCK).exists():
             raise UserError(f"{workdir} is not the same folder on every machine: put it on a disk that all share")
@@ -174,7 +174,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             announce = Announcer(say)
             trainer = Trainer(config, workdir, checkpoints, announce)
             if jax.process_index() == 0:
-                configs.save_config(config, workdir)
+                saved.save_config(config, workdir)
                 write_frozen(workdir, trainer.frozen_entries)
             start, total = int(trainer.state.step), config.train.steps
             log = MetricsLog(workdir, total, start)
@@ -185,7 +185,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if config.task == "contrastive" and signal is None:
             vit = jax.tree.map(processes.gather, trainer.state.params["vit"])
             if jax.process_index() == 0:
-                weights.write_tree(workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit))
+                own_files.write_tree(
+                    workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit)
+                )
     say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
     return 128 + signal if signal else 0
 

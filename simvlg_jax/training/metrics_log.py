@@ -11,7 +11,7 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
-from simvlg_jax import files
+from simvlg_jax.utils import files
 
 FILE = "metrics.jsonl"
 

@@ -11,15 +11,15 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax import weights
-from simvlg_jax.convert import lazy
-from simvlg_jax.errors import UserError
+from simvlg_jax.convert import own_files
+from simvlg_jax.parallel import lazy
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.training import partition
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.task import Task, build_task, check_shapes
 from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
-from simvlg_jax.training.tasks import Task, build_task, check_shapes
+from simvlg_jax.utils.errors import UserError
 
 WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
 
@@ -73,9 +73,9 @@ def read_export(config: ConfigDict, path: Path) -> Run:
     task = build_task(config)
     boxed = jax.eval_shape(task.init, jax.random.key(config.seed))
     abstract = nn.unbox(boxed)
-    loaded = {**task.load_pretrained(abstract), **traverse_util.unflatten_dict(weights.read_flat(path), sep="/")}
+    loaded = {**task.load_pretrained(abstract), **traverse_util.unflatten_dict(own_files.read_flat(path), sep="/")}
     check_shapes({name: loaded.get(name, {}) for name in {**abstract, **loaded}}, abstract)
     dtype = jnp.dtype(config.frozen_dtype)
     shardings = meshes.param_shardings(boxed, mesh)
     params = jax.tree.map(lambda x, s: lazy.put(x.astype(dtype), s), loaded, shardings)
-    return Run(task, params, mesh, int(weights.read_metadata(path).get("step", 0)))
+    return Run(task, params, mesh, int(own_files.read_metadata(path).get("step", 0)))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from simvlg_jax.errors import TRY_AGAIN, UserError
+from simvlg_jax.utils.errors import TRY_AGAIN, UserError
 
 LOCK, OWNER = "run.lock", "run.owner.json"
 BEAT_SECONDS = 10.0  # how often the owner renews its file

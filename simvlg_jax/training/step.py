@@ -11,13 +11,13 @@ from flax import struct, traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import lazy
-from simvlg_jax.errors import UserError
 from simvlg_jax.models.contrastive import Pair
+from simvlg_jax.parallel import lazy
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.training import partition
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.task import Task
 from simvlg_jax.training.optimizer import learning_rate, make_optimizer
-from simvlg_jax.training.tasks import Task
+from simvlg_jax.utils.errors import UserError
 
 
 @struct.dataclass

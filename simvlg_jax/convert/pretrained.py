@@ -1,0 +1,77 @@
+"""Pre-trained weights by the names a config gives them.
+
+A name is a package of the example ("minilm", "smollm2"), a local file or folder in any format that `convert` reads, or
+a model on the Hugging Face Hub. "" stands for random weights.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from simvlg_jax.convert import bert, evlgen, gguf, stacking
+from simvlg_jax.convert import llama as hf_llama
+from simvlg_jax.convert import opt as hf_opt
+from simvlg_jax.convert import vit as vision
+from simvlg_jax.convert.tensor_files import open_tensors, resolve
+from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.encoders.vit import ViT
+from simvlg_jax.models.llms.llama import Llama
+from simvlg_jax.models.llms.opt import Opt
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.utils.packages import minilm_folder, smollm2_path
+
+
+def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
+    """The nested tree of a file that `weights.write_tree` wrote, known by the "/" in its names; None of another."""
+    if not any("/" in name for name in tensors):
+        return None
+    return traverse_util.unflatten_dict({name: tensors[name] for name in tensors}, sep="/")
+
+
+def load_vit(name: str, model: ViT) -> dict:
+    """A vision encoder's parameters: a file that `configs/openmoji.py:vit` wrote, or a published one."""
+    tensors = open_tensors(resolve(name))
+    params = own_tree(tensors) or vision.vit_from_torch(tensors, model.depth, model.num_heads, model.num_tokens)
+    return params if model.scan else stacking.unstack_layers(params)
+
+
+def load_bert(name: str, size_name: str) -> dict:
+    """A BERT's parameters for the connector."""
+    size = BERT_SIZES[size_name]
+    path = minilm_folder() if name == "minilm" else resolve(name)
+    return own_tree(open_tensors(path)) or bert.load_bert(path, size["depth"], size["num_heads"], words=False)
+
+
+def load_sentence_encoder(sentence: ConfigDict) -> dict:
+    """The frozen sentence encoder's parameters, words included."""
+    name, size = sentence.weights, BERT_SIZES[sentence.size]
+    path = minilm_folder() if name == "minilm" else resolve(name)
+    return bert.load_bert(path, size["depth"], size["num_heads"], words=True, pooler=sentence.pooling == "pooler")
+
+
+def load_llm(name: str, model: Llama | Opt) -> dict:
+    """A language model's parameters; a vocabulary short of the model's gets rows of zeros (Vicuna's pad token)."""
+    path = smollm2_path() if name == "smollm2" else resolve(name)
+    if path.suffix == ".gguf":
+        params = gguf.load_llama(path)[1]
+    else:
+        read, tensors = hf_opt.from_hf if isinstance(model, Opt) else hf_llama.from_hf, open_tensors(path)
+        params = own_tree(tensors) or read(tensors, model.num_heads)
+    missing = model.vocab_size - len(params["embedding"])
+    if missing == 1:
+        params["embedding"] = params["embedding"].apply(lambda x: np.pad(x, [(0, 1), (0, 0)]))
+        if "lm_head" in params:
+            params["lm_head"] = params["lm_head"].apply(lambda x: np.pad(x, [(0, 0), (0, 1)]))
+    return params if model.scan else stacking.unstack_layers(params)
+
+
+def load_published(name: str, model: SimVLG) -> dict:
+    """Whatever a published SimVLG/EVLGen checkpoint holds: the trained part, or more."""
+    tensors = open_tensors(resolve(name))
+    params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
+    for module in ("vit", "llm"):
+        if module in params and not getattr(model, module).scan:
+            params[module] = stacking.unstack_layers(params[module])
+    return params

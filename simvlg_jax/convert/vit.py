@@ -1,0 +1,181 @@
+"""Vision-encoder weights between our scanned `ViT` tree and published PyTorch files.
+
+Four formats are read, each known by its names: EVA-CLIP as LAVIS ships it, CLIP as LAVIS ships it, CLIP in Hugging
+Face's names, and the vision tower of a Hugging Face BLIP-2. All are first renamed to the first, which is also the one
+that is written; CLIP adds `attn.k_bias` and `norm_pre` to it and lacks `patch_embed.proj.bias`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simvlg_jax.convert import stacking, weight_map
+from simvlg_jax.convert.weight_map import Row, Tensors
+from simvlg_jax.parallel import lazy
+from simvlg_jax.utils.errors import UserError
+
+BLOCK = [
+    *weight_map.layer_norm("blocks_{i}/norm1", "blocks.{i}.norm1"),
+    *weight_map.layer_norm("blocks_{i}/norm2", "blocks.{i}.norm2"),
+    Row("blocks_{i}/query/kernel", "blocks.{i}.attn.q.weight", "heads_out"),
+    Row("blocks_{i}/query/bias", "blocks.{i}.attn.q_bias", "heads_bias"),
+    Row("blocks_{i}/key/kernel", "blocks.{i}.attn.k.weight", "heads_out"),
+    Row("blocks_{i}/value/kernel", "blocks.{i}.attn.v.weight", "heads_out"),
+    Row("blocks_{i}/value/bias", "blocks.{i}.attn.v_bias", "heads_bias"),
+    *weight_map.merge_heads("blocks_{i}/out", "blocks.{i}.attn.proj"),
+    *weight_map.linear("blocks_{i}/mlp/fc1", "blocks.{i}.mlp.fc1"),
+    *weight_map.linear("blocks_{i}/mlp/fc2", "blocks.{i}.mlp.fc2"),
+]
+ENDS = [Row("cls", "cls_token"), Row("position", "pos_embed"), Row("patch_embed/kernel", "patch_embed.kernel")]
+PATCH_BIAS = Row("patch_embed/bias", "patch_embed.proj.bias")  # EVA
+KEY_BIAS = Row("blocks_{i}/key/bias", "blocks.{i}.attn.k_bias", "heads_bias")  # CLIP
+INPUT_NORM = weight_map.layer_norm("input_norm", "norm_pre")  # CLIP
+PATCHES = "patch_embed.proj.weight"  # (D, 3, P, P); ours are flattened (row, column, channel)
+
+LAVIS_CLIP = {
+    r"class_embedding": "cls_token",
+    r"positional_embedding": "pos_embed",
+    r"conv1\.weight": PATCHES,
+    r"ln_pre\.": "norm_pre.",
+    r"transformer\.resblocks\.(\d+)\.ln_(\d)\.": r"blocks.\1.norm\2.",
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_weight": r"blocks.\1.attn.qkv.weight",
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_bias": r"blocks.\1.attn.qkv.bias",
+    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.": r"blocks.\1.attn.proj.",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.": r"blocks.\1.mlp.fc1.",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.": r"blocks.\1.mlp.fc2.",
+}
+HUGGING_FACE = {  # CLIP and BLIP-2
+    r"embeddings\.class_embedding": "cls_token",
+    r"embeddings\.position_embedding(\.weight)?": "pos_embed",
+    r"embeddings\.patch_embedding\.": "patch_embed.proj.",
+    r"pre_layrnorm\.": "norm_pre.",
+    r"encoder\.layers\.(\d+)\.layer_norm(\d)\.": r"blocks.\1.norm\2.",
+    r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight": r"blocks.\1.attn.\2.weight",
+    r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias": r"blocks.\1.attn.\2_bias",
+    r"encoder\.layers\.(\d+)\.self_attn\.qkv\.": r"blocks.\1.attn.qkv.",
+    r"encoder\.layers\.(\d+)\.self_attn\.(out_proj|projection)\.": r"blocks.\1.attn.proj.",
+    r"encoder\.layers\.(\d+)\.mlp\.": r"blocks.\1.mlp.",
+}
+IGNORED = ("norm.", "fc_norm.", "head.", "ln_post.", "proj", "post_layernorm.", "embeddings.position_ids")
+
+
+def rows(depth: int, patch_bias: bool, key_bias: bool, input_norm: bool) -> list[Row]:
+    """The table of a ViT: EVA's (a bias for patches, none for keys) or CLIP's."""
+    ends = [*ENDS, *([PATCH_BIAS] if patch_bias else []), *(INPUT_NORM if input_norm else [])]
+    return [*ends, *weight_map.numbered([*BLOCK, *([KEY_BIAS] if key_bias else [])], depth)]
+
+
+def vit_from_torch(tensors: Mapping, depth: int, num_heads: int, num_tokens: int | None = None) -> dict:
+    """A scanned `ViT` from any of the four formats; blocks after the `depth`th are ignored, as published.
+
+    Args:
+      num_tokens: of the ViT, its class token included; position embeddings of another picture size are resized.
+
+    Raises:
+      UserError: another format; names missing or left over; a BLIP-2 whose keys have a bias.
+    """
+    tensors = renamed(tensors)
+    is_clip = PATCH_BIAS.torch not in tensors
+    named: Tensors = {}
+    for name in tensors:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if not (block and int(block[1]) >= depth):
+            named |= unfused(name, tensors[name], is_clip)
+    if lacking := [name for name in (PATCHES, "pos_embed") if name not in named]:
+        raise UserError(f"these weights do not fit the model: {' and '.join(lacking)} missing in the file")
+    kernel = named.pop(PATCHES)  # (D, 3, P, P)
+    named["patch_embed.kernel"] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1).T
+    named["cls_token"] = named["cls_token"].reshape(1, 1, -1)
+    position = named["pos_embed"].reshape(1, -1, len(kernel))
+    named["pos_embed"] = resize_positions(position, num_tokens or position.shape[1], align_corners=is_clip)
+    table = rows(depth, patch_bias=not is_clip, key_bias=is_clip, input_norm=is_clip)
+    return stacking.stack_layers(weight_map.from_torch(table, named, num_heads, IGNORED))
+
+
+def renamed(tensors: Mapping) -> Mapping:
+    """The tensors under LAVIS's EVA names, whichever of the formats they are in; read when asked for.
+
+    Raises:
+      UserError: none of them.
+    """
+    if "cls_token" in tensors:
+        return tensors
+    if "class_embedding" in tensors:
+        table, within = LAVIS_CLIP, ""
+    else:
+        start = next((n for n in tensors if n.endswith("embeddings.class_embedding")), None)
+        if start is None:
+            raise UserError(
+                "no vision encoder known here: looked for cls_token (EVA-CLIP of LAVIS), class_embedding (CLIP of "
+                "LAVIS) and vision_model.embeddings.class_embedding (Hugging Face's CLIP or BLIP-2)"
+            )
+        table, within = HUGGING_FACE, start.removesuffix("embeddings.class_embedding")
+    names = {}
+    for name in tensors:
+        if name.startswith(within):
+            short = name.removeprefix(within)
+            hits = [re.sub(f"^{old}", new, short) for old, new in table.items() if re.match(old, short)]
+            names[hits[0] if hits else short] = name
+    return weight_map.View(tensors, names)
+
+
+def unfused(name: str, tensor: np.ndarray, is_clip: bool) -> Tensors:
+    """A fused query-key-value matrix (3 D, D) or bias (3 D,) in its three parts; anything else as it is."""
+    match = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
+    if not match:
+        return {name: tensor}
+    form = "{}{}.weight" if match[2] == "weight" else "{}{}_bias"
+    parts = {form.format(match[1], letter): part for letter, part in zip("qkv", lazy.split(tensor, 3), strict=True)}
+    if not is_clip and np.any(parts.pop(f"{match[1]}k_bias", 0)):  # BLIP-2 keeps zeros for it
+        raise UserError(f"{name} gives keys a bias, which this vision encoder (EVA) does not have")
+    return parts
+
+
+def vit_to_torch(params: Mapping) -> Tensors:
+    """The inverse of `vit_from_torch`, under LAVIS's EVA names. Traceable."""
+    unrolled = stacking.unstack_layers(dict(params))
+    depth = sum(name.startswith("blocks_") for name in unrolled)
+    table = rows(depth, "bias" in params["patch_embed"], "bias" in params["blocks"]["key"], "input_norm" in params)
+    tensors = weight_map.to_torch(table, unrolled)
+    for i in range(depth):
+        parts = [tensors.pop(f"blocks.{i}.attn.{name}.weight") for name in "qkv"]
+        join: Callable = jnp.concatenate if isinstance(parts[0], jax.Array) else np.concatenate
+        tensors[f"blocks.{i}.attn.qkv.weight"] = join(parts)
+    kernel = tensors.pop("patch_embed.kernel")  # (P P 3, D)
+    side = round((kernel.shape[0] // 3) ** 0.5)
+    tensors[PATCHES] = kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+    return tensors
+
+
+def resize_positions(position: np.ndarray, num_tokens: int, align_corners: bool) -> np.ndarray:
+    """Bicubic resize of the square grid of (1, N, D) position embeddings, the class row untouched.
+
+    Args:
+      num_tokens: 1 + the new grid's places.
+      align_corners: as in torch's `interpolate`; published: EVA False, CLIP True.
+    """
+    old, new = (round((n - 1) ** 0.5) for n in (position.shape[1], num_tokens))
+    if old == new:
+        return position
+    weights = bicubic_weights(old, new, align_corners)  # (new, old)
+    position = np.asarray(position)
+    grid = position[0, 1:].astype(np.float32).reshape(old, old, -1)
+    grid = np.einsum("io,jp,opd->ijd", weights, weights, grid).reshape(1, new * new, -1)
+    return np.concatenate([position[:, :1], grid.astype(position.dtype)], 1)
+
+
+def bicubic_weights(old: int, new: int, align_corners: bool) -> np.ndarray:
+    """(new, old): what each new place takes of each old one, by Keys' kernel with a = -0.75, edges repeated."""
+    index = np.arange(new)
+    places = index * (old - 1) / max(new - 1, 1) if align_corners else (index + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for offset in range(-1, 3):
+        source = np.floor(places).astype(int) + offset
+        distance = np.abs(places - source)
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        np.add.at(weights, (index, np.clip(source, 0, old - 1)), np.where(distance <= 1, near, far))
+    return weights

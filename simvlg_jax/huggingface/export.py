@@ -1,0 +1,130 @@
+"""A folder that `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` loads, without JAX."""
+
+import shutil
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from simvlg_jax.convert import evlgen, own_files
+from simvlg_jax.convert.weight_map import Tensors
+from simvlg_jax.data.text import TextEncoder
+from simvlg_jax.decoding.generate import decoding_options
+from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
+from simvlg_jax.models.llms.llama import Llama
+from simvlg_jax.models.llms.opt import Opt
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.files import write_json
+
+MODELING = Path(__file__).parent / "modeling_simvlg.py"
+VISION = (
+    *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
+    *("key_bias", "patch_bias", "quick_gelu", "input_norm", "temporal"),
+)
+
+
+def text_config(llm: Llama | Opt) -> dict:
+    """transformers' config of a language model."""
+    common = dict(
+        hidden_size=llm.width,
+        num_hidden_layers=llm.depth,
+        num_attention_heads=llm.num_heads,
+        vocab_size=llm.vocab_size,
+    )
+    if isinstance(llm, Opt):
+        return common | dict(
+            model_type="opt",
+            ffn_dim=llm.ffn,
+            max_position_embeddings=llm.max_positions,
+            word_embed_proj_dim=llm.embed_width or llm.width,
+            do_layer_norm_before=llm.pre_norm,
+            dropout=llm.dropout,
+            tie_word_embeddings=True,
+        )
+    rope = {"rope_type": "default", "rope_theta": llm.rope_theta}
+    if scaling := llm.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return common | dict(
+        model_type="llama",
+        intermediate_size=llm.ffn,
+        num_key_value_heads=llm.num_kv_heads,
+        head_dim=llm.head_dim or llm.width // llm.num_heads,
+        rms_norm_eps=llm.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=llm.tie_embeddings,
+    )
+
+
+def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
+    """config.json of the folder; see `SimVLGConfig` in modeling_simvlg.py."""
+    connector = model.connector
+    return dict(
+        model_type="simvlg",
+        architectures=["SimVLG"],
+        auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
+        vision={name: getattr(model.vit, name) for name in VISION},
+        connector=dict(
+            width=connector.width,
+            depth=connector.depth,
+            num_heads=connector.num_heads,
+            dropout=connector.dropout,
+            merges=list(connector.merges),
+        ),
+        text_config=text_config(model.llm),
+        start_token_id=text.prefix[0],
+        prompt_ids=list(text.prefix[1:]),
+        end_token_id=text.end,
+        pad_token_id=text.pad_id,
+        start_first=model.start_first,
+        **decoding_options(config),
+        dtype="float32",
+    )
+
+
+def preprocessor_config(image_size: int) -> dict:
+    """Squash to a square with PIL's bicubic filter, scale to 0..1, CLIP's mean and deviation."""
+    return dict(
+        image_processor_type="CLIPImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size={"height": image_size, "width": image_size},
+        resample=3,
+        do_center_crop=False,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
+
+
+def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, config: ConfigDict) -> None:
+    """Writes the folder: config, weights (safetensors, published names), tokenizer, preprocessor, modeling code.
+
+    Args:
+      params: host arrays of a scanned model, all of them.
+
+    Raises:
+      UserError: a model that the PyTorch code does not know (temporal positions).
+    """
+    if model.connector.weighted_mean or model.connector.proportional_attention:
+        raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
+    if model.vit.max_frames:
+        raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
+    tensors: Tensors = evlgen.to_evlgen(model, params)
+    if isinstance(model.llm, Opt):
+        del tensors["opt_model.lm_head.weight"]  # the embedding once more
+    own_files.write_arrays(folder / "model.safetensors", tensors, {"format": "pt"})
+    text.tokenizer.save(str(folder / "tokenizer.json"))
+    special = {name: text.tokenizer.id_to_token(i) for name, i in (("eos_token", text.end), ("pad_token", text.pad_id))}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(model.vit.image_size))
+    write_json(folder / "config.json", model_config(model, text, config))
+    shutil.copyfile(MODELING, folder / MODELING.name)

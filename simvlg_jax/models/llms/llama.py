@@ -1,0 +1,242 @@
+"""LLaMA-family decoder (LLaMA, Vicuna, TinyLlama, SmolLM2), fed with embeddings."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from simvlg_jax.models import layers
+from simvlg_jax.models.llms import language_model
+from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's stretching of the rotary frequencies to contexts longer than it was first trained on.
+
+    Wavelengths beyond original_length / low are slowed by `factor`, those below original_length / high are kept, and
+    between them the two are blended.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_length: int
+
+
+LLAMA3_8B = dict(
+    width=4096,
+    depth=32,
+    num_heads=32,
+    num_kv_heads=8,
+    ffn=14336,
+    vocab_size=128256,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+)
+LLAMA_SIZES = {
+    "smollm2_135m": dict(
+        width=576,
+        depth=30,
+        num_heads=9,
+        num_kv_heads=3,
+        ffn=1536,
+        vocab_size=49152,
+        rope_theta=100000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    ),
+    "tinyllama_1.1b": dict(
+        width=2048, depth=22, num_heads=32, num_kv_heads=4, ffn=5632, vocab_size=32000, norm_eps=1e-5
+    ),
+    # 32000 tokens and the pad token that the published code adds.
+    "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32001),
+    "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32001),
+    "llama2_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000, norm_eps=1e-5),
+    "llama3_8b": LLAMA3_8B,
+    "llama3.1_8b": LLAMA3_8B | dict(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
+    "llama3.2_1b": dict(
+        width=2048,
+        depth=16,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn=8192,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    ),
+    # The vocabulary of `data.text.character_tokenizer`.
+    "tiny": dict(width=32, depth=2, num_heads=4, num_kv_heads=2, ffn=64, vocab_size=98, tie_embeddings=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32: (..., D) -> (..., D) in the input's dtype."""
+
+    epsilon: float
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Radians each position turns the pairs of a head by: (H / 2,) float32."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if scaling:
+        turns = scaling.original_length * frequencies / (2 * np.pi)  # over the original context
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return frequencies.astype(np.float32)
+
+
+def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine (B, S, 1, H / 2), float32, of positions (B, S)."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of x (B, S, N, H) in float32; the pairs are (i, i + H / 2), Hugging Face's layout."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, -1).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """x += attention(RMSNorm x); x += gated MLP(RMSNorm x). Fields as in `Llama`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+    norm_eps: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array | None, jax.Array | None],  # x (B, S, D), cached key, value (L, B, T, K, H)
+        layer: jax.Array,  # () int32, this layer's number
+        visible: jax.Array,  # (B, S, T) bool
+        index: jax.Array | None,  # () int32, the first slot of the cache to write
+        rotary: tuple[jax.Array, jax.Array],  # cos, sin (B, S, 1, H / 2)
+    ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
+        x, key_cache, value_cache = carry
+        width, heads, kv_heads, head_dim = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kv_shape, kv_axes = (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+
+        y = RMSNorm(self.norm_eps, self.param_dtype, name="attention_norm")(x)
+        query = Einsum((width, heads, head_dim), ("embed", "heads", "head_dim"), **dtypes, name="query")
+        query = rotate(query("BSD,DNH->BSNH", y), *rotary)
+        key = rotate(Einsum(kv_shape, kv_axes, **dtypes, name="key")("BSD,DKH->BSKH", y), *rotary)
+        value = Einsum(kv_shape, kv_axes, **dtypes, name="value")("BSD,DKH->BSKH", y)
+        if key_cache is not None:
+            key_cache, key = language_model.write_layer(key_cache, key, layer, index)
+            value_cache, value = language_model.write_layer(value_cache, value, layer, index)
+        context = language_model.grouped_attention(query, key, value, visible)  # (B, S, N, H)
+        out = Einsum((heads, head_dim, width), ("heads", "head_dim", "embed"), **dtypes, name="out")
+        x = x + out("BSNH,NHD->BSD", context)
+
+        y = RMSNorm(self.norm_eps, self.param_dtype, name="mlp_norm")(x)
+        gate = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="gate")("BSD,DF->BSF", y)
+        up = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="up")("BSD,DF->BSF", y)
+        down = Einsum((self.ffn, width), ("mlp", "embed"), **dtypes, name="down")
+        x = layers.split_batch(x + down("BSF,FD->BSD", nn.silu(gate) * up))
+        return (x, key_cache, value_cache), None
+
+
+class Llama(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `logits` are the two ends, called by the user.
+
+    Attributes:
+      width, depth, num_heads, ffn: sizes, see `LLAMA_SIZES`.
+      num_kv_heads: key and value heads, each shared by num_heads / num_kv_heads query heads.
+      vocab_size: rows of the embedding.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: see `RopeScaling`.
+      norm_eps: of RMSNorm.
+      tie_embeddings: the output matrix is the embedding's.
+      head_dim: width of a head; width / num_heads when None.
+      scan: the blocks as one scanned block with stacked parameters ("blocks"), else unrolled ("blocks_0", ...).
+      remat: recompute each block's activations in the backward pass.
+      dtype: compute dtype; norms and softmax are float32 whatever it is.
+      param_dtype: dtype in which parameters are initialised.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    ffn: int
+    vocab_size: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    head_dim: int | None = None
+    scan: bool = True
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def _head_dim(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def rotary_frequencies(self) -> np.ndarray:
+        return rotary_frequencies(self._head_dim, self.rope_theta, self.rope_scaling)
+
+    def setup(self) -> None:
+        embedding_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, ("vocab", "embed"))
+        self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width), self.param_dtype)
+        fields = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps)
+        fields = (*fields, self.dtype, self.param_dtype)
+        self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=1)
+        self.norm = RMSNorm(self.norm_eps, self.param_dtype)
+        if not self.tie_embeddings:
+            shape, axes = (self.width, self.vocab_size), ("embed", "vocab")
+            head_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, axes)
+            self.lm_head = self.param("lm_head", head_init, shape, self.param_dtype)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """ids (B, S) int32 -> (B, S, D)."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def __call__(
+        self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+    ) -> LlmOutput:
+        """Runs the blocks; token i sees the tokens up to i whose mask is 1, and those in the cache.
+
+        Args:
+          embeddings: (B, S, D).
+          mask: (B, S), 1 for real tokens; no query sees the others.
+          positions: (B, S) int32, for the rotary embedding.
+          cache: from `init_cache` or from an earlier call; the S tokens are added to it.
+        """
+        rotary = rotary_angles(positions, self.rotary_frequencies)
+        x = embeddings.astype(self.dtype)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, rotary)
+        return LlmOutput(self.norm(x), cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (B, T, D) -> (B, T, V) float32."""
+        equation, kernel = ("BTD,VD->BTV", self.embedding) if self.tie_embeddings else ("BTD,DV->BTV", self.lm_head)
+        return jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for `batch` rows of up to `max_length` tokens; needs no parameters."""
+        return language_model.empty_cache(self.depth, batch, max_length, self.num_kv_heads, self._head_dim, self.dtype)

@@ -1,0 +1,143 @@
+"""OPT decoder, fed with embeddings."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from simvlg_jax.models import layers
+from simvlg_jax.models.llms import language_model
+from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
+
+POSITION_OFFSET = 2  # rows of the position table that no real token uses
+NORM_EPS = 1e-5
+
+OPT_SIZES = {
+    "opt_125m": dict(width=768, depth=12, num_heads=12, ffn=3072),
+    "opt_350m": dict(width=1024, depth=24, num_heads=16, ffn=4096, embed_width=512, pre_norm=False),
+    "opt_1.3b": dict(width=2048, depth=24, num_heads=32, ffn=8192),
+    "opt_2.7b": dict(width=2560, depth=32, num_heads=32, ffn=10240),
+    "opt_6.7b": dict(width=4096, depth=32, num_heads=32, ffn=16384),
+    "opt_13b": dict(width=5120, depth=40, num_heads=40, ffn=20480),
+    # The vocabulary of `data.text.character_tokenizer`.
+    "opt_tiny": dict(width=32, depth=2, num_heads=4, ffn=64, vocab_size=98, max_positions=128),
+}
+
+
+class Block(nn.Module):
+    """x += attention(LN x); x += fc2(relu(fc1(LN x))); after the sum with post-LayerNorm. Fields as in `Opt`."""
+
+    num_heads: int
+    ffn: int
+    pre_norm: bool
+    dropout: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array | None, jax.Array | None],  # x (B, S, D), cached key, value (L, B, T, N, H)
+        layer: jax.Array,  # () int32, this layer's number
+        visible: jax.Array,  # (B, S, T) bool
+        index: jax.Array | None,  # () int32, the first slot of the cache to write
+    ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
+        x, key_cache, value_cache = carry
+        width = x.shape[-1]
+        heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
+        drop = functools.partial(layers.Dropout(self.dropout), deterministic=not self.has_rng("dropout"))
+        attention_norm = layers.LayerNorm(NORM_EPS, name="attention_norm")
+        mlp_norm = layers.LayerNorm(NORM_EPS, name="mlp_norm")
+
+        y = attention_norm(x) if self.pre_norm else x
+        query = layers.Projection(**heads, name="query")(y)
+        key = layers.Projection(**heads, bias_grad=False, name="key")(y)
+        value = layers.Projection(**heads, name="value")(y)
+        if key_cache is not None:
+            key_cache, key = language_model.write_layer(key_cache, key, layer, index)
+            value_cache, value = language_model.write_layer(value_cache, value, layer, index)
+        context = language_model.grouped_attention(query, key, value, visible)  # (B, S, N, H)
+        x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="out")(context))
+        x = x if self.pre_norm else attention_norm(x)
+
+        y = mlp_norm(x) if self.pre_norm else x
+        x = x + drop(layers.Mlp(self.ffn, nn.relu, dtype=self.dtype, name="mlp")(y))
+        x = layers.split_batch(x if self.pre_norm else mlp_norm(x))
+        return (x, key_cache, value_cache), None
+
+
+class Opt(nn.Module):
+    """Embeddings in, hidden states out; `embed` and `logits` are the two ends, called by the user.
+
+    The output matrix is the embedding's. Positions are learned; their table holds POSITION_OFFSET more rows.
+
+    Attributes:
+      width, depth, num_heads, ffn: sizes, see `OPT_SIZES`.
+      vocab_size: rows of the embedding.
+      max_positions: greatest number of tokens.
+      embed_width: width of the token embeddings; other than `width` only in OPT-350m, which projects them in and out
+        (a soft prompt enters behind the projection).
+      pre_norm: LayerNorm before each half of a block and at the end; OPT-350m has it after each half instead.
+      dropout: on both residual branches while an rng named "dropout" is given. The published training left OPT's 0.1
+        on in the frozen model.
+      scan, remat, dtype: see `llama.Llama`.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    ffn: int
+    vocab_size: int = 50272
+    max_positions: int = 2048
+    embed_width: int | None = None
+    pre_norm: bool = True
+    dropout: float = 0.0
+    scan: bool = True
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @property
+    def _projects(self) -> bool:
+        return self.embed_width not in (None, self.width)
+
+    def setup(self) -> None:
+        table_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, ("vocab", "embed"))
+        self.embedding = self.param("embedding", table_init, (self.vocab_size, self.embed_width or self.width))
+        rows = self.max_positions + POSITION_OFFSET
+        position_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, (None, "embed"))
+        self.position = self.param("position", position_init, (rows, self.width))
+        fields = (self.num_heads, self.ffn, self.pre_norm, self.dropout, self.dtype)
+        self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=0)
+        if self.pre_norm:
+            self.norm = layers.LayerNorm(NORM_EPS)
+        if self._projects:
+            self.project_in = Einsum((self.embed_width, self.width), (None, "embed"), self.dtype)
+            self.project_out = Einsum((self.width, self.embed_width), ("embed", None), self.dtype)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """ids (B, S) int32 -> (B, S, D), without positions."""
+        x = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return self.project_in("BSE,ED->BSD", x) if self._projects else x
+
+    def __call__(
+        self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+    ) -> LlmOutput:
+        """Runs the blocks; arguments as for `llama.Llama`, positions (B, S) int32 counted from 0."""
+        x = embeddings.astype(self.dtype)
+        x = x + jnp.take(self.position, positions + POSITION_OFFSET, axis=0).astype(self.dtype)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache)
+        return LlmOutput(self.norm(x) if self.pre_norm else x, cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (B, T, D) -> (B, T, V) float32."""
+        if self._projects:
+            hidden = self.project_out("BTD,DE->BTE", hidden)
+        kernel = self.embedding.astype(self.dtype)
+        return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for `batch` rows of up to `max_length` tokens; needs no parameters."""
+        head_dim = self.width // self.num_heads
+        return language_model.empty_cache(self.depth, batch, max_length, self.num_heads, head_dim, self.dtype)
