@@ -69,7 +69,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     if not any((workdir / "checkpoints").glob("*/commit_success.txt")):
         return
     if not (workdir / "config.json").exists():
-        warn(f"{workdir / 'config.json'} is missing, so this config is not compared with that of the run's start")
+        warn(f"{workdir / 'config.json'} is missing, so whether this config is the one that the run was started with is not checked")
         return
     if changed := differences(read_config(workdir), config, lambda key: not key.startswith(FREE)):
         raise UserError(

@@ -1,0 +1,86 @@
+"""The layout of a batch: one truth for the pipeline, initialisation, compiling ahead of time and the tests.
+
+A batch is a dict of arrays of B examples:
+
+    image           uint8 (B, S, S, 3), or clips (B, F, S, S, 3); not normalised
+    NAME_ids        int32 (B, L), padded on the right
+    NAME_mask       int32 (B, L), 1 where there is a token
+    NAME_targets    int32 (B, L), -100 where there is no loss; only of texts that are predicted
+
+with three arrays for each text of the task ("caption", "sentence"). In evaluation also
+
+    weight   float32 (B,), 1 for each example that counts; 0 for unreadable pictures and for blanks in the last batch
+    index    int32 (B,), position of the example in its source, -1 for those blanks
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from simvlg_jax.data.text import TextEncoder
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is seen: pictures of `side` x `side` pixels, or clips of so many `frames` (0: pictures)."""
+
+    side: int
+    frames: int = 0
+
+    def shape(self, batch_size: int) -> tuple[int, ...]:
+        """(B, S, S, 3), or (B, F, S, S, 3)."""
+        return (batch_size, *[self.frames] * bool(self.frames), self.side, self.side, 3)
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """One text of each example.
+
+    Attributes:
+      max_tokens: greatest length.
+      predicted: whether it has targets.
+      load: reads the tokenizer, which initialising and compiling do not need.
+    """
+
+    max_tokens: int
+    predicted: bool
+    load: Callable[[], TextEncoder]
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """Text -> token ids and targets."""
+        return self.load()
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        return ("ids", "mask", "targets") if self.predicted else ("ids", "mask")
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """pictures: None for a task without any; texts: by name, the first is the one that batches are grouped by."""
+
+    pictures: Pictures | None
+    texts: Mapping[str, TextSpec]
+
+    @property
+    def main_text(self) -> str:
+        return next(iter(self.texts))
+
+    def shapes(self, batch_size: int, lengths: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Name -> (shape, dtype) of each array of a training batch.
+
+        Args:
+          lengths: of all texts; by default each has its greatest.
+        """
+        shapes = {}
+        if self.pictures:
+            shapes["image"] = (self.pictures.shape(batch_size), np.dtype(np.uint8))
+        for name, text in self.texts.items():
+            shape = (batch_size, lengths or text.max_tokens)
+            shapes |= {f"{name}_{array}": (shape, np.dtype(np.int32)) for array in text.arrays}
+        return shapes
