@@ -60,7 +60,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """OpenMoji pictures with English names.
 
     Features: `image` (SIZE, SIZE, 3) uint8, stored as PNG; `caption`; `id`, the code points
-    ("1f939-1f3fe-200d-2640-fe0f"); `base`, the same without skin tone, gender and hair ("1f939").
+    ("1f939-1f3fe-200d-2640-fe0f").
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -75,7 +75,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
                     "caption": tfds.features.Text(),
                     "id": tfds.features.Text(),
-                    "base": tfds.features.Text(),
                 }
             ),
             homepage="https://openmoji.org",
@@ -89,12 +88,4 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, pictures: list[Picture]) -> Iterator[tuple[str, dict]]:
         for picture in pictures:
-            yield (
-                picture.id,
-                {
-                    "image": picture.image,
-                    "caption": picture.caption,
-                    "id": picture.id,
-                    "base": picture.base,
-                },
-            )
+            yield picture.id, {"image": picture.image, "caption": picture.caption, "id": picture.id}
