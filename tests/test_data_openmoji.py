@@ -1,6 +1,7 @@
 """The OpenMoji example: captions, families, and what the built splits promise."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -77,17 +78,9 @@ def test_base_drops_tone_gender_and_hair(codes, base):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    prepare.prepare_openmoji(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def splits(data_dir):
+def splits(openmoji_data):
     """Split -> records, with the base emoji added."""
-    config = ConfigDict({"name": "openmoji", "dir": str(data_dir)})
-    records = {split: list(load_source(config, split)) for split in SPLITS}
+    records = {split: list(load_source(openmoji_data, split)) for split in SPLITS}
     for record in (record for split in records.values() for record in split):
         record["base"] = base_of(record["id"].upper().split("-"))
     return records
@@ -132,12 +125,23 @@ def test_pictures_are_64_namespace_on_white(splits):
         assert picture.getpixel((0, 0)) == (255, 255, 255), record["id"]
 
 
-def test_prepare_again_changes_nothing(data_dir):
+def test_ids_and_references_are_read_once_and_without_decoding(openmoji_data, splits, monkeypatch):
+    monkeypatch.setattr("PIL.Image.open", None)
+    source = load_source(openmoji_data, "val")
+    expected = [(record["id"], record["references"]) for record in splits["val"]]
+    assert source.info(0) == expected[0]
+    monkeypatch.setattr(source, "_records", None)
+    with pytest.raises(TypeError):
+        source[0]
+    assert [source.info(i) for i in range(len(expected))] == expected
+
+
+def test_prepare_again_changes_nothing(openmoji_data):
     def state():
-        return {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
+        return {path: path.stat().st_mtime_ns for path in Path(openmoji_data.dir).rglob("*")}
 
     before = state()
-    sizes = prepare.prepare_openmoji(data_dir)
+    sizes = prepare.prepare_openmoji(openmoji_data.dir)
     assert state() == before
     assert set(sizes) == set(SPLITS)
 
