@@ -130,7 +130,7 @@ def test_ids_and_references_are_read_once_and_without_decoding(openmoji_data, sp
     source = load_source(openmoji_data, "val")
     expected = [(record["id"], record["references"]) for record in splits["val"]]
     assert source.info(0) == expected[0]
-    monkeypatch.setattr(source, "_records", None)
+    monkeypatch.setattr(source.source, "_records", None)
     with pytest.raises(TypeError):
         source[0]
     assert [source.info(i) for i in range(len(expected))] == expected

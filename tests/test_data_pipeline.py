@@ -7,7 +7,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
+from simvlg_jax.config.load import load_config
 from simvlg_jax.data.batch import BatchSpec, Pictures, TextSpec
 from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
 from simvlg_jax.data.sources import load_source
@@ -108,6 +110,26 @@ def test_first_text_is_padded_to_the_longest_and_the_others_to_their_limit():
     assert batch["sentence_ids"].shape == (8, 12)
     for caption, sentence in zip(batch["caption_ids"], batch["sentence_ids"], strict=True):
         assert sentence.tolist() == [*caption[:11], 2]  # cut, but the end stays
+
+
+RAW = ['A "Red" Dog!', "It's 1 DOG."]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"), [([], ["a red dog", "it's 1 dog"]), (["--config.data.clean="], RAW)]
+)
+def test_published_recipe_cleans_captions_in_training_and_loss_but_not_references(tmp_path, overrides, expected):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "caption": RAW, "split": split} for split in ("train", "val")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    overrides = [f"--config.data.path={tmp_path}", "--config.data.workers=0", *overrides]
+    data = load_config("configs/pretrain_image.py", overrides).data
+    batch = next(train(data, load_source(data, "train", training=True), batch_size=2))
+    assert sorted(captions(batch)) == sorted(expected)
+    source = load_source(data, "val")
+    (batch,) = make_eval_batches(source, spec(), batch_size=1)
+    assert captions(batch) == expected[:1]
+    assert source[0]["references"] == source.info(0).references == RAW
 
 
 def test_tasks_without_pictures_read_texts_only():

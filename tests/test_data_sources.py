@@ -234,6 +234,13 @@ def test_unknown_data_set():
             function()
 
 
+def test_unknown_cleaning():
+    config = synthetic()
+    config.clean = "blip"
+    with pytest.raises(UserError, match=r"data\.clean is 'blip'; it takes '', 'blip_caption'"):
+        load_source(config, "train")
+
+
 @pytest.mark.parametrize(
     ("name", "scored"), [("openmoji", ["test", "novel"]), ("folder", ["test"]), ("synthetic", ["test"])]
 )

@@ -68,16 +68,19 @@ def get_config() -> ConfigDict:
     config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
 
     config.data = ConfigDict()
-    config.data.name = "openmoji"  # "openmoji", "folder" or "synthetic"
-    config.data.dir = "data"  # where `python -m simvlg_jax.data.prepare` put things
+    config.data.name = "openmoji"  # a key of data.sources.SOURCES
+    config.data.dir = "data"  # "openmoji": the folder that `python -m simvlg_jax.data.prepare` wrote to
     config.data.path = ""  # "folder": pictures and captions.jsonl
     config.data.allow_outside = False  # "folder": pictures may lie outside of data.path
     config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
+    # A key of data.captions.CLEANERS, "" or "blip_caption" (published). It cleans the captions whose loss is taken, in
+    # training and evaluation; the references that scores compare with stay as they are.
+    config.data.clean = ""
     config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's share of the area
-    config.data.flip = True  # horizontal flips; wrong where captions speak of left and right
-    config.data.pad_multiple = 4  # text padded to the batch's longest, rounded up; 0: to max_text_tokens
-    config.data.length_window = 1  # captions of so many batches are grouped by length, to save padding; 1: not
-    config.data.workers = 0  # data processes; 0: threads of this one
+    config.data.flip = True  # horizontal flips; wrong if captions mention left and right
+    config.data.pad_multiple = 4  # pad text to the longest of the batch, rounded up; 0: to max_text_tokens
+    config.data.length_window = 1  # number of batches whose captions are grouped by length to save padding; 1: off
+    config.data.workers = 0  # data processes; 0: threads of the training process
     config.data.read_threads = 2
 
     config.train = ConfigDict()

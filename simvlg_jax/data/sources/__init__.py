@@ -1,11 +1,13 @@
 """Data sources, interchangeable by `data.name`. A new one is a module here and a line in SOURCES."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
+from simvlg_jax.data.captions import CLEANERS
 from simvlg_jax.data.sources.folder import FolderSource
 from simvlg_jax.data.sources.openmoji import OpenMojiSource
 from simvlg_jax.data.sources.source import Record, RecordInfo, Source
@@ -19,21 +21,40 @@ __all__ = ["SOURCES", "Record", "RecordInfo", "Source", "check_unique_ids", "loa
 SOURCES = {"openmoji": OpenMojiSource, "folder": FolderSource, "synthetic": SyntheticSource}
 
 
+@dataclass(frozen=True)
+class CleanedSource:
+    """Cleans the captions of a source, and leaves the references as they are."""
+
+    source: Source
+    clean: Callable[[str], str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        return {**record, "caption": self.clean(record["caption"])}
+
+    def info(self, index: int) -> RecordInfo:
+        return self.source.info(index)
+
+
 def load_source(data_config: ConfigDict, split: str, training: bool = False) -> Source:
-    """Opens one split of the data set `data_config.name`.
+    """Opens one split of the data set `data_config.name`, with its captions cleaned by `data_config.clean`.
 
     Args:
       training: gives one record for each caption, instead of one for each picture with all its captions as references.
 
     Raises:
-      UserError: the data set or the split is unknown, or the data are absent or malformed.
+      UserError: the data set, the split or the cleaning is unknown, or the data are absent or malformed.
     """
+    clean = lookup(CLEANERS, "data.clean", data_config.get("clean", ""))
     kind = lookup(SOURCES, "data.name", data_config.name)
     if split not in kind.SPLITS:
         raise UserError(
             f'the data set "{data_config.name}" has no split "{split}"; it has {", ".join(kind.SPLITS)}', status=2
         )
-    return kind(data_config, split, training)
+    return CleanedSource(kind(data_config, split, training), clean)
 
 
 def test_splits(data_config: ConfigDict) -> list[str]:
