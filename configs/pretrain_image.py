@@ -66,7 +66,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.accumulate = LLMS[llm]["accumulate"]
     config.train.steps = 60_000 if published_vicuna else 250_000
     config.train.log_every = 50
-    config.train.eval_every = 5000
+    config.evals.val.every = 5000
     config.train.save_every = 1000
     config.optimizer.warmup_steps = 2000 if published_vicuna else 5000
     config.optimizer.schedule = "staircase"
@@ -74,5 +74,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.mesh.tensor = LLMS[llm]["tensor"]
     config.mesh.split_trained = False  # 90 million: whole they take 1 GB, and are not gathered
     config.evaluate.min_new_tokens = 8
-    config.evaluate.max_examples = 1024
+    config.evals.val.max_examples = 1024
     return config.lock()

@@ -16,7 +16,7 @@ from simvlg_jax.config.load import load_config
 from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.data.statistics import batches_per_second, contact_sheet, token_lengths
-from simvlg_jax.tasks.task import build_task
+from simvlg_jax.tasks import build_task
 from simvlg_jax.utils.errors import run_verb
 
 

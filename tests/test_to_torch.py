@@ -80,7 +80,7 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     exported = load_exported(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
-    captioner = Captioner(task.model, task.text_encoder, config.evaluate.max_new_tokens)
+    captioner = Captioner(task.model, task.batch.texts["caption"].encoder, config.evaluate.max_new_tokens)
     ours = captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))
     pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
     theirs = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in exported.generate(pixels)]
@@ -94,7 +94,7 @@ def test_start_before_the_prompt_gives_the_same_loss(tiny_run, tmp_path):
     workdir, _, params, task = tiny_run
     assert call(to_torch, "--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    ids, targets = (np.array([x] * 2) for x in task.text_encoder("red square"))
+    ids, targets = (np.array([x] * 2) for x in task.batch.texts["caption"].encoder("red square"))
     losses, counts = task.model.apply(
         {"params": params}, images, ids, np.ones_like(ids), targets, method="caption_losses"
     )

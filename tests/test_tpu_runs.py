@@ -26,7 +26,7 @@ def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
     shared = tmp_path / "shared"
     checkpoints = shared / "runs" / "simvlg" / "checkpoints"
     saved = checkpoints / "5" / "commit_success.txt"
-    overrides = "ARGS=--config.train.steps=30 --config.train.save_every=5 --config.train.eval_every=30"
+    overrides = "ARGS=--config.train.steps=30 --config.train.save_every=5 --config.evals.val.every=30"
     run = ["run", f"{CONFIG}:vit", f"SHARED={shared}", overrides]
     cloud("create", TYPE)
     cloud("setup", f"SHARED={shared}")

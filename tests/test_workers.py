@@ -20,7 +20,7 @@ CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
 def start(workdir, *flags):
     """A run with two data workers, in a process group of its own, as a terminal starts it."""
     command = [sys.executable, "-m", "simvlg_jax.train", "--config", "configs/tiny.py", "--workdir", str(workdir)]
-    settings = {"data.workers": 2, "train.steps": 100_000, "train.eval_every": 0, "train.save_every": 100_000}
+    settings = {"data.workers": 2, "train.steps": 100_000, "evals.val.every": 0, "train.save_every": 100_000}
     environment = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [*command, "--config.mesh.data=1", *(f"--config.{key}={value}" for key, value in settings.items()), *flags],

@@ -91,7 +91,6 @@ def get_config() -> ConfigDict:
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
     config.train.log_every = 10
-    config.train.eval_every = 200  # steps; 0: never, as without a val split
     config.train.save_every = 200
     config.train.keep_best = 1  # checkpoints kept by validation score
     config.train.keep_last = 2
@@ -100,7 +99,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-4
     # Factors on the learning rate by top-level name, as in dict(connector=0.1); published: none.
-    config.optimizer.lr_multipliers = ConfigDict(dict(ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0))
+    config.optimizer.lr_multipliers = ConfigDict(
+        dict(vit=1.0, ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0, llm=1.0)
+    )
     config.optimizer.min_lr = 1e-5
     config.optimizer.warmup_lr = 1e-6
     config.optimizer.warmup_steps = 100
@@ -121,11 +122,24 @@ def get_config() -> ConfigDict:
     config.mesh.split_frozen = True  # False: frozen weights whole on every device, quicker where they fit
     config.mesh.split_trained = True  # False: trained weights and optimizer state whole on every device
 
-    config.evaluate = ConfigDict()
+    # Evaluations by name, each as `get_eval` explains. The score of the first one chooses the best checkpoint.
+    config.evals = ConfigDict(dict(val=get_eval()))
+
+    config.evaluate = ConfigDict()  # of every evaluation
     config.evaluate.batch_size = 32
     config.evaluate.max_new_tokens = 30
     config.evaluate.min_new_tokens = 0
     # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. That holds back natural repeats, so ours is 1.
     config.evaluate.repetition_penalty = 1.0
-    config.evaluate.max_examples = 0  # during training: score only the first so many of val; 0: all
     return config
+
+
+def get_eval() -> ConfigDict:
+    """A new entry of `config.evals` with every key at its default."""
+    entry = ConfigDict()
+    entry.type = ""  # "captioning" or "retrieval"; "": what suits the task
+    entry.split = "val"
+    entry.data = ConfigDict()  # keys of config.data that differ for this evaluation
+    entry.every = 200  # steps; 0: not while training
+    entry.max_examples = 0  # only the first so many; 0: all
+    return entry

@@ -142,10 +142,6 @@ class Checkpoints:
         """Tells how good a checkpoint is; the metrics log remembers it."""
         self._scores[step] = score
 
-    def is_scored(self, step: int) -> bool:
-        """Whether the score at a step is known; what process 0 knows counts."""
-        return bool(processes.numbers_of_all(step in self._scores)[0, 0])
-
     def restore_newest(self, abstract: TrainState) -> Restored | None:
         """The newest whole checkpoint to go on from, in the shardings of `abstract`; None if there is none at all.
 

@@ -74,9 +74,14 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def read_scores(workdir: Path) -> dict[int, float]:
-    """Step -> score, of each validation that the run has logged."""
+    """Step -> score, of each evaluation that checkpoints are chosen by."""
     records = files.read_metrics(workdir / FILE)
     return {r["step"]: r["score"] for r in records if r.get("kind") == "eval" and isinstance(r.get("score"), float)}
+
+
+def read_evaluated(workdir: Path) -> set[tuple[int, str]]:
+    """(step, name) of each evaluation that the run has logged."""
+    return {(r["step"], r.get("split")) for r in files.read_metrics(workdir / FILE) if r.get("kind") == "eval"}
 
 
 def shows_bars() -> bool:
