@@ -119,54 +119,6 @@ class MergeHeads(nn.Module):
         return jnp.einsum("BTHK,HKD->BTD", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
-class Dropout(nn.Module):
-    """Sets a share `rate` of the elements to zero and scales the others by 1 / (1 - rate); needs an rng "dropout".
-
-    Which ones is a hash of the element's place and the rng, so it does not depend on how the array is sharded. Drawing
-    them with JAX's own generator takes ten times as long.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:  # (...) -> (...)
-        if deterministic or not self.rate:
-            return x
-        keep = hashed_bits(self.make_rng("dropout"), x.shape) >= jnp.uint32(self.rate * 2**32)
-        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
-
-
-def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Pseudo-random uint32 of a shape: two rounds of MurmurHash3's finaliser over each element's place.
-
-    Good for dropout, not for more; arrays of over 2^32 elements repeat.
-    """
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
-    return _avalanche(_avalanche(element_numbers(shape) ^ first) + second)
-
-
-def element_numbers(
-    shape: tuple[int, ...], whole: tuple[int, ...] | None = None, start: tuple[jax.Array, ...] | None = None
-) -> jax.Array:
-    """uint32 of a shape: 0, 1, 2, ... in the order of memory, modulo 2^32; each is made where it is needed.
-
-    Args:
-      whole, start: the numbers are those of an array of shape `whole`, in its part from the place `start` on.
-    """
-    numbers, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        places = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) + (start[axis] if start else 0)
-        numbers = numbers + places * jnp.uint32(stride % 2**32)
-        stride *= (whole or shape)[axis]
-    return numbers
-
-
-def _avalanche(x: jax.Array) -> jax.Array:  # uint32 (...) -> uint32 (...), every bit depending on every bit
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 def attention_weights(
     query: jax.Array, key: jax.Array, mask: jax.Array | None = None, sizes: jax.Array | None = None
 ) -> jax.Array:

@@ -213,7 +213,7 @@ def caption_task(config: ConfigDict) -> Task:
         inputs = [batch[name] for name in ("image", "ids", "mask", "targets")]
         if key is None:
             return Losses(*model.apply({"params": params}, *inputs, method="caption_losses"))
-        options = dict(deterministic=False, rngs={"dropout": key})
+        options = dict(rngs={"dropout": key})
         if not beta:
             return Losses(*model.apply({"params": params}, *inputs, method="caption_losses", **options))
         inputs += [batch["sentence_ids"], batch["sentence_mask"]]
@@ -221,7 +221,7 @@ def caption_task(config: ConfigDict) -> Task:
 
     def embed(params: dict, batch: dict, key: jax.Array) -> Pair:
         inputs = [batch[name] for name in ("image", "sentence_ids", "sentence_mask")]
-        options = dict(deterministic=False, rngs={"dropout": key})
+        options = dict(rngs={"dropout": key})
         return model.apply({"params": params}, *inputs, method="embed_pair", **options)
 
     def counts(batch: dict) -> jax.Array:

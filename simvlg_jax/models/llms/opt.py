@@ -1,13 +1,12 @@
 """OPT decoder, fed with embeddings."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.dropout import Dropout
 from simvlg_jax.models.llms import language_model
 from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
 
@@ -46,7 +45,7 @@ class Block(nn.Module):
         x, key_cache, value_cache = carry
         width = x.shape[-1]
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
-        drop = functools.partial(layers.Dropout(self.dropout), deterministic=not self.has_rng("dropout"))
+        drop = Dropout(self.dropout)
         attention_norm = layers.LayerNorm(NORM_EPS, name="attention_norm")
         mlp_norm = layers.LayerNorm(NORM_EPS, name="mlp_norm")
 
