@@ -7,6 +7,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.attention import attend
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.dropout import Dropout
 
@@ -74,9 +75,14 @@ class BertLayer(nn.Module):
         query = layers.Projection(**heads, name="query")(x)
         key = layers.Projection(**heads, bias_grad=False, name="key")(x)
         value = layers.Projection(**heads, name="value")(x)
-        counts = sizes if self.proportional_attention else None
-        weights = drop(layers.attention_weights(query, key, mask, counts))  # (B, H, T, T)
-        context = layers.weighted_values(weights, value)  # (B, T, H, K)
+        context = attend(
+            query,
+            key,
+            value,
+            mask=None if mask is None else mask[:, None] > 0,
+            bias=jnp.log(sizes)[:, None] if self.proportional_attention else None,
+            dropout=drop,
+        )  # (B, S, N, H)
         x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="attention_out")(context))
         x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
 

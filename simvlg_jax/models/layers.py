@@ -119,34 +119,6 @@ class MergeHeads(nn.Module):
         return jnp.einsum("BTHK,HKD->BTD", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
-def attention_weights(
-    query: jax.Array, key: jax.Array, mask: jax.Array | None = None, sizes: jax.Array | None = None
-) -> jax.Array:
-    """Softmax of q k / sqrt(K), in float32.
-
-    Args:
-      query: (B, T, H, K).
-      key: (B, S, H, K).
-      mask: optional (B, S), 0 where a key must not be attended to.
-      sizes: optional (B, S), a key counts as so many (ToMe, equation 1).
-
-    Returns:
-      (B, H, T, S) in the query's dtype.
-    """
-    scores = jnp.einsum("BTHK,BSHK->BHTS", query * query.shape[-1] ** -0.5, key)
-    scores = scores.astype(jnp.float32)
-    if sizes is not None:
-        scores = scores + jnp.log(sizes)[:, None, None, :]
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-
-
-def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """(B, H, T, S) weights over (B, S, H, K) values -> (B, T, H, K)."""
-    return jnp.einsum("BHTS,BSHK->BTHK", weights, value)
-
-
 def gelu(x: jax.Array) -> jax.Array:
     """The exact (erf) GELU of BERT and EVA."""
     return nn.gelu(x, approximate=False)
