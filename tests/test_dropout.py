@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from simvlg_jax.models.layers import Dropout, hashed_bits
+from simvlg_jax.models.dropout import Dropout, hashed_bits
 
 SHAPE = (64, 12, 33, 31)
 
@@ -18,7 +18,7 @@ def bits(seed, shape=SHAPE):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_share_is_dropped_and_the_rest_scaled(rate):
     x = jnp.ones(SHAPE)
-    out = np.asarray(Dropout(rate).apply({}, x, False, rngs={"dropout": jax.random.key(0)}))
+    out = np.asarray(Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(0)}))
     kept = out != 0
     np.testing.assert_allclose(out[kept], 1 / (1 - rate), rtol=1e-6)
     deviation = np.sqrt(rate * (1 - rate) / out.size)
@@ -31,9 +31,9 @@ def test_share_is_dropped_and_the_rest_scaled(rate):
 
 def test_without_rng_or_rate_nothing_changes():
     x = jax.random.normal(jax.random.key(1), (4, 5))
-    assert (Dropout(0.5).apply({}, x, True) == x).all()
-    assert (Dropout(0.0).apply({}, x, False) == x).all()
-    out = Dropout(0.5).apply({}, x.astype(jnp.bfloat16), False, rngs={"dropout": jax.random.key(0)})
+    assert (Dropout(0.5).apply({}, x) == x).all()
+    assert (Dropout(0.0).apply({}, x, rngs={"dropout": jax.random.key(0)}) == x).all()
+    out = Dropout(0.5).apply({}, x.astype(jnp.bfloat16), rngs={"dropout": jax.random.key(0)})
     assert out.dtype == jnp.bfloat16 and set(np.unique(np.asarray(out / x.astype(jnp.bfloat16), float))) == {0, 2}
 
 
@@ -65,8 +65,8 @@ def test_gradient_passes_where_the_value_did():
     x = jax.random.normal(jax.random.key(2), (50, 20))
 
     def total(x):
-        return Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(3)}).sum()
+        return Dropout(0.3).apply({}, x, rngs={"dropout": jax.random.key(3)}).sum()
 
     grads = jax.grad(total)(x)
-    out = Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(3)})
+    out = Dropout(0.3).apply({}, x, rngs={"dropout": jax.random.key(3)})
     np.testing.assert_allclose(grads, jnp.where(out != 0, 1 / 0.7, 0), rtol=1e-6)

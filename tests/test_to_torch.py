@@ -21,8 +21,8 @@ from simvlg_jax.data.text import CaptionText, character_tokenizer
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.huggingface import export as hf_export
 from simvlg_jax.models.encoders.vit import normalize_images
+from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
-from simvlg_jax.tasks.task import build_model
 from simvlg_jax.training import loop
 from simvlg_jax.training.checkpoint import Checkpoints
 
@@ -115,7 +115,7 @@ def test_state_dict_comes_back_bit_equal(tiny_run, tmp_path, suffix):
             tensors = {n: x.numpy() for n, x in torch.load(path, weights_only=True)["model"].items()}
         else:
             tensors = load_file(path)
-        back = evlgen.from_evlgen(build_model(config), tensors)
+        back = evlgen.from_evlgen(build_task(config).model, tensors)
         assert set(back) == (set(params) if everything else set(params) - {"vit", "llm"})
         wanted = jax.device_get({n: params[n] for n in back})
         if everything:

@@ -1,7 +1,5 @@
 """BERT's post-LayerNorm layer and its embeddings."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,9 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.attention import attend
 from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models.dropout import Dropout
 
 BERT_SIZES = {
     "base": dict(width=768, depth=12, num_heads=12),  # bert-base-uncased, the published connector
@@ -35,13 +35,13 @@ class BertEmbeddings(nn.Module):
     epsilon: float = 1e-12
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         width, init = x.shape[-1], layers.partitioned(layers.BERT_INIT, None, "embed")
         positions = self.param("position", init, (self.max_positions, width))
         types = self.param("token_type", init, (self.type_vocab, width))
         x = x + positions[: x.shape[1]].astype(x.dtype) + types[0].astype(x.dtype)
         x = layers.LayerNorm(self.epsilon, name="norm")(x)
-        return layers.split_batch(layers.Dropout(self.dropout)(x, deterministic))
+        return layers.split_batch(Dropout(self.dropout)(x))
 
 
 class BertLayer(nn.Module):
@@ -67,23 +67,22 @@ class BertLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None = None,
-        deterministic: bool = True,
-        sizes: jax.Array | None = None,
-    ) -> LayerOutput:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, sizes: jax.Array | None = None) -> LayerOutput:
         """x (B, T, D); mask optional (B, T), 1 for real tokens (only for text); sizes (B, T), of merged tokens."""
         width = x.shape[-1]
-        drop = functools.partial(layers.Dropout(self.dropout), deterministic=deterministic)
+        drop = Dropout(self.dropout)
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
         query = layers.Projection(**heads, name="query")(x)
         key = layers.Projection(**heads, bias_grad=False, name="key")(x)
         value = layers.Projection(**heads, name="value")(x)
-        counts = sizes if self.proportional_attention else None
-        weights = drop(layers.attention_weights(query, key, mask, counts))  # (B, H, T, T)
-        context = layers.weighted_values(weights, value)  # (B, T, H, K)
+        context = attend(
+            query,
+            key,
+            value,
+            mask=None if mask is None else mask[:, None] > 0,
+            bias=jnp.log(sizes)[:, None] if self.proportional_attention else None,
+            dropout=drop,
+        )  # (B, S, N, H)
         x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="attention_out")(context))
         x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
 

@@ -9,7 +9,7 @@ from simvlg_jax.models import bert, layers
 
 
 class SentenceEncoder(nn.Module):
-    """A BERT that embeds sentences.
+    """A BERT that embeds sentences, without dropout because it is never trained.
 
     Attributes:
       pooling: "mean" of the token states, normalised (all-MiniLM-L6-v2), or "pooler", BERT's tanh layer on the class
@@ -28,9 +28,9 @@ class SentenceEncoder(nn.Module):
         """ids, mask (B, L) int32 -> (B, D) float32; of unit length if it is a mean."""
         init = layers.partitioned(layers.BERT_INIT, "vocab", "embed")
         words = self.param("word", init, (self.vocab_size, self.width))
-        x = bert.BertEmbeddings(name="embeddings")(words[ids].astype(self.dtype))
+        x = bert.BertEmbeddings(dropout=0.0, name="embeddings")(words[ids].astype(self.dtype))
         for i in range(self.depth):
-            x = bert.BertLayer(self.num_heads, dtype=self.dtype, name=f"layer_{i}")(x, mask).tokens
+            x = bert.BertLayer(self.num_heads, dropout=0.0, dtype=self.dtype, name=f"layer_{i}")(x, mask).tokens
         if self.pooling == "pooler":
             dense = layers.Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="pooler")
             return jnp.tanh(dense(x[:, 0]).astype(jnp.float32))

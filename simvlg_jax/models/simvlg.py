@@ -75,12 +75,12 @@ class SimVLG(nn.Module):
             self.text_proj = layers.Linear(CONTRAST_WIDTH, ("embed", "mlp"), dtype=self.dtype)
             self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
 
-    def encode_image(self, images: jax.Array, deterministic: bool = True) -> VisualOutput:
+    def encode_image(self, images: jax.Array) -> VisualOutput:
         """images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or already normalised floats."""
-        frames, ln, merged = self._connect(images, deterministic)
+        frames, ln, merged = self._connect(images)
         return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
 
-    def _connect(self, images: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array, TomeFormerOutput]:
+    def _connect(self, images: jax.Array) -> tuple[jax.Array, jax.Array, TomeFormerOutput]:
         """`encode_image` as far as the connector: (frames, ln, the connector's output)."""
         if images.dtype == jnp.uint8:
             images = vit.normalize_images(images, self.dtype)
@@ -90,7 +90,7 @@ class SimVLG(nn.Module):
         if not self.vit_grad:
             frames = jax.lax.stop_gradient(frames)
         ln = self.ln_vision(frames.mean(1) if images.ndim == 5 else frames)
-        return frames, ln, self.connector(self.vl_proj(ln), deterministic)
+        return frames, ln, self.connector(self.vl_proj(ln))
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """ids (B, L) int32 -> (B, L, E)."""
@@ -102,9 +102,9 @@ class SimVLG(nn.Module):
         prefix = prefix.astype(start.dtype)
         return jnp.concatenate([start, prefix] if self.start_first else [prefix, start], 1)
 
-    def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array, deterministic: bool = True) -> SimVLGOutput:
+    def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> SimVLGOutput:
         """images (B, H, W, 3); ids, mask (B, L) int32, right-padded, mask 1 for real tokens."""
-        visual = self.encode_image(images, deterministic)
+        visual = self.encode_image(images)
         text = self.llm.embed(ids)
         parts = self.prompted(visual.prefix, text[:, :1]), text[:, 1:]
         embeddings = jnp.concatenate(parts, 1)  # (B, P + L, E)
@@ -113,7 +113,7 @@ class SimVLG(nn.Module):
         return SimVLGOutput(visual, self.llm(embeddings, mask, positions).hidden)
 
     def caption_losses(
-        self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array, deterministic: bool = True
+        self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Next-token cross-entropy of each caption, summed over its targets, and how many it has.
 
@@ -124,7 +124,7 @@ class SimVLG(nn.Module):
         Returns:
           ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32).
         """
-        return self.next_token_losses(self(images, ids, mask, deterministic).hidden, ids, targets)
+        return self.next_token_losses(self(images, ids, mask).hidden, ids, targets)
 
     def next_token_losses(self, hidden: jax.Array, ids: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`caption_losses` from the language model's states (B, P + L, E)."""
@@ -143,22 +143,19 @@ class SimVLG(nn.Module):
         targets: jax.Array,
         sentence_ids: jax.Array,
         sentence_mask: jax.Array,
-        deterministic: bool = True,
     ) -> tuple[jax.Array, jax.Array, contrastive.Pair]:
         """`caption_losses` and, of the same forward pass, what `contrastive_losses` (section 3.2) compares.
 
         Args:
           sentence_ids, sentence_mask: (B, L') int32, the captions for the sentence encoder.
         """
-        out = self(images, ids, mask, deterministic)
+        out = self(images, ids, mask)
         pair = self._pair(out.visual.connector, sentence_ids, sentence_mask)
         return *self.next_token_losses(out.hidden, ids, targets), pair
 
-    def embed_pair(
-        self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array, deterministic: bool = True
-    ) -> contrastive.Pair:
+    def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """The pair of `losses_and_pair`, without the language model."""
-        *_, merged = self._connect(images, deterministic)
+        *_, merged = self._connect(images)
         return self._pair(merged.tokens, sentence_ids, sentence_mask)
 
     def _pair(self, connector: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:

@@ -31,7 +31,7 @@ def caption_task(config: ConfigDict) -> Task:
     )
 
     def apply(method: str, params: Params, batch: Arrays, names: tuple[str, ...], key: jax.Array | None):
-        options = {} if key is None else dict(deterministic=False, rngs={"dropout": key})
+        options = {} if key is None else dict(rngs={"dropout": key})
         return model.apply({"params": params}, *(batch[name] for name in names), method=method, **options)
 
     def losses(params: Params, batch: Arrays, key: jax.Array | None) -> Losses:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simvlg_jax.models.layers import element_numbers
 from simvlg_jax.parallel import processes
+from simvlg_jax.utils.hashing import element_numbers
 
 
 def array_fingerprints(tree) -> dict[str, str]:

@@ -49,10 +49,10 @@ class TomeFormer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True) -> TomeFormerOutput:
+    def __call__(self, x: jax.Array) -> TomeFormerOutput:
         """x: (B, N, D), N at most 512."""
         source_map = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x.astype(self.dtype), deterministic)
+        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x.astype(self.dtype))
         for i, r in enumerate(self.merges):
             layer = bert.BertLayer(
                 self.num_heads,
@@ -63,7 +63,7 @@ class TomeFormer(nn.Module):
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )
-            out = layer(x, deterministic=deterministic, sizes=token_merging.slot_sizes(source_map, x.shape[1]))
+            out = layer(x, sizes=token_merging.slot_sizes(source_map, x.shape[1]))
             x = out.tokens
             if out.slots is not None:
                 source_map = token_merging.compose(source_map, out.slots)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.attention import attend
 
 
 class TemporalMerge(nn.Module):
@@ -25,16 +26,15 @@ class TemporalMerge(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, F, N, D) -> (B, F, N, D), to be added to x
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, F, P, D) -> (B, F, P, D), to be added to x
         init = {"kernel_init": layers.BERT_INIT, "bias_init": nn.initializers.zeros, "dtype": self.dtype}
         query = layers.Linear(self.width, ("embed", "mlp"), name="query", **init)(x)
         key = layers.Linear(self.width, ("embed", "mlp"), bias_grad=False, name="key", **init)(x)
         alpha = self.param("alpha", layers.partitioned(nn.initializers.zeros), ())
         query, key, value = (
-            einops.rearrange(t, "B F N (H K) -> B F N H K", H=self.num_heads)
+            einops.rearrange(t, "B F P (N H) -> (B P) F N H", N=self.num_heads)
             for t in (query, key, x.astype(self.dtype))
         )
-        scores = jnp.einsum("BTNHK,BSNHK->BNHTS", query * self.width**-0.5, key)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(x.dtype)
-        merged = einops.rearrange(jnp.einsum("BNHTS,BSNHV->BTNHV", weights, value), "B T N H V -> B T N (H V)")
-        return alpha.astype(x.dtype) * merged
+        merged = attend(query, key, value, scale=self.width**-0.5)
+        merged = einops.rearrange(merged, "(B P) F N H -> B F P (N H)", B=x.shape[0])
+        return alpha.astype(x.dtype) * merged.astype(x.dtype)

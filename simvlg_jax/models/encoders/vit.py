@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.attention import attend
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 
 CLIP_STYLE = dict(key_bias=True, quick_gelu=True, input_norm=True, patch_bias=False, norm_eps=1e-5)
@@ -49,7 +50,7 @@ class Block(nn.Module):
         query = layers.Projection(**heads, name="query")(y)
         key = layers.Projection(**heads, use_bias=self.key_bias, bias_grad=False, name="key")(y)
         value = layers.Projection(**heads, name="value")(y)
-        context = layers.weighted_values(layers.attention_weights(query, key), value)  # (B, N, H, K)
+        context = attend(query, key, value)  # (B, S, N, H)
         x = x + layers.MergeHeads(width, dtype=self.dtype, name="out")(context)
         if self.temporal:
             clips = x.reshape(shape)

@@ -1,4 +1,4 @@
-"""What the frozen language models share: their output, their key-value cache, and causal attention.
+"""What the frozen language models share: their output, their key-value cache, and which keys a query sees.
 
 A language model here is a Linen module fed with embeddings. It has `width`, `embed(ids)`,
 `__call__(embeddings, mask, positions, cache=None) -> LlmOutput`, `logits(hidden)` and `init_cache(batch, max_length)`;
@@ -126,21 +126,3 @@ def write_layer(stack: jax.Array, new: jax.Array, layer: jax.Array, index: jax.A
     """
     stack = jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, index, 0, 0))
     return stack, jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
-
-
-def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """Softmax attention in float32, N query heads sharing K key heads in groups of N / K neighbours.
-
-    Args:
-      query: (B, S, N, H).
-      key, value: (B, T, K, H).
-      visible: (B, S, T) bool; a query that sees nothing gets a finite mean of all values.
-
-    Returns:
-      (B, S, N, H) in the query's dtype.
-    """
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1]) * query.shape[-1] ** -0.5
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("BKGST,BTKH->BSKGH", weights, value).reshape(query.shape)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.attention import attend
 from simvlg_jax.models.llms import language_model
 from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
 
@@ -145,7 +146,7 @@ class Block(nn.Module):
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
-        context = language_model.grouped_attention(query, key, value, visible)  # (B, S, N, H)
+        context = attend(query, key, value, mask=visible)  # (B, S, N, H)
         out = Einsum((heads, head_dim, width), ("heads", "head_dim", "embed"), **dtypes, name="out")
         x = x + out("BSNH,NHD->BSD", context)
 

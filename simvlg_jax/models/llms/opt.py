@@ -1,13 +1,13 @@
 """OPT decoder, fed with embeddings."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+from simvlg_jax.models.attention import attend
+from simvlg_jax.models.dropout import Dropout
 from simvlg_jax.models.llms import language_model
 from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
         x, key_cache, value_cache = carry
         width = x.shape[-1]
         heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
-        drop = functools.partial(layers.Dropout(self.dropout), deterministic=not self.has_rng("dropout"))
+        drop = Dropout(self.dropout)
         attention_norm = layers.LayerNorm(NORM_EPS, name="attention_norm")
         mlp_norm = layers.LayerNorm(NORM_EPS, name="mlp_norm")
 
@@ -57,7 +57,7 @@ class Block(nn.Module):
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
-        context = language_model.grouped_attention(query, key, value, visible)  # (B, S, N, H)
+        context = attend(query, key, value, mask=visible)  # (B, S, N, H)
         x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="out")(context))
         x = x if self.pre_norm else attention_norm(x)
 

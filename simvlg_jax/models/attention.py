@@ -1,0 +1,47 @@
+"""Attention, the same for the vision encoder, the connector, video's temporal merging and the language models."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Softmax attention, N query heads sharing K key-value heads in groups of N / K neighbours.
+
+    Scores, bias and softmax are float32 whatever the inputs are; the weights then take the query's dtype.
+    `jax.nn.dot_product_attention` gives the same numbers, but knows no dropout and no values of another width than the
+    keys, which BERT and the temporal merging need.
+
+    Args:
+      query: (B, S, N, H).
+      key: (B, T, K, H).
+      value: (B, T, K, V).
+      mask: bool, broadcast to (B, S, T); a query whose row is all False gets the mean of all values.
+      bias: float32, broadcast to (B, S, T); added to the scores of every head.
+      scale: multiplies q k; H^-0.5 when None.
+      dropout: applied to the weights (B, K, N / K, S, T).
+
+    Returns:
+      (B, S, N, V) in the query's dtype.
+    """
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
+    scores = jnp.einsum("BSKGH,BTKH->BKGST", grouped, key, preferred_element_type=jnp.float32)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias[:, None, None]
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
+    return jnp.einsum("BKGST,BTKV->BSKGV", weights, value).reshape(*query.shape[:3], -1)

@@ -1,0 +1,43 @@
+"""Dropout whose mask is a hash of each element's place.
+
+JAX's own generators were rejected. Threefry gives the same mask on any mesh too, but takes eleven times as long to draw
+and longer to compile for a TPU; `docs/architecture.md` has the measured numbers. `rbg` draws the whole array on every
+device, or with XLA's flag against that bits which depend on the sharding, and other bits on every kind of device.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from simvlg_jax.utils.hashing import element_numbers
+
+
+class Dropout(nn.Module):
+    """Sets a share `rate` of the elements to zero and scales the others by 1 / (1 - rate).
+
+    It acts only where an rng named "dropout" is given, which is how the whole model is told that it is training.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (...) -> (...)
+        if not self.rate or not self.has_rng("dropout"):
+            return x
+        keep = hashed_bits(self.make_rng("dropout"), x.shape) >= jnp.uint32(self.rate * 2**32)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+
+def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns pseudo-random uint32 of a shape: two rounds of MurmurHash3's finaliser over each element's place.
+
+    The bits are good for dropout, not for more. Arrays of over 2^32 elements repeat.
+    """
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    return _avalanche(_avalanche(element_numbers(shape) ^ first) + second)
+
+
+def _avalanche(x: jax.Array) -> jax.Array:  # uint32 (...) -> uint32 (...), every bit depending on every bit
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
