@@ -55,6 +55,10 @@ class TextSpec:
         """Text -> token ids and targets."""
         return self.load()
 
+    def __getstate__(self) -> dict:
+        """Pickles the encoder for data workers, instead of `load`, which may be a closure."""
+        return self.__dict__ | {"encoder": self.encoder, "load": None}
+
     @property
     def arrays(self) -> tuple[str, ...]:
         return ("ids", "mask", "targets") if self.predicted else ("ids", "mask")
@@ -75,6 +79,10 @@ class BatchSpec:
     @property
     def main_text(self) -> str:
         return next(iter(self.texts))
+
+    def encode(self, caption: str) -> dict[str, tuple[list[int], list[int]]]:
+        """Name -> (ids, targets). Every text of a task encodes the record's caption."""
+        return {name: text.encoder(caption) for name, text in self.texts.items()}
 
     def shapes(self, batch_size: int, lengths: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name -> (shape, dtype) of each array of a training batch.
