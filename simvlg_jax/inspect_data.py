@@ -46,7 +46,7 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
     if split == "train":
         speed = batches_per_second(batches)
         print(f"pipeline: {speed:.1f} batches/s of {size}, {speed * size:.0f} pictures/s")
-        print(f"unreadable pictures replaced so far: {skipped.count}")
+        print(f"unreadable pictures replaced: {skipped.count}")
         batches.close()
     print(f"contact sheet: {path}")
     return path
@@ -55,7 +55,7 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
 def main() -> None:
     parser = config_parser(__doc__, prog="python -m simvlg_jax.data.inspect")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--out", type=Path, default=Path("runs/inspect"), help="folder for the contact sheet")
+    parser.add_argument("--out", type=Path, default=Path("runs/inspect"), help="output folder of the contact sheet")
     args, overrides = parser.parse_known_args()
     inspect(load_config(args.config, overrides), args.split, args.out)
 

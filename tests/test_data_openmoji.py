@@ -1,4 +1,4 @@
-"""The OpenMoji example: captions, families, and what the built splits promise."""
+"""The OpenMoji example: captions, families of variants, and the properties of its splits."""
 
 import importlib.util
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_split_sizes(splits):
     assert 100 <= sizes["novel"] <= 150
 
 
-def test_no_picture_caption_or_id_stands_in_two_places(splits):
+def test_no_picture_caption_or_id_occurs_twice(splits):
     everything = [record for records in splits.values() for record in records]
     for key in ("image", "caption", "id"):
         assert len(_values(everything, key)) == len(everything), key
@@ -118,7 +118,7 @@ def test_captions_are_ascii_and_tidy(splits):
         assert not set(text) & set("_:()&!#*"), text
 
 
-def test_pictures_are_64_namespace_on_white(splits):
+def test_pictures_have_64_pixels_on_white(splits):
     for record in splits["val"]:
         picture = decode(record["image"])
         assert picture.size == (64, 64)
@@ -181,7 +181,7 @@ def _picture(name, base, text, shade):
     return Picture(name, base, text, _render(svg))
 
 
-def test_pictures_nobody_can_tell_apart_are_dropped():
+def test_pictures_that_look_the_same_are_dropped():
     pictures = [
         _picture("a", "x", "man farmer", "#808080"),
         _picture("b", "x", "farmer", "#808080"),

@@ -285,6 +285,16 @@ def test_damaged_picture_has_no_weight_and_keeps_its_index():
     assert (second["caption_targets"][1] == IGNORE).all() and (second["image"][1] == 0).all()
 
 
+def test_tokenizers_are_read_before_the_first_batch():
+    def absent():
+        raise UserError("no tokenizer")
+
+    layout = spec(texts={"caption": TextSpec(24, predicted=True, load=absent)})
+    for make in (lambda: train(layout=layout), lambda: make_eval_batches(Numbered(4), layout, batch_size=4)):
+        with pytest.raises(UserError, match="no tokenizer"):
+            make()
+
+
 def test_impossible_batch_sizes_are_refused():
     with pytest.raises(UserError, match="40 examples, less than one batch of 64"):
         train(batch_size=64)

@@ -1,4 +1,4 @@
-"""Record sources: the user's folder, drawn shapes, and what is said when data is wrong."""
+"""Sources: the user's folder, drawn shapes, and the messages about malformed data."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ def synthetic(**sizes) -> ConfigDict:
 
 
 def folder(path, lines, name="captions.jsonl") -> ConfigDict:
-    """Writes `lines` (dicts, or text as it is) and every picture that they name."""
+    """Writes `lines` (dicts, or raw text) and every picture that they name."""
     for line in lines:
         if isinstance(line, dict):
             picture = path / line.get("image", line.get("file_name"))
@@ -147,7 +147,7 @@ def test_too_large_files_are_skipped_as_unreadable(tmp_path, monkeypatch):
     source = load_source(config, "val")
     assert source[0]["id"] == "a.png"
     monkeypatch.setattr(transforms, "MAX_BYTES", 10)
-    with pytest.raises(transforms.UNREADABLE, match="more than the 10 that are read"):
+    with pytest.raises(transforms.UNREADABLE, match="more than the limit of 10"):
         source[0]
 
 

@@ -1,6 +1,6 @@
 """From examples to batches: padding, grouping by length, and the rows of one process. `batch` describes the layout."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,20 +8,7 @@ import grain
 import numpy as np
 
 from simvlg_jax.data.batch import Batch, BatchSpec
-from simvlg_jax.data.text import IGNORE, TextEncoder
-
-
-class Text(NamedTuple):
-    """A `TextSpec` whose encoder is loaded. Unlike the spec it pickles, so data workers receive it."""
-
-    encoder: TextEncoder
-    max_tokens: int
-    predicted: bool
-
-
-def load_texts(spec: BatchSpec) -> dict[str, Text]:
-    """Reads the tokenizers of a spec."""
-    return {name: Text(text.encoder, text.max_tokens, text.predicted) for name, text in spec.texts.items()}
+from simvlg_jax.data.text import IGNORE
 
 
 class Example(NamedTuple):
@@ -38,26 +25,20 @@ class Example(NamedTuple):
     skipped: int = 0
 
 
-def encode(texts: Mapping[str, Text], caption: str) -> dict[str, tuple[list[int], list[int]]]:
-    """Name -> (ids, targets): every text of a task encodes the record's caption."""
-    return {name: text.encoder(caption) for name, text in texts.items()}
-
-
-def collate(examples: Sequence[Example], *, texts: Mapping[str, Text], multiple: int) -> Batch:
+def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> Batch:
     """One batch of the examples, with "skipped" int32 (B,) besides the arrays of the layout.
 
     Args:
-      texts: the first is padded to the longest example, rounded up to a multiple of `multiple`; the others are padded
-        to their max_tokens.
-      multiple: 0 pads the first text to its max_tokens too.
+      multiple: the main text is padded to the longest example, rounded up to a multiple of this; 0: to its max_tokens.
+        The other texts are always padded to theirs.
     """
     batch = {"skipped": np.array([example.skipped for example in examples], np.int32)}
-    if examples[0].image is not None:
+    if spec.pictures:
         batch["image"] = np.stack([example.image for example in examples])
-    for number, (name, text) in enumerate(texts.items()):
+    for name, text in spec.texts.items():
         ids, targets = zip(*(example.texts[name] for example in examples), strict=True)
         length = text.max_tokens
-        if number == 0 and multiple:
+        if multiple and name == spec.main_text:
             length = min(length, -(-max(map(len, ids)) // multiple) * multiple)
         batch[f"{name}_ids"] = _pad(ids, length, text.encoder.pad_id)
         batch[f"{name}_mask"] = _pad([[1] * len(row) for row in ids], length, 0)

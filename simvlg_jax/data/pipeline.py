@@ -6,7 +6,7 @@ Both replace or blank unreadable pictures instead of failing. `batch` describes 
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 
 from simvlg_jax.data import transforms, workers
-from simvlg_jax.data.batch import Batch, BatchSpec, Pictures
-from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, Text, collate, encode, load_texts
+from simvlg_jax.data.batch import Batch, BatchSpec
+from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate
 from simvlg_jax.data.sources import Source
 from simvlg_jax.data.text import IGNORE
 from simvlg_jax.utils.errors import UserError
@@ -70,31 +70,25 @@ class ReadableSource:
 class Augment:
     """Record -> training example: a random view of the picture, and the encoded texts. Grain gives the rng."""
 
-    pictures: Pictures | None
+    spec: BatchSpec
     scale: tuple[float, float]
     flip: bool
-    texts: Mapping[str, Text]
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
-        image = self.pictures and transforms.augment(record["image"], self.pictures.side, self.scale, self.flip, rng)
-        return Example(image, encode(self.texts, record["caption"]), record["skipped"])
+        pictures = self.spec.pictures
+        image = pictures and transforms.augment(record["image"], pictures.side, self.scale, self.flip, rng)
+        return Example(image, self.spec.encode(record["caption"]), record["skipped"])
 
 
-def examples(
-    data_config: ml_collections.ConfigDict,
-    source: Source,
-    pictures: Pictures | None,
-    texts: Mapping[str, Text],
-    seed: int,
-) -> grain.MapDataset:
+def examples(data_config: ml_collections.ConfigDict, source: Source, spec: BatchSpec, seed: int) -> grain.MapDataset:
     """Endless training examples of one source: each epoch is a new permutation with new random views.
 
     Args:
       data_config: reads crop_scale and flip.
     """
-    augment = Augment(pictures, tuple(data_config.crop_scale), bool(data_config.flip), texts)
+    augment = Augment(spec, tuple(data_config.crop_scale), bool(data_config.flip))
     augment_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # independent of the order's
-    readable = ReadableSource(source, decode=pictures is not None)
+    readable = ReadableSource(source, decode=spec.pictures is not None)
     return grain.MapDataset.source(readable).shuffle(seed).repeat().random_map(augment, seed=augment_seed)
 
 
@@ -143,11 +137,11 @@ def make_train_iterator(
         raise UserError(
             f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
         )
-    texts = load_texts(spec)
+    spec.encode("")  # reads the tokenizers now, so that their errors come before the first batch
     window = length_window(data_config, whole)
-    collate_fn = functools.partial(collate, texts=texts, multiple=data_config.pad_multiple if whole else 0)
+    collate_fn = functools.partial(collate, spec=spec, multiple=data_config.pad_multiple if whole else 0)
     dataset = (
-        RowsOf(examples(data_config, source, spec.pictures, texts, seed), rows, batch_size)
+        RowsOf(examples(data_config, source, spec, seed), rows, batch_size)
         .batch(window * local, drop_remainder=True, batch_fn=list)
         .random_map(LengthGroups(local, spec.main_text, collate_fn), seed=seed)
         .to_iter_dataset(_read_options(data_config.read_threads))
@@ -172,8 +166,8 @@ class EvalBatch:
     """Number of a batch -> the batch; the work behind `make_eval_batches`."""
 
     source: Source
-    pictures: Pictures | None
-    texts: Mapping[str, Text]
+    spec: BatchSpec
+    blank: Example
     batch_size: int
     rows: Sequence[int]
     multiple: int
@@ -181,23 +175,23 @@ class EvalBatch:
     def _example(self, index: int) -> Example:
         """Raises one of transforms.UNREADABLE."""
         record = self.source[index]
-        image = self.pictures and transforms.squash(transforms.decode(record["image"]), self.pictures.side)
-        return Example(image, encode(self.texts, record["caption"]))
+        pictures = self.spec.pictures
+        image = pictures and transforms.squash(transforms.decode(record["image"]), pictures.side)
+        return Example(image, self.spec.encode(record["caption"]))
 
     def _example_or_blank(self, index: int) -> Example:
-        """A blank example if there is no such index, or if its picture is unreadable."""
+        """The blank example replaces an unreadable picture and an index of -1."""
         with contextlib.suppress(*transforms.UNREADABLE):
             if index >= 0:
                 return self._example(index)
-        image = self.pictures and np.zeros(self.pictures.shape(1)[1:], np.uint8)
-        return Example(image, encode(self.texts, ""), skipped=1)
+        return self.blank
 
     def __call__(self, number: int) -> Batch:
         indices = number * self.batch_size + np.array(self.rows)
         indices = np.where(indices < len(self.source), indices, -1).astype(np.int32)
-        batch = collate(list(map(self._example_or_blank, indices.tolist())), texts=self.texts, multiple=self.multiple)
+        batch = collate(list(map(self._example_or_blank, indices.tolist())), spec=self.spec, multiple=self.multiple)
         blank = batch.pop("skipped") > 0
-        for name, text in self.texts.items():
+        for name, text in self.spec.texts.items():
             if text.predicted:
                 batch[f"{name}_targets"][blank] = IGNORE
         return batch | {"weight": (~blank).astype(np.float32), "index": indices}
@@ -224,6 +218,7 @@ def make_eval_batches(
     """
     rows = range(batch_size) if rows is None else rows
     multiple = pad_multiple if len(rows) == batch_size else 0
-    make = EvalBatch(source, spec.pictures, load_texts(spec), batch_size, rows, multiple)
+    image = spec.pictures and np.zeros(spec.pictures.shape(1)[1:], np.uint8)
+    make = EvalBatch(source, spec, Example(image, spec.encode(""), skipped=1), batch_size, rows, multiple)
     batches = -(-len(source) // batch_size)
     return grain.MapDataset.range(batches).map(make).to_iter_dataset(_read_options(read_threads))
