@@ -69,7 +69,7 @@ def write_state_dict(path: Path, tensors: dict) -> None:
         import torch
     except ImportError as error:
         raise UserError("writing .pth needs PyTorch (pip install torch); .safetensors does not") from error
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         torch.save({"model": {name: to_tensor(np.array(x, order="C")) for name, x in tensors.items()}}, partial)
 
 

@@ -20,7 +20,7 @@ def write_tree(path: Path, tree: dict, dtype: np.dtype | None = None, metadata: 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file of named arrays; it appears whole or not at all, and readable to all."""
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         # safetensors writes an array's memory as it lies, whatever its strides.
         save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, partial, metadata)
         partial.chmod(0o644)

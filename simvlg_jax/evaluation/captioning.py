@@ -15,7 +15,7 @@ from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.evaluation import metrics
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.evaluation.evaluator import EvalData, Result, unreadable_metric
-from simvlg_jax.parallel.processes import gather
+from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer

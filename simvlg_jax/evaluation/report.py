@@ -55,7 +55,7 @@ def write_report(workdir: Path) -> Path:
         chart=charts,
     )
     path = workdir / "report.html"
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

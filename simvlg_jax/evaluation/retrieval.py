@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.evaluation.evaluator import EvalData, Result, unreadable_metric
-from simvlg_jax.parallel.processes import gather
+from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer

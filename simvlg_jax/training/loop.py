@@ -17,8 +17,8 @@ from simvlg_jax.config import saved
 from simvlg_jax.data import pipeline, workers
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.evaluation.evaluators import make_evaluators
+from simvlg_jax.parallel import collectives
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.parallel import processes
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.tasks.task import Task
@@ -164,7 +164,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(run_lock.hold(workdir))
             saved.check_workdir(config, workdir)
-        processes.wait_for_all("the workdir is ours")
+        collectives.wait_for_all("the workdir is ours")
         if not (workdir / run_lock.LOCK).exists():
             raise UserError(f"{workdir} is not the same folder on every machine: put it on a disk that all share")
         stop = stack.enter_context(Stop(config.train.max_minutes))
@@ -182,7 +182,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 run = Run(trainer, checkpoints, log, announce, stop, check_lock, read_evaluated(workdir))
                 outcome, signal = run.steps(start, total)
         if trainer.task.after_run is not None and signal is None:
-            params = jax.tree.map(processes.gather, trainer.state.params)
+            params = jax.tree.map(collectives.gather, trainer.state.params)
             if jax.process_index() == 0:
                 trainer.task.after_run(params, workdir)
     say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
@@ -272,7 +272,7 @@ class Run:
             if not (last or step % evaluator.every == 0):
                 continue
             logged = (step, evaluator.name) in self.evaluated
-            if processes.numbers_of_all(logged)[0, 0]:  # what process 0 has logged counts
+            if collectives.numbers_of_all(logged)[0, 0]:  # what process 0 has logged counts
                 continue
             self.meter.check_finite()
             before = time.monotonic()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
-from simvlg_jax.parallel import processes
+from simvlg_jax.parallel import collectives
 from simvlg_jax.training.metrics_log import memory_gb
 from simvlg_jax.utils.errors import UserError
 
@@ -63,7 +63,7 @@ class Meter:
         values["images_per_second"] = self._images / seconds
         values["tflops"] = self._flops / seconds / 1e12
         # Of the process that waits longest and of the fullest: the others wait for them.
-        everyones = processes.numbers_of_all(self._waited / seconds, memory_gb(), unreadable)
+        everyones = collectives.numbers_of_all(self._waited / seconds, memory_gb(), unreadable)
         values["data_wait"], values["memory_gb"] = map(float, everyones[:, :2].max(0))
         if replaced := float(everyones[:, 2].sum()):
             values["unreadable"] = replaced

@@ -69,7 +69,7 @@ def say(message: str) -> None:
 def _drop_after(path: Path, step: int) -> None:
     """Removes lines of steps that a resumed run will write again, and what is no record, such as a torn last line."""
     kept = [json.dumps(record) + "\n" for record in files.read_metrics(path) if record["step"] <= step]
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_text("".join(kept))
 
 
