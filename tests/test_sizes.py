@@ -39,7 +39,7 @@ def test_published_image_model_with_vicuna_trains_what_was_published():
     assert count(trained) == 89_685_504
 
     visual = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode_image"), params, image)
-    assert visual.frames.shape == (1, 257, 1408)
+    assert visual.source_map.shape == (1, 257)
     assert visual.prefix.shape == (1, 29, 4096)
 
 
