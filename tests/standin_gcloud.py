@@ -4,8 +4,7 @@
 
 FOLDER holds everything: calls.jsonl (the arguments of each call), resources.json (what exists and in which state),
 settings.json (what the test wants) and NODE/worker_0, NODE/worker_1, ... (the home of each worker, a copy of the folder
-"home" if there is one). Unknown commands and flags are errors, as with the real one; the flags are those its --help
-names, some of them only as "alpha compute tpus ...".
+"home" if there is one). Unknown commands and flags are errors, as with the real one.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import sys
 from pathlib import Path
 
 COMMON = {"zone", "project", "quiet"}
-CREATE = {"accelerator-type", "spot", "reserved", "network", "subnetwork", "internal-ips", "service-account"}
+CREATE = {"accelerator-type", "spot", "reserved", "network", "internal-ips"}
 FLAGS = {
     "queued-resources create": {*CREATE, "runtime-version", "node-id", "node-count", "node-prefix"},
     "queued-resources describe": {"format"},
@@ -31,12 +30,7 @@ FLAGS = {
     "tpu-vm ssh": {"worker", "command", "internal-ip"},
     "tpu-vm scp": {"worker", "internal-ip"},
 }
-ALPHA = {
-    "queued-resources create": {"autocheckpoint-enabled"},
-    "tpu-vm create": {"autocheckpoint-enabled"},
-    "tpu-vm ssh": {"tunnel-through-iap"},
-    "tpu-vm scp": {"tunnel-through-iap"},
-}
+ALPHA = {"create": {"autocheckpoint-enabled"}, "ssh": {"tunnel-through-iap"}, "scp": {"tunnel-through-iap"}}
 
 
 def main(folder: Path, arguments: list[str]) -> int:
@@ -110,7 +104,7 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     assert arguments[:2] == ["compute", "tpus"] and name in FLAGS, arguments
     words = [a for a in arguments[4:] if not a.startswith("--")]
     flags = dict(a[2:].partition("=")[::2] for a in arguments[4:] if a.startswith("--"))
-    unknown = flags.keys() - FLAGS[name] - COMMON - (ALPHA.get(name, set()) if alpha else set())
+    unknown = flags.keys() - FLAGS[name] - COMMON - (ALPHA.get(arguments[3], set()) if alpha else set())
     assert not unknown, f"{name} has no flags {unknown}"
     assert {"zone", "project"} <= flags.keys() and len(words) == (2 if name == "tpu-vm scp" else 1), arguments
     return name, words, flags
