@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
+from subprocess import PIPE, CompletedProcess, Popen
 
 from keys import Keys
 
@@ -15,7 +15,7 @@ ADVICE = {
     "capacity": "no capacity for {TYPE} in {ZONE} now: QUEUED=yes waits for it, or try another ZONE or KIND",
     "RESOURCE_EXHAUSTED|[Qq]uota": "no quota for {TYPE}, KIND={KIND}, in {ZONE}: try another ZONE or KIND, or ask for "
     "more at https://console.cloud.google.com/iam-admin/quotas?project={PROJECT} (Cloud TPU API)",
-    "SSH Key is not present": "to reach several workers ssh's agent must hold your key: "
+    "SSH Key is not present": "ssh's agent must hold your key to reach several workers: "
     "ssh-add ~/.ssh/google_compute_engine",
     "gcloud auth login|UNAUTHENTICATED": "gcloud is not logged in: gcloud auth login",
     "PERMISSION_DENIED": "not allowed in project {PROJECT}: you need the role roles/tpu.admin, and the project the "
@@ -35,27 +35,23 @@ def advice(keys: Keys, errors: str) -> str:
     return ""
 
 
-def run(keys: Keys, *command: str) -> int:
-    """Runs any command, or prints it in a dry run. Returns the exit status."""
-    if not keys.dry_run:
-        return subprocess.run(command).returncode
-    print(shlex.join(command), flush=True)
-    return 0
+def gcloud(keys: Keys, *words: str, quiet: bool = False) -> CompletedProcess:
+    return run(keys, "gcloud", *words, f"--zone={keys.ZONE}", f"--project={keys.PROJECT}", "--quiet", quiet=quiet)
 
 
-def gcloud(keys: Keys, *words: str, quiet: bool = False) -> subprocess.CompletedProcess:
-    """Shows gcloud's output and errors as they come, or nothing if `quiet`; then the answer holds the output."""
-    command = ["gcloud", *words, f"--zone={keys.ZONE}", f"--project={keys.PROJECT}", "--quiet"]
+def run(keys: Keys, *command: str, quiet: bool = False) -> CompletedProcess:
+    """Shows output and errors as they come, or if `quiet` nothing. A dry run only prints the command."""
     if keys.dry_run:
-        return subprocess.CompletedProcess(command, run(keys, *command), "", "")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.PIPE)
+        print(shlex.join(command), flush=True)
+        return CompletedProcess(command, 0, "", "")
+    process = Popen(command, stdout=PIPE if quiet else None, stderr=PIPE)
     shown = b""
     while not quiet and (chunk := process.stderr.read1()):
         os.write(sys.stderr.fileno(), chunk)
         shown += chunk
     output, errors = process.communicate()
     errors = (shown + errors).decode(errors="replace")
-    help_ = advice(keys, errors) if process.returncode else ""
+    hint = advice(keys, errors) if process.returncode else ""
     if not quiet:
-        sys.stderr.write(help_)
-    return subprocess.CompletedProcess(command, process.returncode, (output or b"").decode(), errors + help_)
+        sys.stderr.write(hint)
+    return CompletedProcess(command, process.returncode, (output or b"").decode(), errors + hint)

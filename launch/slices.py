@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import CompletedProcess
 
 from gcloud import advice, gcloud, run
 from keys import Keys, fail, misuse, say
@@ -29,11 +30,9 @@ class Slice:
     def state(self, expected: str = "ACTIVE") -> str:
         """ABSENT if there is no such slice; in a dry run the expected state."""
         answer = self._describe("state.state" if self.queued else "state")
-        if self.keys.dry_run:
-            return expected
         if answer.returncode and re.search("NOT_FOUND|not found", answer.stderr):
             return "ABSENT"
-        return _output(answer)
+        return expected if self.keys.dry_run else _output(answer)
 
     def tell_why(self) -> None:
         """Says why the request failed, and what to do."""
@@ -42,8 +41,8 @@ class Slice:
             say(f"{reason}\n{advice(self.keys, f'ERROR: (gcloud) {reason}')}".rstrip())
 
     def request(self) -> None:
-        keys, alpha = self.keys, []
-        flags = {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[keys.KIND]
+        keys = self.keys
+        alpha, flags = [], {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[keys.KIND]
         if keys.AUTOCHECKPOINT == "yes":
             alpha, flags = ["alpha"], [*flags, "--autocheckpoint-enabled"]  # only alpha has this flag
         if self.several:
@@ -59,7 +58,7 @@ class Slice:
         copy = f"simvlg_jax-{keys.REVISION}.tar.gz"
         self.tell(f"revision {keys.REVISION} goes to all workers of {keys.NAME}")
         run(keys, "mkdir", "-p", "build")
-        if run(keys, "git", "archive", "--format=tar.gz", f"--output=build/{copy}", keys.REVISION):
+        if run(keys, "git", "archive", "--format=tar.gz", f"--output=build/{copy}", keys.REVISION).returncode:
             fail(f"could not pack revision {keys.REVISION}")
         for node in self.nodes:
             self._do(*self._tpu_vm("scp", f"build/{copy}", f"{node}:{copy}", "--worker=all"))
@@ -77,16 +76,15 @@ class Slice:
         words = ["compute", "tpus", "tpu-vm", "describe", self.nodes[0], "--format=value(networkEndpoints.len())"]
         workers = _output(gcloud(self.keys, *words, quiet=True))
         if self.several or workers not in ("", "1"):
-            need = "one folder to save to: BUCKET=gs://..., or SHARED=/a/folder/of/all"
-            misuse(f"{self.keys.NAME} has several workers, which need {need}")
+            folder = "BUCKET=gs://..., or SHARED=/a/folder/of/all"
+            misuse(f"{self.keys.NAME} has several workers, which need one folder to save to: {folder}")
         self.tell("note: checkpoints lie on the slice's own disk and go with it; with BUCKET=gs://... they stay")
 
     def check_idle(self) -> None:
         self._do_on_all(self._if_set_up(self.keys.REVISION, "idle"), "not started")
 
     def start(self) -> None:
-        keys = self.keys
-        values = ("BUCKET", "SHARED", "CONFIG", "WORKDIR", "ARGS", "MAX_RESTARTS", "PAUSE")
+        keys, values = self.keys, ("BUCKET", "SHARED", "CONFIG", "WORKDIR", "ARGS", "MAX_RESTARTS", "PAUSE")
         failure = "not started on at least one worker (see above); end it on the others: bash launch/tpu.sh stop"
         self._do_on_all(self._if_set_up(keys.REVISION, "start", *values), failure)
         folder = f"{keys.WORKDIR} of {self.folder or 'its own disk'}"
@@ -106,16 +104,14 @@ class Slice:
     def logs(self) -> None:
         if self.keys.FOLLOW == "yes":
             self.tell("worker 0's log; Ctrl-C leaves the run going, bash launch/tpu.sh stop ends it")
-        command = self._if_set_up("current", "log", "FOLLOW")
         try:
-            status = gcloud(self.keys, *self._ssh(self.nodes[0], "0", command)).returncode
+            status = gcloud(self.keys, *self._ssh(self.nodes[0], "0", self._if_set_up("current", "log", "FOLLOW")))
         except KeyboardInterrupt:
             say("the run goes on; bash launch/tpu.sh logs shows it")
             raise
-        if status == 255:
+        if status.returncode == 255:
             fail("the connection is gone, the run goes on; bash launch/tpu.sh logs shows it")
-        if status:
-            sys.exit(1)
+        sys.exit(status.returncode != 0)
 
     def status(self) -> None:
         keys, state = self.keys, self.state()
@@ -133,7 +129,7 @@ class Slice:
         kept = f"{self.folder} is kept" if self.folder else "what lay on its own disk is gone"
         self.tell(f"{self.keys.NAME} is deleted; {kept}")
 
-    def _describe(self, field: str):
+    def _describe(self, field: str) -> CompletedProcess:
         return gcloud(self.keys, *self.resource, "describe", self.keys.NAME, f"--format=value({field})", quiet=True)
 
     def _do(self, *words: str) -> None:
@@ -144,8 +140,8 @@ class Slice:
         if any(answer.returncode for answer in self._on_all(command)):
             fail(failure)
 
-    def _on_all(self, command: str, quiet: bool = False) -> list:
-        """Runs a command on all workers of all slices at the same time. Returns gcloud's answers."""
+    def _on_all(self, command: str, quiet: bool = False) -> list[CompletedProcess]:
+        """Runs a command on all workers of all slices at the same time."""
         with ThreadPoolExecutor(1 if self.keys.dry_run else len(self.nodes)) as pool:
             return list(pool.map(lambda n: gcloud(self.keys, *self._ssh(n, "all", command), quiet=quiet), self.nodes))
 
@@ -167,7 +163,7 @@ class Slice:
         return f"test -e simvlg_jax/{revision} || {{ {missing}; }}; {self._worker(revision, verb, *names)}"
 
 
-def _output(answer) -> str:
+def _output(answer: CompletedProcess) -> str:
     if answer.returncode:
         say(answer.stderr.rstrip())
         sys.exit(1)

@@ -9,7 +9,7 @@ Cloud TPU slices: makes one, installs this project on its workers, trains there 
   run      starts training on all workers, detached    delete   deletes the slice; a bucket is kept
 
 A slice is paid for until it is deleted. --dry-run prints the commands and runs none. ARGS and the FLAGS are split at
-blanks, and quotes in them are literal. In ARGS and CONFIG, the folder that all workers share is called shared/, as in
+blanks, and quotes in them are literal. ARGS and CONFIG call the folder that all workers share shared/, as in
 --config.data.path=shared/data.
 """
 
@@ -28,25 +28,24 @@ from slices import Slice
 from watch import create, run
 
 VERBS = ("create", "setup", "run", "logs", "status", "stop", "delete")
-NUMBER, SECONDS, YES_NO = "0|[1-9][0-9]*", r"[0-9]+(\.[0-9]+)?", "yes|no"
+YES_NO, COUNT, SECONDS = "yes|no", "0|[1-9][0-9]*", r"[0-9]+(\.[0-9]+)?"
+NAME, BUCKET = "[a-z]([-a-z0-9]{0,48}[a-z0-9])?", "(gs://[a-z0-9][-_.a-z0-9]+)?"
 KEYS = {
-    "NAME": Key("simvlg", "lower-case letters, digits and dashes (at most 50, a letter first)",
-                "[a-z]([-a-z0-9]{0,48}[a-z0-9])?"),
-    "ZONE": Key("", "as in ZONE=us-central1-a, or gcloud config set compute/zone us-central1-a"),
-    "PROJECT": Key("", "as in PROJECT=ID, or gcloud config set project ID"),
-    "TYPE": Key("", "the accelerator type, like v5litepod-16, v6e-16, v5p-16 or v4-32"),
+    "NAME": Key("simvlg", "at most 50 lower-case letters, digits and dashes, a letter first", NAME),
+    "ZONE": Key("", "ZONE=us-central1-a, or gcloud config set compute/zone us-central1-a"),
+    "PROJECT": Key("", "PROJECT=ID, or gcloud config set project ID"),
+    "TYPE": Key("", "the accelerator type: v5litepod-16, v6e-16, v5p-16, v4-32 and so on"),
     "VERSION": Key("", "the runtime version, chosen from TYPE if not given"),
     "KIND": Key("spot", "on-demand, reserved or spot", "on-demand|reserved|spot"),
     "QUEUED": Key("yes", "yes or no: whether to wait in a queue for capacity", YES_NO),
     "SLICES": Key("1", "a number, at least 1; several slices are trained on together", "[1-9][0-9]*"),
-    "BUCKET": Key("", "gs://NAME, mounted on all workers; folders in it belong to WORKDIR",
-                  "(gs://[a-z0-9][-_.a-z0-9]+)?"),
+    "BUCKET": Key("", "gs://NAME, mounted on all workers; WORKDIR names a folder in it", BUCKET),
     "SHARED": Key("", "or the absolute path of a folder that all workers share anyway", "(/.*)?"),
     "REVISION": Key("", "the git revision that the workers get, HEAD if not given"),
     "CONFIG": Key("", "of simvlg_jax.train, for example CONFIG=configs/openmoji.py"),
-    "WORKDIR": Key("", "a relative path in the shared folder, runs/NAME if not given"),
+    "WORKDIR": Key("", "a path in the shared folder, without ..; runs/NAME if not given", r"(?!/|(.*/)?\.\.(/|$)).*"),
     "ARGS": Key("", "more arguments of simvlg_jax.train"),
-    "MAX_RESTARTS": Key("20", "a number: how often a worker starts training again", NUMBER),
+    "MAX_RESTARTS": Key("20", "a number: how often a worker starts training again", COUNT),
     "FOLLOW": Key("yes", "yes or no: whether to go on showing the log as it grows", YES_NO),
     "WATCH": Key("no", "yes or no: whether run stays, and makes a preempted slice again", YES_NO),
     "AUTOCHECKPOINT": Key("no", "yes or no: whether training saves before maintenance of the TPU", YES_NO),
@@ -54,19 +53,13 @@ KEYS = {
     "SSH_FLAGS": Key("", "more flags for gcloud's ssh and scp"),
     "POLL": Key("30", "a number of seconds, between looks at the slice", SECONDS),
     "PAUSE": Key("10", "a number of seconds, before a restart", SECONDS),
-}  # fmt: skip
-RUNTIMES = {
-    **dict.fromkeys(("v2", "v3", "v4"), "tpu-ubuntu2204-base"),
-    "v5litepod": "v2-alpha-tpuv5-lite",
-    "v5p": "v2-alpha-tpuv5",
-    "v6e": "v2-alpha-tpuv6e",
 }
+BASE = "tpu-ubuntu2204-base"
+RUNTIMES = dict(v2=BASE, v3=BASE, v4=BASE, v5litepod="v2-alpha-tpuv5-lite", v5p="v2-alpha-tpuv5", v6e="v2-alpha-tpuv6e")
 
 
 def check(verb: str, keys: Keys) -> None:
     keys.WORKDIR = keys.WORKDIR or f"runs/{keys.NAME}"
-    if keys.WORKDIR.startswith("/") or ".." in keys.WORKDIR.split("/"):
-        keys.refuse("WORKDIR", "it lies in the shared folder, as a relative path")
     if keys.BUCKET and keys.SHARED:
         misuse("BUCKET and SHARED exclude each other")
     if keys.SLICES != "1" and keys.QUEUED == "no":
