@@ -78,33 +78,28 @@ def start(train: list[str], variables: dict[str, str], log: Path | None) -> subp
 
 def wait_for_all(processes: list[subprocess.Popen], logs: list[Path | None], grace: int) -> int:
     """Ends all processes when one fails, since the others would wait for it. Returns the first failure's status."""
-    first, stopping, deadline = 0, False, float("inf")
-
-    def send(number: int) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    def pass_on(number: int, _) -> None:
-        nonlocal stopping
-        stopping = True
-        say(f"{signal.Signals(number).name}: passed on to all processes")
-        send(number)
-
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, pass_on)
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
     running = dict(enumerate(processes))
+    first, passed_on, deadline = 0, 0, float("inf")
     while running:
+        while passed_on < len(signals):
+            say(f"{signal.Signals(signals[passed_on]).name}: passed on to all processes")
+            for process in running.values():
+                process.send_signal(signals[passed_on])
+            passed_on += 1
         for i in [i for i, process in running.items() if process.poll() is not None]:
             status = running.pop(i).returncode
-            if first or not status:
-                continue
-            first = status if status > 0 else 128 - status
-            if not stopping:
-                say(f"process {i} failed with exit status {first}")
-                if logs[i]:
-                    say("\n".join([f"the end of {logs[i]}:", *logs[i].read_text(errors="replace").splitlines()[-20:]]))
-                send(signal.SIGTERM)
-                deadline = time.monotonic() + grace
+            if status and not first:
+                first = status if status > 0 else 128 - status
+                if not signals:
+                    say(f"process {i} failed with exit status {first}")
+                    if logs[i]:
+                        end = logs[i].read_text(errors="replace").splitlines()[-20:]
+                        say("\n".join([f"the end of {logs[i]}:", *end]))
+                    signals.append(signal.SIGTERM)
+                    deadline = time.monotonic() + grace
         for process in running.values() if time.monotonic() >= deadline else ():
             os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.2)
@@ -114,8 +109,7 @@ def wait_for_all(processes: list[subprocess.Popen], logs: list[Path | None], gra
 def main() -> int:
     show_usage(__doc__, KEYS, sys.argv[1:])
     keys = Keys(KEYS, sys.argv[1:])
-    config, workdir = keys.CONFIG.partition(":")[0], Path(keys.WORKDIR)
-    if not os.path.isfile(config):
+    if not os.path.isfile(config := keys.CONFIG.partition(":")[0]):
         misuse(f"no config file {config}")
     slurm = "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
     if slurm and keys.PROCESSES != "1":
@@ -136,8 +130,8 @@ def main() -> int:
         return 1
     if len(variables) == 1:
         os.execvpe(train[0], train, {**os.environ, **variables[0]})
-    workdir.mkdir(parents=True, exist_ok=True)
-    logs = [None] + [workdir / f"process_{i}.log" for i in range(1, len(variables))]
+    os.makedirs(keys.WORKDIR, exist_ok=True)
+    logs = [None] + [Path(keys.WORKDIR) / f"process_{i}.log" for i in range(1, len(variables))]
     return wait_for_all([start(train, *own) for own in zip(variables, logs, strict=True)], logs, int(keys.GRACE))
 
 

@@ -95,11 +95,7 @@ loop() {
     note "start $restarts: $*"
     train "$@" || status=$?
     note "exit status $status after $((SECONDS - begun)) s"
-    case $status in
-      0) finish 'done' ;;
-      1) finish failed ;;
-      2) finish wrong ;;
-    esac
+    case $status in 0) finish 'done' ;; 1) finish failed ;; 2) finish wrong ;; esac
     if [ -e "$state.stop" ]; then break; fi
     if [ -n "$terminated" ]; then finish terminated; fi
     if [ "$restarts" -ge "$MAX_RESTARTS" ]; then finish failed; fi
@@ -154,13 +150,10 @@ status() {
 }
 
 show_log() {
-  local word
+  local word follow=()
   [ -e "$log" ] || fail "$HOSTNAME: no log yet"
-  if [ "$FOLLOW" = yes ] && running; then
-    tail -n 20 -F --pid "$(cat "$state.loop")" "$log" 2>/dev/null
-  else
-    tail -n 20 "$log"
-  fi
+  if [ "$FOLLOW" = yes ] && running; then follow=(-F --pid "$(cat "$state.loop")"); fi
+  tail -n 20 "${follow[@]}" "$log" 2>/dev/null
   word=$(result)
   say "$HOSTNAME: ${word/none/not running}"
   case $word in running | 'done') ;; *) [ "$FOLLOW" = no ] || exit 1 ;; esac
