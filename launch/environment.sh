@@ -1,9 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, where it enters the repository's root; defines PYTHON, say and the functions below.
+# Sourced by the other scripts: enters the repository's root, and defines PYTHON, say, fail and these functions.
 # find_python: prints a Python that is new enough.
 # installed FILE...: whether .venv holds what these requirement files name.
-# need_environment FILE...: installs these requirement files, unless .venv already holds them (so it runs offline).
-# Run with FILE... it does the last.
+# need_environment FILE...: makes .venv hold it, offline if it already does. "bash launch/environment.sh FILE..." too.
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
@@ -13,7 +12,7 @@ PYTHON=.venv/bin/python
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON_BASE:-} python3.13 python3.12 python3.11 python3; do
+  for candidate in ${PYTHON_BASE:-} python3.13 python3.12 python3.11 python3 "$PYTHON"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return

@@ -8,7 +8,7 @@ import shlex
 import sys
 from subprocess import PIPE, CompletedProcess, Popen
 
-from keys import Keys
+from keys import Keys, fail
 
 # A pattern of gcloud's error, and what to do; the first one that matches counts.
 ADVICE = {
@@ -44,7 +44,10 @@ def run(keys: Keys, *command: str, quiet: bool = False) -> CompletedProcess:
     if keys.dry_run:
         print(shlex.join(command), flush=True)
         return CompletedProcess(command, 0, "", "")
-    process = Popen(command, stdout=PIPE if quiet else None, stderr=PIPE)
+    try:
+        process = Popen(command, stdout=PIPE if quiet else None, stderr=PIPE)
+    except OSError as error:
+        fail(f"cannot run {command[0]}: {error}")
     shown = b""
     while not quiet and (chunk := process.stderr.read1()):
         os.write(sys.stderr.fileno(), chunk)

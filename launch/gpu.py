@@ -70,10 +70,8 @@ def variables_of_processes(keys: Keys, gpus: int) -> list[dict[str, str]]:
 
 def start(train: list[str], variables: dict[str, str], log: Path | None) -> subprocess.Popen:
     # In a session of its own, since Ctrl-C must reach it once, from here: a second one ends it unsaved.
-    output = log and log.open("a")
-    return subprocess.Popen(
-        train, env={**os.environ, **variables}, stdout=output, stderr=output, start_new_session=True
-    )
+    output, environment = log and log.open("a"), {**os.environ, **variables}
+    return subprocess.Popen(train, env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
 def wait_for_all(processes: list[subprocess.Popen], logs: list[Path | None], grace: int) -> int:
@@ -111,7 +109,7 @@ def main() -> int:
     keys = Keys(KEYS, sys.argv[1:])
     if not os.path.isfile(config := keys.CONFIG.partition(":")[0]):
         misuse(f"no config file {config}")
-    slurm = "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    slurm = bool(os.environ.get("SLURM_JOB_ID")) and int(os.environ.get("SLURM_NTASKS", 1)) > 1
     if slurm and keys.PROCESSES != "1":
         misuse("under Slurm its tasks are the processes: leave PROCESSES out")
     variables = variables_of_processes(keys, count_gpus(keys, slurm) if keys.DEVICE == "gpu" else 0)

@@ -68,9 +68,7 @@ def check(verb: str, keys: Keys) -> None:
     if verb == "run" and not keys.CONFIG:
         misuse("CONFIG is missing, for example CONFIG=configs/openmoji.py")
     if watched and not keys.BUCKET + keys.SHARED:
-        misuse(
-            "WATCH=yes needs BUCKET=gs://... (or SHARED): a slice's own disk, with what was saved there, goes with it"
-        )
+        misuse("WATCH=yes needs BUCKET=gs://... (or SHARED): what was saved on a slice's own disk goes with the slice")
     if verb == "create" or (watched and keys.KIND == "spot"):  # which may have to be made again
         check_type(keys)
     if verb in ("setup", "run"):
@@ -135,7 +133,8 @@ def main() -> None:
         misuse(f"unknown verb '{verb}'; it is one of {', '.join(VERBS)}")
     keys = Keys(KEYS, arguments)
     check(verb, keys)
-    {"create": create, "run": run}.get(verb, getattr(Slice, verb, None))(Slice(keys))
+    action = {"create": create, "run": run}.get(verb) or getattr(Slice, verb)
+    action(Slice(keys))
 
 
 if __name__ == "__main__":

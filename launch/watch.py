@@ -18,16 +18,19 @@ def create(a_slice: Slice) -> None:
         a_slice.request()
     else:
         say(f"{a_slice.keys.NAME} exists already")
-    before = state = ""
-    while state not in READY:
-        if before:
-            time.sleep(float(a_slice.keys.POLL))
-        state = a_slice.state()
+    before = None
+    while (state := a_slice.state()) not in READY:
         if state != before:
-            a_slice.tell(f"{time.strftime('%T')} {a_slice.keys.NAME}: {state}")
+            tell_time(a_slice, state)
         if state in DEAD:
             give_up(a_slice, state)
         before = state
+        time.sleep(float(a_slice.keys.POLL))
+    tell_time(a_slice, state)
+
+
+def tell_time(a_slice: Slice, text: str) -> None:
+    a_slice.tell(f"{time.strftime('%T')} {a_slice.keys.NAME}: {text}")
 
 
 def run(a_slice: Slice) -> None:
@@ -52,7 +55,7 @@ def watch(a_slice: Slice) -> None:
     while failures < 10:
         state, result, errors = look(a_slice)
         if (state, result) != before:
-            a_slice.tell(f"{time.strftime('%T')} {keys.NAME}: {state}, the run: {result}\n{errors}".rstrip())
+            tell_time(a_slice, f"{state}, the run: {result}\n{errors}".rstrip())
         before = state, result
         worked = True
         if keys.dry_run:
@@ -88,9 +91,9 @@ def look(a_slice: Slice) -> tuple[str, str, str]:
     """The slice's state, the run's result, and what gcloud has said if the result is unknown."""
     try:
         state = a_slice.state()
-    except SystemExit:
+        result, errors = a_slice.result() if state in READY else ("unknown", "")
+    except SystemExit:  # gcloud could not tell
         return "UNKNOWN", "unknown", ""
-    result, errors = a_slice.result() if state in READY else ("unknown", "")
     return ("PREEMPTED" if result == "preempted" else state), result, errors
 
 

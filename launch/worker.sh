@@ -44,7 +44,7 @@ setup() {
 # The images of TPU VMs come with Python 3.10; uv brings a newer one without touching the system's.
 find_modern_python() {
   if [ -x "$PYTHON" ]; then PYTHON_BASE=$PYTHON; return; fi
-  if "$(find_python)" -c 'import ensurepip' 2>/dev/null; then return; fi
+  if "$(find_python 2>/dev/null)" -c 'import ensurepip' 2>/dev/null; then return; fi
   say "$HOSTNAME: installing Python 3.12"
   { python3 -m pip install --quiet --user uv && python3 -m uv --quiet python install 3.12; } ||
     fail "$HOSTNAME: could not install Python 3.12 with uv; the worker needs a way to the internet"
