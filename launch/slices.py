@@ -105,13 +105,13 @@ class Slice:
         if self.keys.FOLLOW == "yes":
             self.tell("worker 0's log; Ctrl-C leaves the run going, bash launch/tpu.sh stop ends it")
         try:
-            status = gcloud(self.keys, *self._ssh(self.nodes[0], "0", self._if_set_up("current", "log", "FOLLOW")))
+            answer = gcloud(self.keys, *self._ssh(self.nodes[0], "0", self._if_set_up("current", "log", "FOLLOW")))
         except KeyboardInterrupt:
             say("the run goes on; bash launch/tpu.sh logs shows it")
             raise
-        if status.returncode == 255:
+        if answer.returncode == 255:
             fail("the connection is gone, the run goes on; bash launch/tpu.sh logs shows it")
-        sys.exit(status.returncode != 0)
+        sys.exit(answer.returncode != 0)
 
     def status(self) -> None:
         keys, state = self.keys, self.state()
