@@ -16,15 +16,13 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import pretrained, tokenizers
+from simvlg_jax.convert import families, pretrained, tokenizers
 from simvlg_jax.data import text
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors.token_merging import merge_schedule, schedule_down_to
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.contrastive import ContrastiveViT, Pair
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
-from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
-from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.tasks import params as partition
@@ -126,15 +124,15 @@ def build_vit(config: ConfigDict) -> ViT:
     )
 
 
-def build_llm(config: ConfigDict) -> Llama | Opt:
+def build_llm(config: ConfigDict) -> nn.Module:
     llm = config.llm
-    size = row({**LLAMA_SIZES, **OPT_SIZES}, "llm.size", llm.size)
+    family = families.of_size(llm.size)
     options = dict(scan=llm.scan, remat=llm.remat, dtype=jnp.dtype(config.dtype))
-    if llm.size in OPT_SIZES:
-        return Opt(**size, dropout=llm.dropout, **options)
     if llm.dropout:
-        raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
-    return Llama(**size, **options)
+        if not hasattr(family.module, "dropout"):
+            raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
+        options["dropout"] = llm.dropout
+    return family.module(**family.sizes[llm.size], **options)
 
 
 def build_connector(config: ConfigDict, num_tokens: int) -> TomeFormer:
