@@ -23,15 +23,15 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
-from simvlg_jax.convert import evlgen
+from simvlg_jax.convert import evlgen, families
 from simvlg_jax.decoding.generate import greedy_decode
 from simvlg_jax.evaluation import metrics, ptb_tokenizer
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
-from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
-from simvlg_jax.models.llms.opt import OPT_SIZES, POSITION_OFFSET, Opt
+from simvlg_jax.models.llms.llama import Llama
+from simvlg_jax.models.llms.opt import POSITION_OFFSET, Opt
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.utils.errors import UserError
@@ -155,9 +155,9 @@ def check_keys(path: Path) -> Iterator[Check]:
     """Names, shapes and what is trained of a full-size model, without making one of its arrays."""
     _, kind, llm_name = path.stem.split("_")
     size = FULL_SIZE[llm_name]
-    llm = Opt(**OPT_SIZES[size]) if size in OPT_SIZES else Llama(**LLAMA_SIZES[size])
+    family = families.of_size(size)
     connector = TomeFormer(**BERT_SIZES["base"], merges=token_merging.merge_schedule(12, 19))
-    model = SimVLG(ViT(**VIT_SIZES["eva_g"], temporal=kind == "video"), connector, llm)
+    model = SimVLG(ViT(**VIT_SIZES["eva_g"], temporal=kind == "video"), connector, family.module(**family.sizes[size]))
     image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = jax.eval_shape(
         lambda *x: model.init(jax.random.key(0), *x, method="caption_losses"), image, token, token, token

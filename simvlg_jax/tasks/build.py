@@ -1,20 +1,19 @@
 """The parts of a model, and its texts, from a config."""
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
-from simvlg_jax.convert import tokenizers
+from simvlg_jax.convert import families, tokenizers
 from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data import text
 from simvlg_jax.data.batch import TextSpec
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
-from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
-from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.tasks import params
 from simvlg_jax.utils.errors import UserError
@@ -32,15 +31,15 @@ def build_vit(config: ConfigDict) -> ViT:
     )
 
 
-def build_llm(config: ConfigDict) -> Llama | Opt:
+def build_llm(config: ConfigDict) -> nn.Module:
     llm = config.llm
-    size = lookup({**LLAMA_SIZES, **OPT_SIZES}, "llm.size", llm.size)
+    family = families.of_size(llm.size)
     options = dict(scan=llm.scan, remat=llm.remat, dtype=jnp.dtype(config.dtype))
-    if llm.size in OPT_SIZES:
-        return Opt(**size, dropout=llm.dropout, **options)
     if llm.dropout:
-        raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
-    return Llama(**size, **options)
+        if not hasattr(family.module, "dropout"):
+            raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
+        options["dropout"] = llm.dropout
+    return family.module(**family.sizes[llm.size], **options)
 
 
 def build_connector(config: ConfigDict, num_tokens: int) -> Connector:

@@ -1,4 +1,4 @@
-"""LLaMA-family decoder (LLaMA, Vicuna, TinyLlama, SmolLM2), fed with embeddings."""
+"""LLaMA decoder (LLaMA, TinyLlama, SmolLM2; Vicuna in a file of its own), fed with embeddings."""
 
 from typing import NamedTuple
 
@@ -52,9 +52,6 @@ LLAMA_SIZES = {
     "tinyllama_1.1b": dict(
         width=2048, depth=22, num_heads=32, num_kv_heads=4, ffn=5632, vocab_size=32000, norm_eps=1e-5
     ),
-    # 32000 tokens and the pad token that the published code adds.
-    "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32001),
-    "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32001),
     "llama2_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000, norm_eps=1e-5),
     "llama3_8b": LLAMA3_8B,
     "llama3.1_8b": LLAMA3_8B | dict(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
