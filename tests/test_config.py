@@ -3,12 +3,13 @@
 from fnmatch import fnmatch
 
 import pytest
+from ml_collections import ConfigDict
 from verbs import call
 
 from simvlg_jax import train
 from simvlg_jax.config import defaults
 from simvlg_jax.config.check import RANGES, check_range, flat_keys, range_of
-from simvlg_jax.config.load import load_config, override
+from simvlg_jax.config.load import fill, load_config, override
 from simvlg_jax.utils.errors import UserError
 
 
@@ -80,3 +81,21 @@ def test_override_gives_a_changed_copy():
     changed = override(config, ["--config.evaluate.batch_size=3", "--config.data.crop_scale=(0.25, 1.0)"])
     assert (changed.evaluate.batch_size, changed.data.crop_scale) == (3, (0.25, 1.0))
     assert config.evaluate.batch_size == 8
+
+
+def test_former_keys_of_the_one_evaluation_are_kept_in_their_new_place():
+    config = defaults.get_config()
+    del config.evals
+    config.train.eval_every, config.evaluate.max_examples = 7, 3
+    filled = fill(config)
+    assert (filled.evals.val.every, filled.evals.val.max_examples, filled.evals.val.split) == (7, 3, "val")
+    assert flat_keys(filled).keys() == flat_keys(defaults.get_config()).keys()
+
+
+def test_evaluations_of_ones_own_are_filled_and_checked():
+    config = defaults.get_config()
+    config.evals = ConfigDict(dict(coco=dict(split="test", every=50)))
+    filled = fill(config)
+    assert list(filled.evals) == ["coco"] and filled.evals.coco.max_examples == 0
+    with pytest.raises(UserError, match=r"evals\.coco\.every is -1; it must be at least 0"):
+        override(filled, ["--config.evals.coco.every=-1"])

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 
+from simvlg_jax import evaluate
+from simvlg_jax.config import defaults
 from simvlg_jax.config.load import load_config
 from simvlg_jax.evaluation.captioning import Captioning
 from simvlg_jax.evaluation.evaluator import Result
@@ -21,6 +23,7 @@ from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.fingerprints import fingerprint
 from simvlg_jax.training.frozen import check_frozen
 from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.files import read_metrics
 
 
 def tiny(mode="", mesh=(1, 1, 1), **overrides):
@@ -106,6 +109,26 @@ def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
     ]
     key_biases = [f"['connector']['layer_{i}']['key']['bias']" for i in range(2)]  # softmax takes them out
     assert unchanged == key_biases
+
+
+def test_every_evaluation_of_the_config_runs_when_it_is_due_and_one_chooses_the_best(tmp_path):
+    config = tiny(train__steps=4, evals__val__every=2)
+    with config.unlocked():
+        config.evals.seen = defaults.get_eval()
+        config.evals.seen.update(split="train", every=4, max_examples=3)
+        config.evals.verb = defaults.get_eval()
+        config.evals.verb.update(split="test", every=0)
+        config.train.best_by = "verb"
+    with pytest.raises(UserError, match=r"train\.best_by is 'verb'; it takes 'seen', 'val'"):
+        loop.train(config, tmp_path)
+    with config.unlocked():
+        config.train.best_by = "val"
+    assert loop.train(config, tmp_path) == 0
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
+    assert [(line["step"], line["split"]) for line in lines] == [(2, "val"), (4, "seen"), (4, "val")]
+    assert ["score" in line for line in lines] == [True, False, True]
+    assert list(evaluate.evaluations(config, [])) == ["test", "verb"]
+    assert list(evaluate.evaluations(config, ["train"])) == ["train"]
 
 
 def test_losses_do_not_depend_on_the_mesh(tmp_path):

@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
     config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
     config.train.log_every = 10
     config.train.save_every = 200
+    config.train.best_by = "val"  # the evaluation whose score chooses the best checkpoint
     config.train.keep_best = 1  # checkpoints kept by validation score
     config.train.keep_last = 2
     config.train.overfit_one_batch = False  # sanity check: the first batch again and again, loss to near zero
@@ -123,7 +124,7 @@ def get_config() -> ConfigDict:
     config.mesh.split_frozen = True  # False: frozen weights whole on every device, quicker where they fit
     config.mesh.split_trained = True  # False: trained weights and optimizer state whole on every device
 
-    # Evaluations by name, each as `get_eval` explains. The score of the first one chooses the best checkpoint.
+    # Evaluations by name, each as `get_eval` explains.
     config.evals = ConfigDict(dict(val=get_eval()))
 
     config.evaluate = ConfigDict()  # of every evaluation

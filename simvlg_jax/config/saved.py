@@ -16,6 +16,7 @@ FREE = (  # prefixes of keys that may change when a run resumes: how long, how o
     "train.max_minutes",
     "train.log_every",
     "train.save_every",
+    "train.best_by",
     "train.keep_",
     "mesh.",
     "evals.",

@@ -27,8 +27,14 @@ def make_evaluator(name: str, entry: ConfigDict, task: Task, config: ConfigDict,
 
 
 def make_evaluators(task: Task, config: ConfigDict, mesh: Mesh) -> list[Evaluator]:
-    """The evaluators of `config.evals` that run while training; the first one's score chooses the best checkpoint."""
+    """The evaluators of `config.evals` that run while training.
+
+    Raises:
+      UserError: as `make_evaluator`, or `train.best_by` names none of them.
+    """
     due = {name: entry for name, entry in config.evals.items() if entry.every}
+    if due:
+        lookup(due, "train.best_by", config.train.best_by)
     try:
         return [make_evaluator(name, entry, task, config, mesh) for name, entry in due.items()]
     except UserError as error:

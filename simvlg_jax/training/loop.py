@@ -268,7 +268,7 @@ class Run:
 
     def evaluate(self, step: int, last: bool) -> None:
         """Runs the evaluators that are due. A run that died before it evaluated does so when it is resumed."""
-        for number, evaluator in enumerate(self.trainer.evaluators):
+        for evaluator in self.trainer.evaluators:
             if not (last or step % evaluator.every == 0):
                 continue
             logged = (step, evaluator.name) in self.evaluated
@@ -277,11 +277,12 @@ class Run:
             self.meter.check_finite()
             before = time.monotonic()
             result = evaluator(self.trainer.params, self.announce)
-            score = {} if number else {"score": result.score}
+            chooses = evaluator.name == self.trainer.config.train.best_by
+            score = {"score": result.score} if chooses else {}
             self.check_lock()
             self.log.write(step, "eval", {"split": evaluator.name, **score, **result.metrics})
             self.evaluated.add((step, evaluator.name))
-            if not number:
+            if chooses:
                 self.checkpoints.score(step, result.score)
             pause = time.monotonic() - before
             self.stop.grant(pause)
