@@ -52,7 +52,7 @@ def theirs() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def params(theirs) -> dict:
-    return hf_llama.from_hf({name: x.detach().numpy() for name, x in theirs.state_dict().items()}, 4)
+    return hf_llama.from_hf(Llama(**SIZE), {name: x.detach().numpy() for name, x in theirs.state_dict().items()})
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "min_new_tokens", "penalty"))
@@ -113,7 +113,7 @@ def test_equals_the_published_model():
     golden = np.load(GOLDEN / "image_llama.npz")
     lm = meta["lm"]
     llm = Llama(lm["dim"], lm["layers"], lm["heads"], lm["heads"], lm["ffn"], lm["vocab"])
-    params = hf_llama.from_hf(load_file(GOLDEN / "image_llama.safetensors"), lm["heads"], "llm_model.")
+    params = hf_llama.from_hf(llm, load_file(GOLDEN / "image_llama.safetensors"), "llm_model.")
     start = np.full((len(golden["prefix"]), 1), meta["bos_token_id"], np.int32)
     ids = jax.jit(
         lambda params, prefix: greedy_decode(

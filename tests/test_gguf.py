@@ -17,11 +17,13 @@ from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import smollm2_path
 
+SMOLLM2 = Llama(**LLAMA_SIZES["smollm2_135m"])
+SMALL = Llama(width=32, depth=1, num_heads=4, num_kv_heads=2, ffn=32, vocab_size=11, norm_eps=1e-5)
+
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[dict, dict]:
-    size, params = gguf.load_llama(smollm2_path())
-    return size, jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, params))
+def smollm2() -> dict:
+    return jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, gguf.load_llama(smollm2_path(), SMOLLM2)))
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,7 @@ def loaded_tokenizer():
     return gguf.load_tokenizer(smollm2_path())
 
 
-def test_sizes(smollm2):
-    assert smollm2[0] == LLAMA_SIZES["smollm2_135m"] | dict(head_dim=64)
-
-
 def test_logits_equal_transformers(smollm2, loaded_tokenizer):
-    size, params = smollm2
     config = LlamaConfig(
         hidden_size=576,
         num_hidden_layers=30,
@@ -49,8 +46,8 @@ def test_logits_equal_transformers(smollm2, loaded_tokenizer):
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    tensors = {name: torch.tensor(tensor) for name, tensor in hf_llama.to_hf(params).items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
+    tensors = {name: torch.tensor(tensor) for name, tensor in hf_llama.to_hf(SMOLLM2, smollm2).items()}
+    model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     texts = ["a woman juggling, medium-dark skin tone", "flag: Norway"]
     rows = [loaded_tokenizer[0].encode(text).ids for text in texts]
@@ -61,24 +58,23 @@ def test_logits_equal_transformers(smollm2, loaded_tokenizer):
 
     @jax.jit
     def logits(params):
-        llm, variables = Llama(**size), {"params": params}
+        llm, variables = SMOLLM2, {"params": params}
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden = llm.apply(variables, llm.apply(variables, ids, method="embed"), mask, positions).hidden
         return llm.apply(variables, hidden, method="logits")
 
-    error = np.abs(np.asarray(logits(params)) - theirs)[mask].max()
+    error = np.abs(np.asarray(logits(smollm2)) - theirs)[mask].max()
     assert error < 1e-4 * np.abs(theirs[mask]).max()
 
 
 def test_greedy_continuation(smollm2, loaded_tokenizer):
     """Right only with weights, rotary layout, tokenizer and cache all right."""
-    size, params = smollm2
     tokenizer, special = loaded_tokenizer
     prompt = np.array([tokenizer.encode("A photo of a").ids], np.int32)
-    no_prefix = np.zeros((1, 0, size["width"]), np.float32)
+    no_prefix = np.zeros((1, 0, SMOLLM2.width), np.float32)
     decode = jax.jit(
         lambda params: greedy_decode(
-            Llama(**size),
+            SMOLLM2,
             params,
             no_prefix,
             prompt,
@@ -88,7 +84,7 @@ def test_greedy_continuation(smollm2, loaded_tokenizer):
             max_new_tokens=4,
         )
     )
-    assert tokenizer.decode(np.asarray(decode(params))[0]) == " woman with a child"
+    assert tokenizer.decode(np.asarray(decode(smollm2))[0]) == " woman with a child"
 
 
 def llamacpp_order(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -148,41 +144,35 @@ def gguf_tensors() -> dict[str, np.ndarray]:
 
 def test_small_file_goes_round(tmp_path):
     write_llama(tmp_path / "small.gguf", gguf_tensors())
-    size, params = gguf.load_llama(tmp_path / "small.gguf", np.float16)
-    assert size == dict(
-        width=32,
-        depth=1,
-        num_heads=4,
-        num_kv_heads=2,
-        ffn=32,
-        vocab_size=11,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-        head_dim=8,
-    )
-    for name, tensor in hf_llama.to_hf(params).items():
-        assert tensor.dtype == np.float16
+    params = gguf.load_llama(tmp_path / "small.gguf", SMALL)
+    for name, tensor in hf_llama.to_hf(SMALL, params).items():
         wanted = small_llama()[name]
         assert np.abs(tensor - wanted).max() < 0.02 * np.abs(wanted).max(), name
 
 
 def test_files_that_do_not_fit(tmp_path):
     tensors = gguf_tensors()
+    write_llama(tmp_path / "small.gguf", tensors)
+    for field, value in (("num_heads", 8), ("num_kv_heads", 4), ("rope_theta", 1e5), ("norm_eps", 1e-6)):
+        other = SMALL.clone(**{field: value})
+        with pytest.raises(
+            UserError, match=rf"small\.gguf is not of this llm\.size: it has {field} [\d.e-]+, not {value}$"
+        ):
+            gguf.load_llama(tmp_path / "small.gguf", other)
     write_llama(tmp_path / "extra.gguf", tensors | {"rope_freqs.weight": np.ones(4, np.float32)})
     with pytest.raises(UserError, match=r"extra\.gguf.*\n.*\n.*rope_freqs"):
-        gguf.load_llama(tmp_path / "extra.gguf")
+        gguf.load_llama(tmp_path / "extra.gguf", SMALL)
     del tensors["blk.0.ffn_up.weight"]
     write_llama(tmp_path / "less.gguf", tensors)
     with pytest.raises(UserError, match=r"missing.*model\.layers\.0\.mlp\.up_proj\.weight"):
-        gguf.load_llama(tmp_path / "less.gguf")
+        gguf.load_llama(tmp_path / "less.gguf", SMALL)
     write_llama(tmp_path / "other.gguf", tensors, "gemma")
     with pytest.raises(UserError, match="holds a 'gemma' model"):
-        gguf.load_llama(tmp_path / "other.gguf")
+        gguf.load_llama(tmp_path / "other.gguf", SMALL)
     with pytest.raises(UserError, match=r"has no 'tokenizer\.ggml\.model'"):
         gguf.load_tokenizer(tmp_path / "less.gguf")
     with pytest.raises(UserError, match="no GGUF file at"):
-        gguf.load_llama(tmp_path / "absent.gguf")
+        gguf.load_llama(tmp_path / "absent.gguf", SMALL)
 
 
 def test_truncated_anywhere(tmp_path):
@@ -191,10 +181,10 @@ def test_truncated_anywhere(tmp_path):
     for length in (0, 3, 10, 24, 60, 200, 600, len(data) // 2, len(data) - 1):
         (tmp_path / "part.gguf").write_bytes(data[:length])
         with pytest.raises(UserError, match=r"part\.gguf: it is truncated or no GGUF file"):
-            gguf.load_llama(tmp_path / "part.gguf")
+            gguf.load_llama(tmp_path / "part.gguf", SMALL)
     (tmp_path / "part.gguf").write_text("<html>not found</html>" * 100)
     with pytest.raises(UserError, match="truncated or no GGUF file"):
-        gguf.load_llama(tmp_path / "part.gguf")
+        gguf.load_llama(tmp_path / "part.gguf", SMALL)
 
 
 def test_package_not_installed(monkeypatch):

@@ -2,9 +2,7 @@
 
 import functools
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,26 +10,11 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from simvlg_jax.convert import opt as hf_opt
 from simvlg_jax.convert import stacking
-from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
+from simvlg_jax.models.llms.opt import Opt
 from simvlg_jax.utils.errors import UserError
 
 TINY = dict(width=24, depth=2, num_heads=4, ffn=40, vocab_size=50, max_positions=30)
 SHAPES = [TINY, TINY | dict(embed_width=12, pre_norm=False)]
-PARAMETERS = {
-    "opt_125m": 125_239_296,
-    "opt_350m": 331_196_416,
-    "opt_1.3b": 1_315_758_080,
-    "opt_2.7b": 2_651_596_800,
-    "opt_6.7b": 6_658_473_984,
-    "opt_13b": 12_853_473_280,
-    "opt_tiny": 24_448,
-}
-
-
-def logits_of_ids(llm: Opt, ids: jax.Array) -> jax.Array:
-    """(B, S) -> (B, S, V); every method once, so it serves to initialise too."""
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return llm.logits(llm(llm.embed(ids), jnp.ones_like(ids), positions).hidden)
 
 
 @functools.cache
@@ -63,19 +46,8 @@ def state(model: OPTForCausalLM) -> dict[str, np.ndarray]:
 def model_and_params(size: dict, **options) -> tuple[OPTForCausalLM, Opt, dict]:
     model = torch_opt(size.get("embed_width"), size.get("pre_norm", True))
     tensors = {name: x for name, x in state(model).items() if name != hf_opt.HEAD}
-    return model, Opt(**size, **options), hf_opt.from_hf(tensors, size["num_heads"])
-
-
-@pytest.mark.parametrize("name", OPT_SIZES)
-def test_parameter_counts(name):
-    llm = Opt(**OPT_SIZES[name])
-    ids = jnp.zeros((1, 1), jnp.int32)
-    abstract = jax.eval_shape(lambda: llm.init(jax.random.key(0), ids, method=logits_of_ids))["params"]
-    assert sum(x.size for x in jax.tree.leaves(nn.unbox(abstract))) == PARAMETERS[name]
-    assert all(
-        len(box.names) == box.value.ndim
-        for box in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    )
+    llm = Opt(**size, **options)
+    return model, llm, hf_opt.from_hf(llm, tensors)
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -116,21 +88,21 @@ def test_cached_steps_equal_one_pass(size):
 
 @pytest.mark.parametrize("size", SHAPES, ids=["pre-norm", "350m"])
 def test_weights_go_out_as_they_came_in(size):
-    model, _, params = model_and_params(size)
-    theirs, ours = state(model), hf_opt.to_hf(params)
+    model, llm, params = model_and_params(size)
+    theirs, ours = state(model), hf_opt.to_hf(llm, params)
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     bare = {name.removeprefix("model."): x for name, x in theirs.items() if name != hf_opt.HEAD}
-    jax.tree.map(np.testing.assert_array_equal, hf_opt.from_hf(bare, 4), params)
+    jax.tree.map(np.testing.assert_array_equal, hf_opt.from_hf(llm, bare), params)
 
 
 def test_foreign_weights_list_what_does_not_fit():
-    tensors = state(torch_opt())
+    llm, tensors = Opt(**TINY), state(torch_opt())
     with pytest.raises(UserError, match="no OPT here"):
-        hf_opt.from_hf({"model.embed_tokens.weight": np.zeros(3)}, 4)
+        hf_opt.from_hf(llm, {"model.embed_tokens.weight": np.zeros(3)})
     tensors["model.decoder.layers.0.extra"] = tensors.pop("model.decoder.layers.0.fc1.bias")
     with pytest.raises(UserError, match=r"missing.*layers\.0\.fc1\.bias\n.*not known.*layers\.0\.extra"):
-        hf_opt.from_hf(tensors, 4)
+        hf_opt.from_hf(llm, tensors)
 
 
 def test_dropout_acts_only_where_an_rng_is_given():

@@ -17,10 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import simvlg_jax
 from simvlg_jax import from_torch, tasks, to_torch
 from simvlg_jax.config.load import load_config
-from simvlg_jax.convert import evlgen, tokenizers
+from simvlg_jax.convert import evlgen, stacking, tokenizers
 from simvlg_jax.convert import llama as hf_llama
 from simvlg_jax.convert import opt as hf_opt
 from simvlg_jax.models.llms.llama import LLAMA_SIZES
+from simvlg_jax.models.llms.vicuna import VICUNA_SIZES
 from simvlg_jax.utils.errors import UserError
 
 WORDS = ["<s>", "<pad>", "</s>", "\n", *[f"w{i}" for i in range(60)]]
@@ -86,10 +87,10 @@ def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 def test_opt_from_a_folder(folders, scan):
     task = task_of("llm.size=opt_tiny", f"llm.weights={folders['opt']}", f"llm.scan={scan}", "llm.start_is_target=True")
     loaded = task.load_pretrained(abstract(task))["llm"]
-    stacked = loaded if scan else tasks.pretrained.stacking.stack_layers(loaded)
+    stacked = loaded if scan else stacking.stack_layers(loaded)
     tensors = state(folders["opt_model"])
-    back = hf_opt.to_hf(stacked)
-    assert all(np.array_equal(back[name], tensors[name]) for name in back)
+    back = hf_opt.to_hf(task.model.llm, stacked)
+    assert set(back) == set(tensors) and all(np.array_equal(back[name], tensors[name]) for name in back)
     ids, targets = task.batch.texts["caption"].encoder("w1 w2")
     assert ids == targets == [2, 5, 6, 3]  # </s> w1 w2 and the line break, the start a target too
 
@@ -97,15 +98,15 @@ def test_opt_from_a_folder(folders, scan):
 def test_llama_from_a_folder(folders):
     task = task_of("llm.size=tiny", f"llm.weights={folders['llama']}")
     tensors = state(folders["llama_model"])
-    back = hf_llama.to_hf(task.load_pretrained(abstract(task))["llm"])
-    assert all(np.array_equal(back[name], tensors[name]) for name in back)
+    back = hf_llama.to_hf(task.model.llm, task.load_pretrained(abstract(task))["llm"])
+    assert set(back) == set(tensors) and all(np.array_equal(back[name], tensors[name]) for name in back)
     ids, targets = task.batch.texts["caption"].encoder("w1 w2")
     assert ids == [0, 5, 6, 2] and targets == [-100, 5, 6, 2]
 
 
 def test_vicuna_starts_with_its_end_and_gains_a_pad_row(folders, monkeypatch):
     size = LLAMA_SIZES["tiny"] | dict(vocab_size=65, tie_embeddings=False)
-    monkeypatch.setitem(LLAMA_SIZES, "vicuna_tiny", size)
+    monkeypatch.setitem(VICUNA_SIZES, "vicuna_tiny", size)
     task = task_of("llm.size=vicuna_tiny", f"llm.weights={folders['vicuna']}")
     loaded = task.load_pretrained(abstract(task))["llm"]
     tensors = state(folders["vicuna_model"])
@@ -154,18 +155,24 @@ def test_published_checkpoint_gives_the_trained_part(tmp_path):
         simvlg_jax.load("/nowhere/x.pth", config)
 
 
-def test_weights_that_do_not_fit_say_so(folders, tmp_path):
+def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(LLAMA_SIZES, "one_more", LLAMA_SIZES["tiny"] | dict(vocab_size=65, tie_embeddings=False))
+    (tmp_path / "x.gguf").touch()
     for overrides, message in (
-        (["llm.size=tiny", f"llm.weights={folders['opt']}"], "no LLaMA layers here"),
+        (["llm.size=tiny", f"llm.weights={folders['opt']}"], "no Llama layers here"),
         (["llm.size=opt_tiny", f"llm.weights={folders['llama']}"], "no OPT here"),
-        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "the weights are of another architecture"),
+        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "has the two tied"),
+        (["llm.size=one_more", f"llm.weights={folders['vicuna']}"], r"embedding: model \(65, 32\), weights \(64, 32\)"),
+        (["llm.size=opt_tiny", f"llm.weights={tmp_path / 'x.gguf'}"], "not from GGUF"),
         (["connector.weights=/nowhere"], "no weights at /nowhere"),
     ):
         task = task_of(*overrides)
         with pytest.raises(UserError, match=message):
             task.load_pretrained(abstract(task))
     with pytest.raises(UserError, match="no tokenizer of a known kind"):
-        task_of(f"llm.weights={tmp_path}").text_encoder  # noqa: B018
+        task_of(f"llm.weights={tmp_path}").batch.texts["caption"].encoder  # noqa: B018
+    with pytest.raises(UserError, match=r"llm\.size is 'opt'; it takes .*'opt_125m'.*'vicuna_7b'"):
+        task_of("llm.size=opt")
     with pytest.raises(UserError, match="no dropout"):
         task_of("llm.dropout=0.1")
 

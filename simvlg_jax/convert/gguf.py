@@ -5,10 +5,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from jax.typing import DTypeLike
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from simvlg_jax.convert import llama as hf_llama
+from simvlg_jax.models.llms.llama import Llama
 from simvlg_jax.parallel.lazy import Lazy
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import INSTALL
@@ -77,14 +77,14 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def load_llama(path: str | Path, dtype: DTypeLike = np.float32) -> tuple[dict, dict]:
-    """Sizes and weights of a LLaMA-architecture GGUF file of any quantisation that `gguf` knows.
+def load_llama(path: str | Path, llm: Llama) -> dict:
+    """Weights of a LLaMA-architecture GGUF file of any quantisation that `gguf` knows.
 
     Returns:
-      (fields for `Llama(**size)`, its scanned parameters as lazy arrays of `dtype`).
+      The parameters of a scanned `llm`, lazy float32 arrays.
 
     Raises:
-      UserError: unreadable file, another architecture, tensors missing or not known.
+      UserError: unreadable file, another architecture or size, tensors missing or not known.
     """
     path = Path(path)
     reader = _open(path)
@@ -92,37 +92,32 @@ def load_llama(path: str | Path, dtype: DTypeLike = np.float32) -> tuple[dict, d
     if architecture != "llama":
         raise UserError(f"{path} holds a {architecture!r} model; only 'llama' can be read")
 
-    num_heads = _field(reader, path, "llama.attention.head_count")
-    num_kv_heads = _field(reader, path, "llama.attention.head_count_kv")
-    tensors = {}
-    for tensor in reader.tensors:
-        heads = {"attn_q.weight": num_heads, "attn_k.weight": num_kv_heads}.get(tensor.name.split(".", 2)[-1])
-
-        def read(tensor: gguf.ReaderTensor = tensor, heads: int | None = heads) -> np.ndarray:
-            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(dtype, copy=False)
-            return _half_split(weight, heads) if heads else weight
-
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[_hf_name(tensor.name)] = Lazy(shape, dtype, read)
-    try:
-        params = hf_llama.from_hf(tensors, num_heads)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-    size = dict(
-        width=params["embedding"].shape[1],
-        depth=_field(reader, path, "llama.block_count"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        ffn=_field(reader, path, "llama.feed_forward_length"),
-        vocab_size=params["embedding"].shape[0],
+    # What no tensor's shape shows.
+    stated = dict(
+        num_heads=_field(reader, path, "llama.attention.head_count"),
+        num_kv_heads=_field(reader, path, "llama.attention.head_count_kv"),
         rope_theta=_field(reader, path, "llama.rope.freq_base"),
         # Stored in float32: the shortest decimal that rounds to it is the number that was meant.
         norm_eps=float(str(np.float32(_field(reader, path, "llama.attention.layer_norm_rms_epsilon")))),
-        tie_embeddings="lm_head" not in params,
-        head_dim=params["blocks"]["query"]["kernel"].shape[-1],
     )
-    return size, params
+    if wrong := [
+        f"{name} {value}, not {getattr(llm, name)}" for name, value in stated.items() if value != getattr(llm, name)
+    ]:
+        raise UserError(f"{path} is not of this llm.size: it has {', '.join(wrong)}")
+    tensors = {}
+    for tensor in reader.tensors:
+        heads = {"attn_q.weight": llm.num_heads, "attn_k.weight": llm.num_kv_heads}.get(tensor.name.split(".", 2)[-1])
+
+        def read(tensor: gguf.ReaderTensor = tensor, heads: int | None = heads) -> np.ndarray:
+            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            return _half_split(weight, heads) if heads else weight
+
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensors[_hf_name(tensor.name)] = Lazy(shape, np.float32, read)
+    try:
+        return hf_llama.from_hf(llm, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> tuple[Tokenizer, SpecialIds]:
@@ -170,7 +165,16 @@ def _tokenizer_by_transformers(path: Path) -> tuple[Tokenizer, SpecialIds]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no tokenizer of a known kind in {path}: {reason}") from error
-    bos, eos, pad = found.bos_token_id, found.eos_token_id, found.pad_token_id
+    return found.backend_tokenizer, special_ids(found, path)
+
+
+def special_ids(tokenizer, path: Path) -> SpecialIds:
+    """The special ids of transformers' tokenizer, read from `path`.
+
+    Raises:
+      UserError: it names no end token.
+    """
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if eos is None:
-        raise UserError(f"the tokenizer in {path} names no end token, so captions would have no end")
-    return found.backend_tokenizer, SpecialIds(bos_id=bos, eos_id=eos, pad_id=eos if pad is None else pad)
+        raise UserError(f"the tokenizer in {path} names no eos_token, so captions would have no end")
+    return SpecialIds(bos_id=bos, eos_id=eos, pad_id=eos if pad is None else pad)

@@ -6,66 +6,80 @@ import numpy as np
 
 from simvlg_jax.convert import stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
+from simvlg_jax.models.llms.llama import Llama
 from simvlg_jax.utils.errors import UserError
 
-# Attention kernels go through the table as matrices, (D, N H) or (N H, D); `from_hf` and `to_hf` see to the head axis.
-LAYER = [
-    Row("blocks_{i}/attention_norm/scale", "model.layers.{i}.input_layernorm.weight"),
-    Row("blocks_{i}/query/kernel", "model.layers.{i}.self_attn.q_proj.weight", "linear"),
-    Row("blocks_{i}/key/kernel", "model.layers.{i}.self_attn.k_proj.weight", "linear"),
-    Row("blocks_{i}/value/kernel", "model.layers.{i}.self_attn.v_proj.weight", "linear"),
-    Row("blocks_{i}/out/kernel", "model.layers.{i}.self_attn.o_proj.weight", "linear"),
-    Row("blocks_{i}/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight"),
-    Row("blocks_{i}/gate/kernel", "model.layers.{i}.mlp.gate_proj.weight", "linear"),
-    Row("blocks_{i}/up/kernel", "model.layers.{i}.mlp.up_proj.weight", "linear"),
-    Row("blocks_{i}/down/kernel", "model.layers.{i}.mlp.down_proj.weight", "linear"),
-]
-ENDS = [Row("embedding", "model.embed_tokens.weight"), Row("norm/scale", "model.norm.weight")]
-HEAD = Row("lm_head", "lm_head.weight", "linear")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def rows(depth: int, tied: bool, prefix: str = "") -> list[Row]:
-    """Every parameter of a model; `tied` ones have no output matrix of their own."""
-    table = [*ENDS, *([] if tied else [HEAD]), *weight_map.numbered(LAYER, depth)]
-    return [row._replace(torch=prefix + row.torch) for row in table]
+def rows(llm: Llama) -> list[Row]:
+    """Every parameter of a model; the head of a tied one is its embedding and has no row."""
+    ours, theirs = "blocks_{i}", "model.layers.{i}"
+    layer = [
+        Row(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
+        Row(f"{ours}/out/kernel", f"{theirs}.self_attn.o_proj.weight", "heads_in"),
+        Row(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"),
+        *[
+            Row(f"{ours}/{name}/kernel", f"{theirs}.mlp.{name}_proj.weight", "linear")
+            for name in ("gate", "up", "down")
+        ],
+    ]
+    for name, heads in (("query", llm.num_heads), ("key", llm.num_kv_heads), ("value", llm.num_kv_heads)):
+        letter = f"{theirs}.self_attn.{name[0]}"
+        layer.append(Row(f"{ours}/{name}/kernel", f"{letter}_proj.weight", "heads_out", heads))
+    head = [] if llm.tie_embeddings else [Row("lm_head", HEAD, "linear")]
+    return [
+        Row("embedding", EMBEDDING),
+        Row("norm/scale", "model.norm.weight"),
+        *head,
+        *weight_map.numbered(layer, llm.depth),
+    ]
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], num_heads: int, prefix: str = "") -> dict:
-    """Parameters of a scanned `Llama` from Hugging Face tensors whose names start with `prefix`; dtypes are kept.
+def from_hf(llm: Llama, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:
+    """Parameters of a scanned model from the tensors whose names start with `prefix`; dtypes are kept.
 
-    The depth is that of the names, and a model without `lm_head.weight` is a tied one.
+    Files may hold more: a tied model's head, which is its embedding, and in old ones the rotary frequencies.
 
     Raises:
-      UserError: names missing or left over, both lists shown.
+      UserError: names missing or left over, both lists shown; a head that differs from the embedding of a tied model.
     """
-    tensors = weight_map.View(tensors, {name: name for name in tensors if name.startswith(prefix)})
-    start = f"{prefix}model.layers."
-    depth = len({name[len(start) :].split(".")[0] for name in tensors if name.startswith(start)})
-    if depth == 0:
-        raise UserError(f"no LLaMA layers here: no name starts with {start!r}")
-    tied = prefix + HEAD.torch not in tensors
-    params = weight_map.from_torch(rows(depth, tied, prefix), tensors, num_heads)
-    head_dim = params["blocks_0"]["query"]["kernel"].shape[-1] // num_heads
-    for i in range(depth):
-        block = params[f"blocks_{i}"]
-        for name in ("query", "key", "value"):
-            kernel = block[name]["kernel"]  # (D, N H)
-            block[name]["kernel"] = kernel.reshape(kernel.shape[0], -1, head_dim)
-        kernel = block["out"]["kernel"]  # (N H, D)
-        block["out"]["kernel"] = kernel.reshape(-1, head_dim, kernel.shape[-1])
-    return stacking.stack_layers(params)
+    tensors = weight_map.within(tensors, prefix)
+    if not any(name.startswith("model.layers.") for name in tensors):
+        raise UserError(f"no {type(llm).__name__} layers here: no name starts with '{prefix}model.layers.'")
+    if llm.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise UserError(f"{prefix}{HEAD} is not {prefix}{EMBEDDING}: the model of this size has the two tied")
+    dropped = ("rotary_emb.inv_freq", *[HEAD] * llm.tie_embeddings)
+    kept = weight_map.View(tensors, {name: name for name in tensors if not name.endswith(dropped)})
+    return stacking.stack_layers(weight_map.from_torch(rows(llm), kept, llm.num_heads))
 
 
-def to_hf(params: Mapping, prefix: str = "") -> Tensors:
-    """The inverse of `from_hf`: arrays by Hugging Face name."""
-    unrolled = stacking.unstack_layers(dict(params))
-    depth = sum(name.startswith("blocks_") for name in unrolled)
-    for i in range(depth):
-        block = dict(unrolled[f"blocks_{i}"])
-        for name in ("query", "key", "value"):
-            kernel = block[name]["kernel"]  # (D, N, H)
-            block[name] = {"kernel": kernel.reshape(kernel.shape[0], -1)}
-        kernel = block["out"]["kernel"]  # (N, H, D)
-        block["out"] = {"kernel": kernel.reshape(-1, kernel.shape[-1])}
-        unrolled[f"blocks_{i}"] = block
-    return weight_map.to_torch(rows(depth, "lm_head" not in params, prefix), unrolled)
+def to_hf(llm: Llama, params: Mapping, prefix: str = "") -> Tensors:
+    """The inverse of `from_hf`, the head of a tied model included, as Hugging Face's state dict has it."""
+    tensors = weight_map.to_torch(rows(llm), stacking.unstack_layers(dict(params)))
+    return {prefix + name: x for name, x in (tensors | {HEAD: tensors.get(HEAD, tensors[EMBEDDING])}).items()}
+
+
+def hf_config(llm: Llama) -> dict:
+    """Fields of transformers' config, without its type."""
+    rope = {"rope_type": "default", "rope_theta": llm.rope_theta}
+    if scaling := llm.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return dict(
+        hidden_size=llm.width,
+        num_hidden_layers=llm.depth,
+        num_attention_heads=llm.num_heads,
+        num_key_value_heads=llm.num_kv_heads,
+        head_dim=llm.head_dim or llm.width // llm.num_heads,
+        intermediate_size=llm.ffn,
+        vocab_size=llm.vocab_size,
+        rms_norm_eps=llm.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=llm.tie_embeddings,
+    )

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from simvlg_jax.convert import stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
+from simvlg_jax.models.llms.opt import Opt
 from simvlg_jax.utils.errors import UserError
 
 LAYER = [
@@ -17,8 +20,8 @@ LAYER = [
     *weight_map.linear("blocks_{i}/mlp/fc2", "layers.{i}.fc2"),
 ]
 ENDS = [Row("embedding", "embed_tokens.weight"), Row("position", "embed_positions.weight")]
-NORM = weight_map.layer_norm("norm", "final_layer_norm")  # not in OPT-350m
-PROJECTIONS = [  # only in OPT-350m
+NORM = weight_map.layer_norm("norm", "final_layer_norm")
+PROJECTIONS = [
     Row("project_in/kernel", "project_in.weight", "linear"),
     Row("project_out/kernel", "project_out.weight", "linear"),
 ]
@@ -26,14 +29,15 @@ HEAD = "lm_head.weight"  # the embedding once more, which files may leave out
 DECODER = "model.decoder."
 
 
-def rows(names: Mapping | set, depth: int) -> list[Row]:
-    """The table of a model that has these names, on either side: the last norm and the projections are optional."""
-    optional = [row for row in (*NORM, *PROJECTIONS) if row.torch in names or row.ours in names]
-    return [*ENDS, *optional, *weight_map.numbered(LAYER, depth)]
+def rows(llm: Opt) -> list[Row]:
+    """Every parameter of a model: OPT-350m has no last norm, and it alone has projections."""
+    norm = NORM if llm.pre_norm else []
+    projections = PROJECTIONS if llm.embed_width not in (None, llm.width) else []
+    return [*ENDS, *norm, *projections, *weight_map.numbered(LAYER, llm.depth)]
 
 
-def from_hf(tensors: Mapping, num_heads: int, prefix: str = "") -> dict:
-    """Parameters of a scanned `Opt` from Hugging Face tensors whose names start with `prefix`; dtypes are kept.
+def from_hf(llm: Opt, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:
+    """Parameters of a scanned model from the tensors whose names start with `prefix`; dtypes are kept.
 
     Files saved from the bare decoder ("decoder.layers...") are read too.
 
@@ -44,15 +48,27 @@ def from_hf(tensors: Mapping, num_heads: int, prefix: str = "") -> dict:
     if start is None:
         raise UserError(f"no OPT here: no {prefix + DECODER}embed_tokens.weight")
     decoder = weight_map.within(tensors, start)
-    depth = len({name.split(".")[1] for name in decoder if name.startswith("layers.")})
-    return stacking.stack_layers(weight_map.from_torch(rows(set(decoder), depth), decoder, num_heads))
+    return stacking.stack_layers(weight_map.from_torch(rows(llm), decoder, llm.num_heads))
 
 
-def to_hf(params: Mapping, prefix: str = "") -> Tensors:
-    """The inverse of `from_hf`, the tied `lm_head.weight` included, as Hugging Face's state dict has it."""
-    params = stacking.unstack_layers(dict(params))
-    depth = sum(name.startswith("blocks_") for name in params)
-    names = {f"{top}/{leaf}" for top in ("norm", "project_in", "project_out") for leaf in params.get(top, ())}
-    tensors = weight_map.to_torch(rows(names, depth), params)
+def to_hf(llm: Opt, params: Mapping, prefix: str = "") -> Tensors:
+    """The inverse of `from_hf`, the tied head included, as Hugging Face's state dict has it."""
+    tensors = weight_map.to_torch(rows(llm), stacking.unstack_layers(dict(params)))
     named = {f"{prefix}{DECODER}{name}": x for name, x in tensors.items()}
-    return {**named, prefix + HEAD: named[f"{prefix}{DECODER}embed_tokens.weight"]}
+    return {**named, prefix + HEAD: tensors["embed_tokens.weight"]}
+
+
+def hf_config(llm: Opt) -> dict:
+    """Fields of transformers' config, without its type."""
+    return dict(
+        hidden_size=llm.width,
+        num_hidden_layers=llm.depth,
+        num_attention_heads=llm.num_heads,
+        ffn_dim=llm.ffn,
+        vocab_size=llm.vocab_size,
+        max_position_embeddings=llm.max_positions,
+        word_embed_proj_dim=llm.embed_width or llm.width,
+        do_layer_norm_before=llm.pre_norm,
+        dropout=llm.dropout,
+        tie_word_embeddings=True,
+    )

@@ -26,6 +26,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[st
         partial.chmod(0o644)
 
 
+def current_name(name: str) -> str:
+    """Today's name of a parameter in a file that an older version wrote: vl_proj is in the connector now."""
+    return f"connector/{name}" if name.startswith("vl_proj/") else name
+
+
 def read_flat(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a safetensors file by name, bfloat16 included.
 
@@ -34,7 +39,7 @@ def read_flat(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {current_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
             f"no weights at {path}: train them first (configs/openmoji.py says how), or correct the config"

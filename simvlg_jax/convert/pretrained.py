@@ -6,20 +6,20 @@ a model on the Hugging Face Hub. "" stands for random weights.
 
 from collections.abc import Mapping
 
+import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import bert, evlgen, gguf, stacking
-from simvlg_jax.convert import llama as hf_llama
-from simvlg_jax.convert import opt as hf_opt
+from simvlg_jax.convert import bert, evlgen, families, stacking
 from simvlg_jax.convert import vit as vision
+from simvlg_jax.convert.own_files import current_name
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import ViT
-from simvlg_jax.models.llms.llama import Llama
-from simvlg_jax.models.llms.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import minilm_folder, smollm2_path
 
 
@@ -27,7 +27,7 @@ def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
     """The nested tree of a file that `weights.write_tree` wrote, known by the "/" in its names; None of another."""
     if not any("/" in name for name in tensors):
         return None
-    return traverse_util.unflatten_dict({name: tensors[name] for name in tensors}, sep="/")
+    return traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
 
 
 def load_vit(name: str, model: ViT) -> dict:
@@ -37,11 +37,10 @@ def load_vit(name: str, model: ViT) -> dict:
     return params if model.scan else stacking.unstack_layers(params)
 
 
-def load_bert(name: str, size_name: str) -> dict:
-    """A BERT's parameters for the connector."""
-    size = BERT_SIZES[size_name]
+def load_bert(name: str, connector: Connector) -> dict:
+    """A BERT's parameters for a connector of its depth and heads."""
     path = minilm_folder() if name == "minilm" else resolve(name)
-    return own_tree(open_tensors(path)) or bert.load_bert(path, size["depth"], size["num_heads"], words=False)
+    return own_tree(open_tensors(path)) or bert.load_bert(path, connector.depth, connector.num_heads, words=False)
 
 
 def load_sentence_encoder(sentence: ConfigDict) -> dict:
@@ -51,20 +50,23 @@ def load_sentence_encoder(sentence: ConfigDict) -> dict:
     return bert.load_bert(path, size["depth"], size["num_heads"], words=True, pooler=sentence.pooling == "pooler")
 
 
-def load_llm(name: str, model: Llama | Opt) -> dict:
-    """A language model's parameters; a vocabulary short of the model's gets rows of zeros (Vicuna's pad token)."""
+def load_llm(name: str, llm: nn.Module) -> dict:
+    """A language model's parameters; the tokens that its family adds to the original ones get rows of zeros."""
+    family = families.of_model(llm)
     path = smollm2_path() if name == "smollm2" else resolve(name)
-    if path.suffix == ".gguf":
-        params = gguf.load_llama(path)[1]
+    if path.suffix != ".gguf":
+        tensors = open_tensors(path)
+        params = own_tree(tensors) or family.from_hf(llm, tensors)
+    elif family.from_gguf:
+        params = family.from_gguf(path, llm)
     else:
-        read, tensors = hf_opt.from_hf if isinstance(model, Opt) else hf_llama.from_hf, open_tensors(path)
-        params = own_tree(tensors) or read(tensors, model.num_heads)
-    missing = model.vocab_size - len(params["embedding"])
-    if missing == 1:
-        params["embedding"] = params["embedding"].apply(lambda x: np.pad(x, [(0, 1), (0, 0)]))
+        raise UserError(f"{path}: a model of this llm.size is read from Hugging Face's files, not from GGUF")
+    added = family.added_tokens
+    if added and len(params["embedding"]) == llm.vocab_size - added:
+        params["embedding"] = params["embedding"].apply(lambda x: np.pad(x, [(0, added), (0, 0)]))
         if "lm_head" in params:
-            params["lm_head"] = params["lm_head"].apply(lambda x: np.pad(x, [(0, 0), (0, 1)]))
-    return params if model.scan else stacking.unstack_layers(params)
+            params["lm_head"] = params["lm_head"].apply(lambda x: np.pad(x, [(0, 0), (0, added)]))
+    return params if llm.scan else stacking.unstack_layers(params)
 
 
 def load_published(name: str, model: SimVLG) -> dict:

@@ -6,10 +6,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from simvlg_jax.convert import gguf
+from simvlg_jax.convert import families, gguf
 from simvlg_jax.convert.tensor_files import resolve
 from simvlg_jax.data.text import character_tokenizer
-from simvlg_jax.models.llms.llama import LLAMA_SIZES
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import minilm_folder, smollm2_path
 
@@ -24,12 +23,12 @@ class TokenIds(NamedTuple):
 
 
 def load_text(config: ConfigDict) -> TokenIds:
-    """Tokens as the model was published with: OPT ends a caption with a line break, Vicuna starts it with its EOS.
+    """Tokens as the model was published with, see `Family.caption_ids`; without weights, a token for each character.
 
-    Other models of the LLaMA family start with BOS, or EOS if they have none, and end with EOS. Without weights, a
-    token for each character.
+    Raises:
+      UserError: no tokenizer there, or one without an end token.
     """
-    name, size = config.llm.tokenizer or config.llm.weights, config.llm.size
+    name = config.llm.tokenizer or config.llm.weights
     if not name:
         tokenizer = character_tokenizer()
         pad, start, end = map(tokenizer.token_to_id, ("<pad>", "<s>", "</s>"))
@@ -37,18 +36,11 @@ def load_text(config: ConfigDict) -> TokenIds:
     path = smollm2_path() if name == "smollm2" else resolve(name)
     if path.suffix == ".gguf":
         tokenizer, special = gguf.load_tokenizer(path)
-        start = special.eos_id if special.bos_id is None else special.bos_id
-        return TokenIds(tokenizer, start, special.eos_id, special.pad_id)
-    found = load_hf_tokenizer(path)
-    bos, eos, pad = found.bos_token_id, found.eos_token_id, found.pad_token_id
-    if eos is None:
-        raise UserError(f"the tokenizer in {path} names no eos_token, so captions would have no end")
-    tokenizer = found.backend_tokenizer
-    if size.startswith("opt"):
-        return TokenIds(tokenizer, bos, tokenizer.encode("\n", add_special_tokens=False).ids[0], pad)
-    if size.startswith("vicuna"):
-        return TokenIds(tokenizer, eos, eos, LLAMA_SIZES[size]["vocab_size"] - 1)  # the row added for padding
-    return TokenIds(tokenizer, eos if bos is None else bos, eos, eos if pad is None else pad)
+    else:
+        found = load_hf_tokenizer(path)
+        tokenizer, special = found.backend_tokenizer, gguf.special_ids(found, path)
+    family = families.of_size(config.llm.size)
+    return TokenIds(tokenizer, *family.caption_ids(tokenizer, special, family.sizes[config.llm.size]))
 
 
 def load_hf_tokenizer(path: Path):

@@ -15,11 +15,19 @@ Tensors = dict[str, np.ndarray]
 
 
 class Row(NamedTuple):
-    """One parameter: ours "a/b/kernel", PyTorch's "a.b.weight", and how the array is laid out (see `LAYOUTS`)."""
+    """One parameter.
+
+    Attributes:
+      ours: "a/b/kernel".
+      torch: PyTorch's "a.b.weight".
+      layout: how the array is laid out, see `LAYOUTS`.
+      heads: how many heads it has, if not as many as the model's queries.
+    """
 
     ours: str
     torch: str
     layout: str = "same"
+    heads: int | None = None
 
 
 def _heads_out(w: np.ndarray, heads: int) -> np.ndarray:  # (H*K, D) -> (D, H, K)
@@ -54,7 +62,7 @@ def merge_heads(ours: str, torch: str) -> list[Row]:
 def numbered(rows: Iterable[Row], count: int) -> list[Row]:
     """Writes `{i}` out as 0..count-1."""
     rows = list(rows)
-    return [Row(r.ours.format(i=i), r.torch.format(i=i), r.layout) for i in range(count) for r in rows]
+    return [r._replace(ours=r.ours.format(i=i), torch=r.torch.format(i=i)) for i in range(count) for r in rows]
 
 
 class View(Mapping[str, np.ndarray]):
@@ -82,7 +90,7 @@ def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads
     """Our nested tree from PyTorch tensors; `ignore` are name prefixes that may be left over.
 
     Raises:
-      UserError: names missing or left over, both lists shown.
+      UserError: names missing or left over, both lists shown; a tensor that does not divide into the heads.
     """
     rows = list(rows)
     wanted = {row.torch for row in rows}
@@ -94,7 +102,13 @@ def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads
             f"  missing in the file ({len(missing)}): {', '.join(missing) or 'none'}\n"
             f"  not known to the model ({len(extra)}): {', '.join(extra) or 'none'}"
         )
-    flat = {row.ours: LAYOUTS[row.layout][0](tensors[row.torch], num_heads) for row in rows}
+    flat = {}
+    for row in rows:
+        tensor, heads = tensors[row.torch], row.heads or num_heads
+        try:
+            flat[row.ours] = LAYOUTS[row.layout][0](tensor, heads)
+        except ValueError as error:
+            raise UserError(f"{row.torch} {tensor.shape} cannot be split into the model's {heads} heads") from error
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

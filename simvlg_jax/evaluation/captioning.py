@@ -84,8 +84,9 @@ class Captioning:
                 jax.block_until_ready((loss, output))
             total, count = total + float(loss), count + float(targets)
             captions = self._captioner.decode(gather(output.ids))
-            rows = (captions, gather(output.source_map), gather(batch["index"]), gather(batch["weight"]))
-            for caption, source_map, index, counts in zip(*rows, strict=True):
+            indices, weight = gather(batch["index"]), gather(batch["weight"])  # (B,)
+            maps = [None] * len(indices) if output.source_map is None else gather(output.source_map).tolist()
+            for caption, source_map, index, counts in zip(captions, maps, indices, weight, strict=True):
                 if index < 0:
                     continue
                 if not counts:
@@ -97,7 +98,7 @@ class Captioning:
                     "id": info.id,
                     "references": list(info.references),
                     "caption": caption,
-                    "source_map": source_map.tolist(),
+                    "source_map": source_map,
                 }
         left_out = self.data.report_unreadable(sorted(unreadable))
         return total / max(count, 1.0), [examples[index] for index in sorted(examples)], left_out

@@ -5,13 +5,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import evlgen, own_files
+from simvlg_jax.convert import evlgen, families, own_files
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
-from simvlg_jax.models.llms.llama import Llama
-from simvlg_jax.models.llms.opt import Opt
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import write_json
@@ -23,47 +21,9 @@ VISION = (
 )
 
 
-def text_config(llm: Llama | Opt) -> dict:
-    """transformers' config of a language model."""
-    common = dict(
-        hidden_size=llm.width,
-        num_hidden_layers=llm.depth,
-        num_attention_heads=llm.num_heads,
-        vocab_size=llm.vocab_size,
-    )
-    if isinstance(llm, Opt):
-        return common | dict(
-            model_type="opt",
-            ffn_dim=llm.ffn,
-            max_position_embeddings=llm.max_positions,
-            word_embed_proj_dim=llm.embed_width or llm.width,
-            do_layer_norm_before=llm.pre_norm,
-            dropout=llm.dropout,
-            tie_word_embeddings=True,
-        )
-    rope = {"rope_type": "default", "rope_theta": llm.rope_theta}
-    if scaling := llm.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low,
-            "high_freq_factor": scaling.high,
-            "original_max_position_embeddings": scaling.original_length,
-        }
-    return common | dict(
-        model_type="llama",
-        intermediate_size=llm.ffn,
-        num_key_value_heads=llm.num_kv_heads,
-        head_dim=llm.head_dim or llm.width // llm.num_heads,
-        rms_norm_eps=llm.norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=llm.tie_embeddings,
-    )
-
-
 def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
     """config.json of the folder; see `SimVLGConfig` in modeling_simvlg.py."""
-    connector = model.connector
+    connector, family = model.connector, families.of_model(model.llm)
     return dict(
         model_type="simvlg",
         architectures=["SimVLG"],
@@ -76,7 +36,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
             dropout=connector.dropout,
             merges=list(connector.merges),
         ),
-        text_config=text_config(model.llm),
+        text_config={"model_type": family.hf_type} | family.hf_config(model.llm),
         start_token_id=text.prefix[0],
         prompt_ids=list(text.prefix[1:]),
         end_token_id=text.end,
@@ -118,8 +78,9 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     if model.vit.max_frames:
         raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
     tensors: Tensors = evlgen.to_evlgen(model, params)
-    if isinstance(model.llm, Opt):
-        del tensors["opt_model.lm_head.weight"]  # the embedding once more
+    family = families.of_model(model.llm)
+    if family.hf_config(model.llm)["tie_word_embeddings"]:
+        del tensors[f"{family.evlgen}_model.lm_head.weight"]  # the embedding once more
     own_files.write_arrays(folder / "model.safetensors", tensors, {"format": "pt"})
     text.tokenizer.save(str(folder / "tokenizer.json"))
     special = {name: text.tokenizer.id_to_token(i) for name, i in (("eos_token", text.end), ("pad_token", text.pad_id))}

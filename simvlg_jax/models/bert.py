@@ -20,14 +20,14 @@ BERT_SIZES = {
 
 @struct.dataclass
 class LayerOutput:
-    """tokens (B, T', D); slots (B, T) int32, where each entering token went, or None if none was merged."""
+    """tokens (B, S', D); slots (B, S) int32, where each entering token went, or None if none was merged."""
 
     tokens: jax.Array
     slots: jax.Array | None
 
 
 class BertEmbeddings(nn.Module):
-    """Adds learned positions 0..T-1 and token type 0, then LayerNorm and dropout: (B, T, D) -> (B, T, D)."""
+    """Adds learned positions 0..S-1 and token type 0, then LayerNorm and dropout: (B, S, D) -> (B, S, D)."""
 
     max_positions: int = 512
     type_vocab: int = 2
@@ -36,7 +36,7 @@ class BertEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, init = x.shape[-1], layers.partitioned(layers.BERT_INIT, None, "embed")
+        width, init = x.shape[-1], layers.partitioned(layers.NORMAL_INIT, None, "embed")
         positions = self.param("position", init, (self.max_positions, width))
         types = self.param("token_type", init, (self.type_vocab, width))
         x = x + positions[: x.shape[1]].astype(x.dtype) + types[0].astype(x.dtype)
@@ -48,7 +48,7 @@ class BertLayer(nn.Module):
     """Self-attention, an optional merge of r tokens, then the MLP; LayerNorm after each residual.
 
     The merge (SimVLG, section 3.2) stands between the two halves and compares the mean over heads of the
-    keys of this layer, so attention sees T tokens and the MLP T - r.
+    keys of this layer, so attention sees S tokens and the MLP S - r.
 
     Attributes:
       num_heads: attention heads.
@@ -68,13 +68,13 @@ class BertLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, sizes: jax.Array | None = None) -> LayerOutput:
-        """x (B, T, D); mask optional (B, T), 1 for real tokens (only for text); sizes (B, T), of merged tokens."""
+        """x (B, S, D); mask optional (B, S), 1 for real tokens (only for text); sizes (B, S), of merged tokens."""
         width = x.shape[-1]
         drop = Dropout(self.dropout)
-        heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
-        query = layers.Projection(**heads, name="query")(x)
-        key = layers.Projection(**heads, bias_grad=False, name="key")(x)
-        value = layers.Projection(**heads, name="value")(x)
+        heads, dtype = (width, self.num_heads, width // self.num_heads), self.dtype
+        query = layers.split_heads(*heads, dtype=dtype, name="query")(x)
+        key = layers.split_heads(*heads, bias_grad=False, dtype=dtype, name="key")(x)
+        value = layers.split_heads(*heads, dtype=dtype, name="value")(x)
         context = attend(
             query,
             key,
@@ -83,13 +83,13 @@ class BertLayer(nn.Module):
             bias=jnp.log(sizes)[:, None] if self.proportional_attention else None,
             dropout=drop,
         )  # (B, S, N, H)
-        x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="attention_out")(context))
+        x = x + drop(layers.merge_heads(*heads, dtype=dtype, name="attention_out")(context))
         x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
 
         slots = None
         num_removed = token_merging.mergeable(x.shape[1], self.merge_r)
         if num_removed:
-            slots = token_merging.match(key.mean(2), num_removed)  # (B, T)
+            slots = token_merging.match(key.mean(2), num_removed)  # (B, S)
             shares = sizes if self.weighted_mean else None
             x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
 

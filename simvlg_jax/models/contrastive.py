@@ -39,8 +39,9 @@ class ContrastiveViT(nn.Module):
 
     def setup(self) -> None:
         self.head_norm = layers.LayerNorm(1e-5)
-        self.vision_proj = layers.Linear(self.shared_width, ("embed", "mlp"), dtype=self.dtype)
-        self.text_proj = layers.Linear(self.shared_width, ("embed", "mlp"), dtype=self.dtype)
+        self.vision_proj = layers.torch_dense(self.vit.width, self.shared_width, ("embed", "mlp"), dtype=self.dtype)
+        width = self.sentence_encoder.width
+        self.text_proj = layers.torch_dense(width, self.shared_width, ("embed", "mlp"), dtype=self.dtype)
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(0.07)), ())
 
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> Pair:

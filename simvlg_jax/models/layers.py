@@ -1,7 +1,10 @@
-"""Layers that the vision encoder, the connector and the sentence encoder share.
+"""Layers that the vision encoder, the connector, the sentence encoder and the language models share.
 
 Parameters carry logical axis names ('embed', 'heads', 'head_dim', 'mlp', ...) that `parallel.mesh` maps to the
 device mesh. Heads are an axis of their own in the kernels, so that tensor parallelism splits whole heads.
+
+The letters of axes are the same everywhere: B batch, S tokens (queries), T tokens (keys), N query heads, K key-value
+heads, H head_dim, D width, F hidden width of an MLP, V vocabulary.
 
 A key's bias adds the same to all scores of a query, so softmax takes it out again and its gradient is zero. Where keys
 have a bias it is held constant (`bias_grad=False`): differentiating it gives rounding noise, which AdamW would magnify.
@@ -15,17 +18,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 Initializer = nn.initializers.Initializer
-BERT_INIT = nn.initializers.normal(0.02)
+NORMAL_INIT = nn.initializers.normal(0.02)  # BERT's, and OPT's and LLaMA's
 
 
 def partitioned(init: Initializer, *axes: str | None) -> Initializer:
     return nn.with_logical_partitioning(init, axes)
-
-
-def torch_linear_init(fan_in: int) -> Initializer:
-    """PyTorch's nn.Linear default for weight and bias: uniform in +-1/sqrt(fan_in)."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def split_batch(x: jax.Array) -> jax.Array:
@@ -33,90 +30,78 @@ def split_batch(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with float32 statistics by the two-pass formula, in and out in the input's dtype."""
+class LayerNorm(nn.LayerNorm):
+    """Flax's with the two-pass formula and named axes; statistics in float32, in and out in the input's dtype."""
 
-    epsilon: float
+    use_fast_variance: bool = False
+    scale_init: Initializer = partitioned(nn.initializers.ones, "norm")
+    bias_init: Initializer = partitioned(nn.initializers.zeros, "norm")
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (..., D) -> (..., D)
-        scale = self.param("scale", partitioned(nn.initializers.ones, "norm"), x.shape[-1:])
-        bias = self.param("bias", partitioned(nn.initializers.zeros, "norm"), x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
-        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+        return super().__call__(x).astype(x.dtype)
 
 
-class Linear(nn.Module):
-    """y = x W + b; `axes` name W's two axes.
+def linear(equation: str, x: jax.Array, kernel: jax.Array, dtype: DTypeLike, **options: DTypeLike) -> jax.Array:
+    """Returns jnp.einsum(equation, x, kernel) in `dtype`. Every weight matrix is multiplied here and nowhere else."""
+    return jnp.einsum(equation, x.astype(dtype), kernel.astype(dtype), **options)
+
+
+class Einsum(nn.Module):
+    """A linear map whose kernel keeps its axes apart.
 
     Attributes:
-      features: output width.
-      axes: logical names of the kernel's (input, output) axes.
-      kernel_init, bias_init: initialisers; PyTorch's nn.Linear default when None.
+      equation: of input and kernel, "BSD,DNH->BSNH" say.
+      shape: the kernel's, its first axes those that are summed over.
+      axes: logical names of the kernel's axes.
+      use_bias: whether a bias over the kernel's other axes, those that the input lacks, is added.
+      bias_grad: whether the bias takes a gradient.
+      kernel_init, bias_init: initialisers.
       dtype: compute dtype.
-      use_bias: whether there is a b.
-      bias_grad: whether b takes a gradient.
     """
 
-    features: int
-    axes: tuple[str, str]
-    kernel_init: Initializer | None = None
-    bias_init: Initializer | None = None
-    dtype: DTypeLike = jnp.float32
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
     use_bias: bool = True
     bias_grad: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (..., I) -> (..., O)
-        fan_in = x.shape[-1]
-        default = torch_linear_init(fan_in)
-        kernel_init = partitioned(self.kernel_init or default, *self.axes)
-        bias_init = partitioned(self.bias_init or default, self.axes[1])
-        kernel = self.param("kernel", kernel_init, (fan_in, self.features))
-        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        if self.use_bias:
-            bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
-            out = out + (bias if self.bias_grad else jax.lax.stop_gradient(bias))
-        return out
-
-
-class Projection(nn.Module):
-    """One of query, key or value: (B, T, D) -> (B, T, H, K), with its kernel as (D, H, K)."""
-
-    num_heads: int
-    head_dim: int
-    use_bias: bool = True
-    bias_grad: bool = True
-    kernel_init: Initializer = BERT_INIT
+    kernel_init: Initializer = NORMAL_INIT
+    bias_init: Initializer = nn.initializers.zeros
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.num_heads, self.head_dim)
-        kernel = self.param("kernel", partitioned(self.kernel_init, "embed", "heads", "head_dim"), shape)
-        out = jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel.astype(self.dtype))
+        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), self.shape)
+        out = linear(self.equation, x, kernel, self.dtype)
         if self.use_bias:
-            bias = self.param("bias", partitioned(nn.initializers.zeros, "heads", "head_dim"), shape[1:])
-            bias = bias.astype(self.dtype)
-            out = out + (bias if self.bias_grad else jax.lax.stop_gradient(bias))
+            inputs, letters = self.equation.split("->")[0].split(",")
+            summed = sum(letter in inputs for letter in letters)
+            bias = self.param("bias", partitioned(self.bias_init, *self.axes[summed:]), self.shape[summed:])
+            out = out + (bias if self.bias_grad else jax.lax.stop_gradient(bias)).astype(self.dtype)
         return out
 
 
-class MergeHeads(nn.Module):
-    """The attention's output projection: (B, T, H, K) -> (B, T, D), with its kernel as (H, K, D)."""
+def dense(fan_in: int, features: int, axes: tuple[str | None, str | None], **options) -> Einsum:
+    """Returns y = x W + b over the last axis: (..., fan_in) -> (..., features)."""
+    return Einsum("...D,DF->...F", (fan_in, features), axes, **options)
 
-    features: int
-    kernel_init: Initializer = BERT_INIT
-    dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*x.shape[-2:], self.features)
-        kernel = self.param("kernel", partitioned(self.kernel_init, "heads", "head_dim", "embed"), shape)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, "embed"), (self.features,))
-        return jnp.einsum("BTHK,HKD->BTD", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+def torch_dense(fan_in: int, features: int, axes: tuple[str | None, str | None], **options) -> Einsum:
+    """Returns `dense` with the initialisation of PyTorch's nn.Linear: uniform in +-1/sqrt(fan_in), the bias too."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return dense(fan_in, features, axes, kernel_init=init, bias_init=init, **options)
+
+
+def split_heads(width: int, num_heads: int, head_dim: int, heads: str = "heads", **options) -> Einsum:
+    """Returns the map to queries, keys or values: (B, S, D) -> (B, S, N, H)."""
+    return Einsum("BSD,DNH->BSNH", (width, num_heads, head_dim), ("embed", heads, "head_dim"), **options)
+
+
+def merge_heads(width: int, num_heads: int, head_dim: int, **options) -> Einsum:
+    """Returns the output map of attention: (B, S, N, H) -> (B, S, D)."""
+    return Einsum("BSNH,NHD->BSD", (num_heads, head_dim, width), ("heads", "head_dim", "embed"), **options)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -130,15 +115,14 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between: (B, T, D) -> (B, T, D)."""
+    """Two linear layers with an activation between: (..., D) -> (..., D)."""
 
     hidden: int
     activation: Callable[[jax.Array], jax.Array] = gelu
-    kernel_init: Initializer = BERT_INIT
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = {"kernel_init": self.kernel_init, "bias_init": nn.initializers.zeros, "dtype": self.dtype}
-        h = Linear(self.hidden, ("embed", "mlp"), name="fc1", **init)(x)
-        return Linear(x.shape[-1], ("mlp", "embed"), name="fc2", **init)(self.activation(h))
+        width = x.shape[-1]
+        h = dense(width, self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
+        return dense(self.hidden, width, ("mlp", "embed"), dtype=self.dtype, name="fc2")(self.activation(h))

@@ -26,13 +26,13 @@ class SentenceEncoder(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """ids, mask (B, L) int32 -> (B, D) float32; of unit length if it is a mean."""
-        init = layers.partitioned(layers.BERT_INIT, "vocab", "embed")
+        init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
         words = self.param("word", init, (self.vocab_size, self.width))
         x = bert.BertEmbeddings(dropout=0.0, name="embeddings")(words[ids].astype(self.dtype))
         for i in range(self.depth):
             x = bert.BertLayer(self.num_heads, dropout=0.0, dtype=self.dtype, name=f"layer_{i}")(x, mask).tokens
         if self.pooling == "pooler":
-            dense = layers.Linear(self.width, ("embed", "mlp"), dtype=self.dtype, name="pooler")
+            dense = layers.torch_dense(self.width, self.width, ("embed", "mlp"), dtype=self.dtype, name="pooler")
             return jnp.tanh(dense(x[:, 0]).astype(jnp.float32))
         weights = mask[..., None].astype(jnp.float32)
         pooled = jnp.sum(x * weights, 1) / jnp.maximum(weights.sum(1), 1.0)

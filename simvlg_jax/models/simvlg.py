@@ -7,8 +7,9 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
-from simvlg_jax.models.connectors.tomeformer import TomeFormerOutput
+from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders import vit
+from simvlg_jax.models.losses import token_cross_entropy
 
 
 @struct.dataclass
@@ -16,18 +17,14 @@ class VisualOutput:
     """What the picture becomes on its way to the language model.
 
     Attributes:
-      frames: (B, N, C) the ViT's output; of a clip (B, F, N, C), averaged over its frames before ln_vision.
-      ln: (B, N, C) after ln_vision.
-      connector: (B, P, D) the TomeFormer's last hidden state.
+      connector: (B, P, D) the connector's tokens.
       prefix: (B, P, E) the soft prompt.
-      source_map: (B, N) int32, which prefix token each ViT token became part of.
+      source_map: (B, N) int32, which prefix token each ViT token became part of, or None.
     """
 
-    frames: jax.Array
-    ln: jax.Array
     connector: jax.Array
     prefix: jax.Array
-    source_map: jax.Array
+    source_map: jax.Array | None
 
 
 @struct.dataclass
@@ -42,13 +39,13 @@ CONTRAST_WIDTH = 256  # of the space that pictures and sentences are compared in
 
 
 class SimVLG(nn.Module):
-    """The whole captioner. Parameters: vit, ln_vision, vl_proj, connector, llm_proj, llm.
+    """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
 
     With a sentence encoder also sentence_encoder, vision_proj, text_proj, temperature: the auxiliary contrastive loss.
 
     Attributes:
       vit: a `ViT`.
-      connector: a `TomeFormer`.
+      connector: a `Connector`.
       llm: a language model with `width`, `embed`, `logits` and `__call__` as `Llama` has.
       dtype: compute dtype of the projections.
       start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
@@ -68,29 +65,29 @@ class SimVLG(nn.Module):
 
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
-        self.vl_proj = layers.Linear(self.connector.width, ("mlp", "embed"), dtype=self.dtype)
-        self.llm_proj = layers.Linear(self.llm.width, ("embed", "mlp"), dtype=self.dtype)
+        width, axes, dtype = self.connector.width, ("embed", "mlp"), self.dtype
+        self.llm_proj = layers.torch_dense(width, self.llm.width, axes, dtype=dtype)
         if self.sentence_encoder is not None:
-            self.vision_proj = layers.Linear(CONTRAST_WIDTH, ("embed", "mlp"), dtype=self.dtype)
-            self.text_proj = layers.Linear(CONTRAST_WIDTH, ("embed", "mlp"), dtype=self.dtype)
+            self.vision_proj = layers.torch_dense(width, CONTRAST_WIDTH, axes, dtype=dtype)
+            self.text_proj = layers.torch_dense(self.sentence_encoder.width, CONTRAST_WIDTH, axes, dtype=dtype)
             self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
 
     def encode_image(self, images: jax.Array) -> VisualOutput:
         """images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or already normalised floats."""
-        frames, ln, merged = self._connect(images)
-        return VisualOutput(frames, ln, merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
+        merged = self._connect(images)
+        return VisualOutput(merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
 
-    def _connect(self, images: jax.Array) -> tuple[jax.Array, jax.Array, TomeFormerOutput]:
-        """`encode_image` as far as the connector: (frames, ln, the connector's output)."""
+    def _connect(self, images: jax.Array) -> ConnectorOutput:
+        """`encode_image` as far as the connector."""
         if images.dtype == jnp.uint8:
             images = vit.normalize_images(images, self.dtype)
         if self.vit.temporal and images.ndim == 4:
             images = images[:, None]  # a picture is a clip of one frame
-        frames = self.vit(images)
+        tokens = self.vit(images)  # (B, N, C), of clips (B, F, N, C)
         if not self.vit_grad:
-            frames = jax.lax.stop_gradient(frames)
-        ln = self.ln_vision(frames.mean(1) if images.ndim == 5 else frames)
-        return frames, ln, self.connector(self.vl_proj(ln))
+            tokens = jax.lax.stop_gradient(tokens)
+        tokens = tokens.mean(1) if images.ndim == 5 else tokens
+        return self.connector(self.ln_vision(tokens))
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """ids (B, L) int32 -> (B, L, E)."""
@@ -124,16 +121,12 @@ class SimVLG(nn.Module):
         Returns:
           ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32).
         """
-        return self.next_token_losses(self(images, ids, mask).hidden, ids, targets)
+        return self.next_token_losses(self(images, ids, mask).hidden, targets)
 
-    def next_token_losses(self, hidden: jax.Array, ids: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def next_token_losses(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`caption_losses` from the language model's states (B, P + L, E)."""
         # Text token i is predicted from the position before it, the first one from the last prefix token.
-        logits = self.llm.logits(hidden[:, -ids.shape[1] - 1 : -1])  # (B, L, V)
-        wanted = (targets >= 0).astype(jnp.float32)
-        log_probs = jax.nn.log_softmax(logits, -1)
-        picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]  # (B, L)
-        return -jnp.sum(picked * wanted, 1), jnp.sum(wanted, 1)
+        return token_cross_entropy(hidden[:, -targets.shape[1] - 1 : -1], self.llm.logits, targets)
 
     def losses_and_pair(
         self,
@@ -151,12 +144,11 @@ class SimVLG(nn.Module):
         """
         out = self(images, ids, mask)
         pair = self._pair(out.visual.connector, sentence_ids, sentence_mask)
-        return *self.next_token_losses(out.hidden, ids, targets), pair
+        return *self.next_token_losses(out.hidden, targets), pair
 
     def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """The pair of `losses_and_pair`, without the language model."""
-        *_, merged = self._connect(images)
-        return self._pair(merged.tokens, sentence_ids, sentence_mask)
+        return self._pair(self._connect(images).tokens, sentence_ids, sentence_mask)
 
     def _pair(self, connector: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """The connector's class token, of (B, P, D), and the captions (B, L')."""

@@ -1,20 +1,19 @@
 """The parts of a model, and its texts, from a config."""
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
-from simvlg_jax.convert import tokenizers
+from simvlg_jax.convert import families, tokenizers
+from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data import text
 from simvlg_jax.data.batch import TextSpec
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.connectors.token_merging import merge_schedule, schedule_down_to
-from simvlg_jax.models.connectors.tomeformer import TomeFormer
+from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
-from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
-from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.tasks import params
 from simvlg_jax.utils.errors import UserError
@@ -32,41 +31,24 @@ def build_vit(config: ConfigDict) -> ViT:
     )
 
 
-def build_llm(config: ConfigDict) -> Llama | Opt:
+def build_llm(config: ConfigDict) -> nn.Module:
     llm = config.llm
-    size = lookup({**LLAMA_SIZES, **OPT_SIZES}, "llm.size", llm.size)
+    family = families.of_size(llm.size)
     options = dict(scan=llm.scan, remat=llm.remat, dtype=jnp.dtype(config.dtype))
-    if llm.size in OPT_SIZES:
-        return Opt(**size, dropout=llm.dropout, **options)
     if llm.dropout:
-        raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
-    return Llama(**size, **options)
+        if not hasattr(family.module, "dropout"):
+            raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
+        options["dropout"] = llm.dropout
+    return family.module(**family.sizes[llm.size], **options)
 
 
-def build_connector(config: ConfigDict, num_tokens: int) -> TomeFormer:
-    """The TomeFormer for `num_tokens` visual tokens, with the schedule that the config asks for."""
-    connector = config.connector
-    size = lookup(BERT_SIZES, "connector.size", connector.size)
-    if connector.r and connector.tokens:
-        raise UserError("connector.r and connector.tokens are two ways to say one thing: set one of them to 0", 2)
+def build_connector(config: ConfigDict, num_tokens: int) -> Connector:
+    """The connector for `num_tokens` visual tokens."""
+    kind = lookup(CONNECTORS, "connector.type", config.connector.type)
     try:
-        if connector.tokens:
-            merges = schedule_down_to(size["depth"], num_tokens, connector.tokens)
-        elif connector.r:
-            ramp = {"r": connector.r, "inflect": connector.inflect} if connector.inflect else connector.r
-            merges = merge_schedule(size["depth"], ramp)
-        else:
-            merges = merge_schedule(size["depth"], tuple(connector.merges))
+        return kind.build(config.connector, num_tokens, jnp.dtype(config.dtype))
     except ValueError as error:
-        raise UserError(f"connector.{'tokens' if connector.tokens else 'merges'}: {error}", 2) from error
-    return TomeFormer(
-        **size,
-        merges=merges,
-        dropout=connector.dropout,
-        weighted_mean=connector.weighted_mean,
-        proportional_attention=connector.proportional_attention,
-        dtype=jnp.dtype(config.dtype),
-    )
+        raise UserError(str(error), 2) from error
 
 
 def build_text_encoder(config: ConfigDict) -> text.TextEncoder:
@@ -109,14 +91,14 @@ def sentence_spec(config: ConfigDict) -> TextSpec:
 def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
     """Raises UserError with every loaded array whose shape is not the model's.
 
-    Of a loaded module only what video adds to an image model may be missing.
+    Of a loaded module only what video adds to an image model, and what no BERT has, may be missing.
     """
     wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
     found = traverse_util.flatten_dict(loaded, sep="/")
     wrong = [
         f"{name}: model {getattr(wanted.get(name), 'shape', 'has none')}, weights {np.shape(found.get(name))}"
         for name in sorted(set(wanted) | set(found))
-        if (name not in found and params.TEMPORAL.isdisjoint(name.split("/")))
+        if (name not in found and params.ADDED.isdisjoint(name.split("/")))
         or (name in found and (name not in wanted or wanted[name].shape != np.shape(found[name])))
     ]
     if wrong:

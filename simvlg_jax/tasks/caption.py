@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from simvlg_jax.convert import pretrained
+from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data.batch import BatchSpec, Pictures
 from simvlg_jax.models.contrastive import Pair
 from simvlg_jax.models.simvlg import SimVLG
@@ -77,8 +78,12 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
     """By default connector, ln_vision and projections are trained, as published, and in video the temporal merging."""
     lr = config.optimizer.lr_multipliers
     rules = []
-    for name in ("ln_vision", "vl_proj", "connector", "llm_proj"):
+    for name in ("ln_vision", "llm_proj"):
         rules += params.trained(name, lr[name])
+    rules += [
+        *params.trained("connector/vl_proj", lr.vl_proj),
+        *params.trained("connector/(?!vl_proj/).*", lr.connector),
+    ]
     rules += params.trained("llm", lr.llm) if config.llm.train else params.frozen("llm/.*")
     if config.vit.train:
         rules += params.trained("vit", lr.vit)
@@ -102,7 +107,7 @@ def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Para
     if config.vit.weights:
         loaded["vit"] = pretrained.load_vit(config.vit.weights, model.vit)
     if config.connector.weights:
-        loaded["connector"] = pretrained.load_bert(config.connector.weights, config.connector.size)
+        loaded["connector"] = CONNECTORS[config.connector.type].load(config.connector.weights, model.connector)
     if config.llm.weights:
         loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
     if config.train.beta and config.sentence_encoder.weights:

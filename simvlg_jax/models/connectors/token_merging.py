@@ -112,28 +112,21 @@ def match(metric: jax.Array, r: int) -> jax.Array:
     return slots.at[:, ::2].set(a_slots.astype(jnp.int32)).at[:, 1::2].set(b_slots.astype(jnp.int32))
 
 
-def merge(
-    tokens: jax.Array, slots: jax.Array, num_slots: int, reduce: str = "mean", sizes: jax.Array | None = None
-) -> jax.Array:
-    """Reduces tokens (B, T, D) that share a slot of `match`: (B, num_slots, D), the dtype of `tokens`.
+def merge(tokens: jax.Array, slots: jax.Array, num_slots: int, sizes: jax.Array | None = None) -> jax.Array:
+    """Averages tokens (B, T, D) that share a slot of `match`: (B, num_slots, D), the dtype of `tokens`.
 
     Args:
       tokens: (B, T, D).
       slots: (B, T) int32, every slot used at least once.
       num_slots: T - r'.
-      reduce: "mean" (published), "sum" or "amax".
-      sizes: optional (B, T), how much each token counts in the mean (ToMe: how many patches it is made of).
+      sizes: optional (B, T), how much each token counts (ToMe: how many patches it is made of; published: one each).
     """
-    if reduce == "amax":
-        return jax.vmap(lambda x, slot: jax.ops.segment_max(x, slot, num_slots))(tokens, slots)
     weights = jax.nn.one_hot(slots, num_slots, dtype=jnp.float32 if sizes is not None else tokens.dtype)  # (B, T, S)
     if sizes is not None:
         weights = weights * sizes[..., None]
     # "highest": the sum must not lose bits where the default matmul precision is lower than the tokens' own.
     total = jnp.einsum("BTS,BTD->BSD", weights, tokens, precision="highest", preferred_element_type=jnp.float32)
-    if reduce == "mean":
-        total = total / jnp.sum(weights, 1, dtype=jnp.float32)[..., None]
-    return total.astype(tokens.dtype)
+    return (total / jnp.sum(weights, 1, dtype=jnp.float32)[..., None]).astype(tokens.dtype)
 
 
 def slot_sizes(source_map: jax.Array, num_slots: int) -> jax.Array:

@@ -27,9 +27,9 @@ class TemporalMerge(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (B, F, P, D) -> (B, F, P, D), to be added to x
-        init = {"kernel_init": layers.BERT_INIT, "bias_init": nn.initializers.zeros, "dtype": self.dtype}
-        query = layers.Linear(self.width, ("embed", "mlp"), name="query", **init)(x)
-        key = layers.Linear(self.width, ("embed", "mlp"), bias_grad=False, name="key", **init)(x)
+        sizes, dtype = (x.shape[-1], self.width, ("embed", "mlp")), self.dtype
+        query = layers.dense(*sizes, dtype=dtype, name="query")(x)
+        key = layers.dense(*sizes, bias_grad=False, dtype=dtype, name="key")(x)
         alpha = self.param("alpha", layers.partitioned(nn.initializers.zeros), ())
         query, key, value = (
             einops.rearrange(t, "B F P (N H) -> (B P) F N H", N=self.num_heads)

@@ -45,13 +45,13 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:  # (B, N, D) or (B, F, N, D), the same
         shape, width = x.shape, x.shape[-1]
         x = x.reshape(-1, *shape[-2:])
-        heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
+        heads, dtype = (width, self.num_heads, width // self.num_heads), self.dtype
         y = layers.LayerNorm(self.norm_eps, name="norm1")(x)
-        query = layers.Projection(**heads, name="query")(y)
-        key = layers.Projection(**heads, use_bias=self.key_bias, bias_grad=False, name="key")(y)
-        value = layers.Projection(**heads, name="value")(y)
+        query = layers.split_heads(*heads, dtype=dtype, name="query")(y)
+        key = layers.split_heads(*heads, use_bias=self.key_bias, bias_grad=False, dtype=dtype, name="key")(y)
+        value = layers.split_heads(*heads, dtype=dtype, name="value")(y)
         context = attend(query, key, value)  # (B, S, N, H)
-        x = x + layers.MergeHeads(width, dtype=self.dtype, name="out")(context)
+        x = x + layers.merge_heads(*heads, dtype=dtype, name="out")(context)
         if self.temporal:
             clips = x.reshape(shape)
             x = (clips + TemporalMerge(dtype=self.dtype, name="temporal_merge")(clips)).reshape(x.shape)
@@ -109,17 +109,12 @@ class ViT(nn.Module):
         batch, side = images.shape[:-3], self.patch_size
         # A strided convolution as a matmul over patches.
         patches = einops.rearrange(images, "... (rows p) (columns q) c -> ... (rows columns) (p q c)", p=side, q=side)
-        embed = layers.Linear(
-            self.width,
-            ("patch", "embed"),
-            layers.BERT_INIT,
-            nn.initializers.zeros,
-            self.dtype,
-            self.patch_bias,
-            name="patch_embed",
+        axes = ("patch", "embed")
+        embed = layers.dense(
+            3 * side**2, self.width, axes, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed"
         )
         x = embed(patches)  # (..., N - 1, D)
-        init = layers.partitioned(layers.BERT_INIT, None, None, "embed")
+        init = layers.partitioned(layers.NORMAL_INIT, None, None, "embed")
         cls = self.param("cls", init, (1, 1, self.width))
         positions = self.param("position", init, (1, self.num_tokens, self.width))
         cls = jnp.broadcast_to(cls[0].astype(x.dtype), (*batch, 1, self.width))

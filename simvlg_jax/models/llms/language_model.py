@@ -19,8 +19,6 @@ from simvlg_jax.models import layers
 # key, value (L, B, T, K, H); mask (B, T) int32, 1 for slots that hold a real token; index () int32, the next free slot.
 Cache = dict[str, jax.Array]
 
-KERNEL_INIT = nn.initializers.normal(0.02)
-
 
 @struct.dataclass
 class LlmOutput:
@@ -28,21 +26,6 @@ class LlmOutput:
 
     hidden: jax.Array
     cache: Cache | None = None
-
-
-class Einsum(nn.Module):
-    """A linear map without bias whose kernel keeps its axes apart, (D, N, H) say, each with its logical name."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(KERNEL_INIT, self.axes)
-        kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        return jnp.einsum(equation, x, kernel.astype(self.dtype))
 
 
 def make_blocks(block: type[nn.Module], fields: Sequence, depth: int, scan: bool, remat: bool, shared: int):

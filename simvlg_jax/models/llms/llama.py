@@ -1,4 +1,4 @@
-"""LLaMA-family decoder (LLaMA, Vicuna, TinyLlama, SmolLM2), fed with embeddings."""
+"""LLaMA decoder (LLaMA, TinyLlama, SmolLM2; Vicuna in a file of its own), fed with embeddings."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import layers
 from simvlg_jax.models.attention import attend
 from simvlg_jax.models.llms import language_model
-from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
+from simvlg_jax.models.llms.language_model import Cache, LlmOutput
 
 
 class RopeScaling(NamedTuple):
@@ -52,9 +52,6 @@ LLAMA_SIZES = {
     "tinyllama_1.1b": dict(
         width=2048, depth=22, num_heads=32, num_kv_heads=4, ffn=5632, vocab_size=32000, norm_eps=1e-5
     ),
-    # 32000 tokens and the pad token that the published code adds.
-    "vicuna_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32001),
-    "vicuna_13b": dict(width=5120, depth=40, num_heads=40, num_kv_heads=40, ffn=13824, vocab_size=32001),
     "llama2_7b": dict(width=4096, depth=32, num_heads=32, num_kv_heads=32, ffn=11008, vocab_size=32000, norm_eps=1e-5),
     "llama3_8b": LLAMA3_8B,
     "llama3.1_8b": LLAMA3_8B | dict(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
@@ -79,15 +76,13 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in float32: (..., D) -> (..., D) in the input's dtype."""
 
     epsilon: float
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        scale = self.param("scale", layers.partitioned(nn.initializers.ones, "norm"), x.shape[-1:])
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
-        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
+        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale).astype(x.dtype)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -122,7 +117,6 @@ class Block(nn.Module):
     ffn: int
     norm_eps: float
     dtype: DTypeLike
-    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -135,26 +129,23 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
         width, heads, kv_heads, head_dim = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kv_shape, kv_axes = (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+        plain = dict(use_bias=False, dtype=self.dtype)
 
-        y = RMSNorm(self.norm_eps, self.param_dtype, name="attention_norm")(x)
-        query = Einsum((width, heads, head_dim), ("embed", "heads", "head_dim"), **dtypes, name="query")
-        query = rotate(query("BSD,DNH->BSNH", y), *rotary)
-        key = rotate(Einsum(kv_shape, kv_axes, **dtypes, name="key")("BSD,DKH->BSKH", y), *rotary)
-        value = Einsum(kv_shape, kv_axes, **dtypes, name="value")("BSD,DKH->BSKH", y)
+        y = RMSNorm(self.norm_eps, name="attention_norm")(x)
+        query = rotate(layers.split_heads(width, heads, head_dim, **plain, name="query")(y), *rotary)
+        key = rotate(layers.split_heads(width, kv_heads, head_dim, "kv_heads", **plain, name="key")(y), *rotary)
+        value = layers.split_heads(width, kv_heads, head_dim, "kv_heads", **plain, name="value")(y)
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
         context = attend(query, key, value, mask=visible)  # (B, S, N, H)
-        out = Einsum((heads, head_dim, width), ("heads", "head_dim", "embed"), **dtypes, name="out")
-        x = x + out("BSNH,NHD->BSD", context)
+        x = x + layers.merge_heads(width, heads, head_dim, **plain, name="out")(context)
 
-        y = RMSNorm(self.norm_eps, self.param_dtype, name="mlp_norm")(x)
-        gate = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="gate")("BSD,DF->BSF", y)
-        up = Einsum((width, self.ffn), ("embed", "mlp"), **dtypes, name="up")("BSD,DF->BSF", y)
-        down = Einsum((self.ffn, width), ("mlp", "embed"), **dtypes, name="down")
-        x = layers.split_batch(x + down("BSF,FD->BSD", nn.silu(gate) * up))
+        y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
+        gate = layers.dense(width, self.ffn, ("embed", "mlp"), **plain, name="gate")(y)
+        up = layers.dense(width, self.ffn, ("embed", "mlp"), **plain, name="up")(y)
+        down = layers.dense(self.ffn, width, ("mlp", "embed"), **plain, name="down")
+        x = layers.split_batch(x + down(nn.silu(gate) * up))
         return (x, key_cache, value_cache), None
 
 
@@ -173,7 +164,6 @@ class Llama(nn.Module):
       scan: the blocks as one scanned block with stacked parameters ("blocks"), else unrolled ("blocks_0", ...).
       remat: recompute each block's activations in the backward pass.
       dtype: compute dtype; norms and softmax are float32 whatever it is.
-      param_dtype: dtype in which parameters are initialised.
     """
 
     width: int
@@ -190,7 +180,6 @@ class Llama(nn.Module):
     scan: bool = True
     remat: bool = False
     dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @property
     def _head_dim(self) -> int:
@@ -201,16 +190,14 @@ class Llama(nn.Module):
         return rotary_frequencies(self._head_dim, self.rope_theta, self.rope_scaling)
 
     def setup(self) -> None:
-        embedding_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, ("vocab", "embed"))
-        self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width), self.param_dtype)
-        fields = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps)
-        fields = (*fields, self.dtype, self.param_dtype)
+        embedding_init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
+        self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width))
+        fields = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps, self.dtype)
         self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=1)
-        self.norm = RMSNorm(self.norm_eps, self.param_dtype)
+        self.norm = RMSNorm(self.norm_eps)
         if not self.tie_embeddings:
-            shape, axes = (self.width, self.vocab_size), ("embed", "vocab")
-            head_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, axes)
-            self.lm_head = self.param("lm_head", head_init, shape, self.param_dtype)
+            head_init = layers.partitioned(layers.NORMAL_INIT, "embed", "vocab")
+            self.lm_head = self.param("lm_head", head_init, (self.width, self.vocab_size))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """ids (B, S) int32 -> (B, S, D)."""
@@ -233,9 +220,9 @@ class Llama(nn.Module):
         return LlmOutput(self.norm(x), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden (B, T, D) -> (B, T, V) float32."""
-        equation, kernel = ("BTD,VD->BTV", self.embedding) if self.tie_embeddings else ("BTD,DV->BTV", self.lm_head)
-        return jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        """hidden (B, S, D) -> (B, S, V) float32."""
+        equation, kernel = ("BSD,VD->BSV", self.embedding) if self.tie_embeddings else ("BSD,DV->BSV", self.lm_head)
+        return layers.linear(equation, hidden, kernel, self.dtype, preferred_element_type=jnp.float32)
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Cache:

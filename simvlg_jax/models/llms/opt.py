@@ -9,7 +9,7 @@ from simvlg_jax.models import layers
 from simvlg_jax.models.attention import attend
 from simvlg_jax.models.dropout import Dropout
 from simvlg_jax.models.llms import language_model
-from simvlg_jax.models.llms.language_model import Cache, Einsum, LlmOutput
+from simvlg_jax.models.llms.language_model import Cache, LlmOutput
 
 POSITION_OFFSET = 2  # rows of the position table that no real token uses
 NORM_EPS = 1e-5
@@ -45,20 +45,20 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
         width = x.shape[-1]
-        heads = {"num_heads": self.num_heads, "head_dim": width // self.num_heads, "dtype": self.dtype}
+        heads, dtype = (width, self.num_heads, width // self.num_heads), self.dtype
         drop = Dropout(self.dropout)
         attention_norm = layers.LayerNorm(NORM_EPS, name="attention_norm")
         mlp_norm = layers.LayerNorm(NORM_EPS, name="mlp_norm")
 
         y = attention_norm(x) if self.pre_norm else x
-        query = layers.Projection(**heads, name="query")(y)
-        key = layers.Projection(**heads, bias_grad=False, name="key")(y)
-        value = layers.Projection(**heads, name="value")(y)
+        query = layers.split_heads(*heads, dtype=dtype, name="query")(y)
+        key = layers.split_heads(*heads, bias_grad=False, dtype=dtype, name="key")(y)
+        value = layers.split_heads(*heads, dtype=dtype, name="value")(y)
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
         context = attend(query, key, value, mask=visible)  # (B, S, N, H)
-        x = x + drop(layers.MergeHeads(width, dtype=self.dtype, name="out")(context))
+        x = x + drop(layers.merge_heads(*heads, dtype=dtype, name="out")(context))
         x = x if self.pre_norm else attention_norm(x)
 
         y = mlp_norm(x) if self.pre_norm else x
@@ -102,23 +102,24 @@ class Opt(nn.Module):
         return self.embed_width not in (None, self.width)
 
     def setup(self) -> None:
-        table_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, ("vocab", "embed"))
+        table_init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
         self.embedding = self.param("embedding", table_init, (self.vocab_size, self.embed_width or self.width))
         rows = self.max_positions + POSITION_OFFSET
-        position_init = nn.with_logical_partitioning(language_model.KERNEL_INIT, (None, "embed"))
+        position_init = layers.partitioned(layers.NORMAL_INIT, None, "embed")
         self.position = self.param("position", position_init, (rows, self.width))
         fields = (self.num_heads, self.ffn, self.pre_norm, self.dropout, self.dtype)
         self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=0)
         if self.pre_norm:
             self.norm = layers.LayerNorm(NORM_EPS)
         if self._projects:
-            self.project_in = Einsum((self.embed_width, self.width), (None, "embed"), self.dtype)
-            self.project_out = Einsum((self.width, self.embed_width), ("embed", None), self.dtype)
+            plain = dict(use_bias=False, dtype=self.dtype)
+            self.project_in = layers.dense(self.embed_width, self.width, (None, "embed"), **plain)
+            self.project_out = layers.dense(self.width, self.embed_width, ("embed", None), **plain)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """ids (B, S) int32 -> (B, S, D), without positions."""
         x = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
-        return self.project_in("BSE,ED->BSD", x) if self._projects else x
+        return self.project_in(x) if self._projects else x
 
     def __call__(
         self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
@@ -130,11 +131,10 @@ class Opt(nn.Module):
         return LlmOutput(self.norm(x) if self.pre_norm else x, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden (B, T, D) -> (B, T, V) float32."""
+        """hidden (B, S, D) -> (B, S, V) float32."""
         if self._projects:
-            hidden = self.project_out("BTD,DE->BTE", hidden)
-        kernel = self.embedding.astype(self.dtype)
-        return jnp.einsum("BTD,VD->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+            hidden = self.project_out(hidden)
+        return layers.linear("BSD,VD->BSV", hidden, self.embedding, self.dtype, preferred_element_type=jnp.float32)
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Cache:

@@ -1,0 +1,94 @@
+"""The families of language models: everything outside a model's own module that depends on which model it is."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+from tokenizers import Tokenizer
+
+from simvlg_jax.convert import gguf, llama, opt
+from simvlg_jax.convert.gguf import SpecialIds
+from simvlg_jax.convert.weight_map import Tensors
+from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
+from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
+from simvlg_jax.models.llms.vicuna import VICUNA_SIZES, Vicuna
+from simvlg_jax.utils.errors import UserError
+
+
+class CaptionIds(NamedTuple):
+    """The token ids that start, end and fill up a caption."""
+
+    start: int
+    end: int
+    pad: int
+
+
+def llama_ids(tokenizer: Tokenizer, special: SpecialIds, size: Mapping) -> CaptionIds:
+    """From BOS, or EOS where there is none, to EOS."""
+    start = special.eos_id if special.bos_id is None else special.bos_id
+    return CaptionIds(start, special.eos_id, special.pad_id)
+
+
+def opt_ids(tokenizer: Tokenizer, special: SpecialIds, size: Mapping) -> CaptionIds:
+    """A line break ends the caption, as published."""
+    end = tokenizer.encode("\n", add_special_tokens=False).ids[0]
+    return CaptionIds(special.bos_id, end, special.pad_id)
+
+
+def vicuna_ids(tokenizer: Tokenizer, special: SpecialIds, size: Mapping) -> CaptionIds:
+    """EOS starts and ends the caption, as published; the row added to the vocabulary pads it."""
+    return CaptionIds(special.eos_id, special.eos_id, size["vocab_size"] - 1)
+
+
+class Family(NamedTuple):
+    """Models of one architecture whose captions follow one rule.
+
+    Attributes:
+      module: their Linen module, of this family alone.
+      sizes: name, a value of `config.llm.size` -> fields of the module.
+      from_hf: (model, tensors, prefix of their names, "" by default) -> the scanned model's parameters.
+      to_hf: (model, parameters, prefix) -> tensors, as Hugging Face's state dict has them.
+      hf_config: model -> fields of transformers' config, "tie_word_embeddings" among them.
+      hf_type: the "model_type" of transformers' config.
+      caption_ids: (tokenizer, its special ids, fields of the size) -> the ids of a caption.
+      from_gguf: (file, model) -> the scanned model's parameters; None where GGUF files are not read.
+      evlgen: the word that the published names of the model and of its projection begin with.
+      added_tokens: rows at the end of the vocabulary that the original weights lack.
+    """
+
+    module: type[nn.Module]
+    sizes: dict[str, dict]
+    from_hf: Callable[..., dict]
+    to_hf: Callable[..., Tensors]
+    hf_config: Callable[[nn.Module], dict]
+    hf_type: str
+    caption_ids: Callable[[Tokenizer, SpecialIds, Mapping], CaptionIds] = llama_ids
+    from_gguf: Callable[[Path, nn.Module], dict] | None = None
+    evlgen: str = "llm"
+    added_tokens: int = 0
+
+
+LLAMA = (llama.from_hf, llama.to_hf, llama.hf_config)
+FAMILIES = {
+    "opt": Family(Opt, OPT_SIZES, opt.from_hf, opt.to_hf, opt.hf_config, "opt", opt_ids, evlgen="opt"),
+    "llama": Family(Llama, LLAMA_SIZES, *LLAMA, "llama", from_gguf=gguf.load_llama),
+    "vicuna": Family(Vicuna, VICUNA_SIZES, *LLAMA, "llama", vicuna_ids, gguf.load_llama, added_tokens=1),
+}
+
+
+def of_size(size: str) -> Family:
+    """The family of a `config.llm.size`.
+
+    Raises:
+      UserError: it has none.
+    """
+    known = {name: family for family in FAMILIES.values() for name in family.sizes}
+    if size not in known:
+        raise UserError(f"llm.size is {size!r}; it takes {', '.join(map(repr, known))}", 2)
+    return known[size]
+
+
+def of_model(llm: nn.Module) -> Family:
+    """The family of a language model."""
+    return next(family for family in FAMILIES.values() if family.module is type(llm))

@@ -1,0 +1,27 @@
+"""The loss of a language model's predictions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def token_cross_entropy(
+    hidden: jax.Array, logits: Callable[[jax.Array], jax.Array], targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each example's cross-entropy summed over its targets, and how many targets it has.
+
+    The logits are made here and nowhere outside, so they need not exist all at once.
+
+    Args:
+      hidden: (B, S, D), the language model's states.
+      logits: maps states (B, S, D) to logits (B, S, V) float32.
+      targets: (B, S) int32, the token expected of each state; negative where no loss is taken.
+
+    Returns:
+      ((B,) nats, (B,) counts), float32.
+    """
+    wanted = targets >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden), jnp.maximum(targets, 0))  # (B, S)
+    return jnp.sum(jnp.where(wanted, losses, 0.0), 1), jnp.sum(wanted, 1, dtype=jnp.float32)

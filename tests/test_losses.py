@@ -1,0 +1,28 @@
+"""The caption loss against torch, its gradient included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from simvlg_jax.models.losses import token_cross_entropy
+
+
+def test_equals_torch():
+    rng = np.random.default_rng(0)
+    hidden, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 8), (8, 11)))
+    targets = rng.integers(0, 11, (3, 5))
+    targets[0, 2:] = targets[1] = -100
+
+    def total(hidden):
+        losses, counts = token_cross_entropy(hidden, lambda x: x @ kernel, jnp.asarray(targets))
+        return losses.sum(), (losses, counts)
+
+    (_, (losses, counts)), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(hidden))
+    theirs = torch.from_numpy(hidden).requires_grad_()
+    logits = (theirs @ torch.from_numpy(kernel)).transpose(1, 2)
+    each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets), reduction="none").sum(1)
+    each.sum().backward()
+    np.testing.assert_allclose(losses, each.detach(), rtol=1e-5)
+    np.testing.assert_array_equal(counts, [2, 0, 5])
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-6)
