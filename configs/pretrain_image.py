@@ -1,13 +1,13 @@
-"""One-stage pre-training on pictures and captions: the published recipes, and their neighbours.
+"""One-stage pre-training on pictures and captions: the published recipes, and variants of them.
 
     python -m simvlg_jax.train_compile --config configs/pretrain_image.py:llm=opt2.7b --topology v5e:4x4
     python -m simvlg_jax.train --config configs/pretrain_image.py:llm=opt2.7b --workdir runs/opt2.7b \
       --config.data.path=FOLDER --config.vit.weights=eva_vit_g.pth
 
-ViT-g is LAVIS's file: https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth
+LAVIS publishes ViT-g: https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth
 
 The argument chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l): llm=vicuna7b,vit=clip_l.
-Reported by the paper (arXiv 2310.03291, as quoted in public; none of these runs is ours):
+Scores reported by the paper (arXiv 2310.03291, as quoted in public; we ran none of these):
 
 | argument | reported, zero-shot |
 |---|---|
@@ -18,10 +18,10 @@ Reported by the paper (arXiv 2310.03291, as quoted in public; none of these runs
 
 As published: batch 1600 (OPT) and 160 (Vicuna), steps, warm-up, the staircase of the learning rate, weight decay, r,
 seed, OPT's start token as a target, captions cleaned by BLIP-2's processor ("blip_caption": lower case, no
-punctuation). Not as published: bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` gives theirs),
-greedy validation instead of beam search, a folder of yours instead of the mixture of laion115M, ccs14M and coco
-(15 : 4 : 1; for Vicuna ccs14M and coco, 45 : 5). Sizes of mesh and micro-batches are chosen for 16 chips of TPU v5e
-with 16 GB each; neither changes the result.
+punctuation). Not as published: bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` turns it on),
+greedy validation instead of beam search, your own folder instead of the mixture of laion115M, ccs14M and coco
+(15 : 4 : 1; for Vicuna ccs14M and coco, 45 : 5). The mesh and the micro-batches are sized for 16 chips of TPU v5e with
+16 GB each. They do not change the result.
 """
 
 from ml_collections import ConfigDict
@@ -32,8 +32,8 @@ VITS = {
     "eva_g": "shared/eva_vit_g.pth",
     "clip_l": "openai/clip-vit-large-patch14",
 }
-# Micro-batches, and over how many chips the frozen weights are split: by heads, MLPs and vocabulary, which moves
-# activations. Gathering the weights (fsdp) moves ten times as much at these batch sizes.
+# Micro-batches, and the number of chips that heads, MLPs and vocabulary of the frozen weights are sharded over. This
+# moves activations between chips. Gathering the weights instead (fsdp) moves ten times as much at these batch sizes.
 LLMS = {
     "opt2.7b": dict(size="opt_2.7b", weights="facebook/opt-2.7b", accumulate=5, tensor=1),
     "opt6.7b": dict(size="opt_6.7b", weights="facebook/opt-6.7b", accumulate=10, tensor=2),
@@ -72,7 +72,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.schedule = "staircase"
     config.optimizer.inner_epoch_steps = 5000
     config.mesh.tensor = LLMS[llm]["tensor"]
-    config.mesh.split_trained = False  # 90 million: whole they take 1 GB, and are not gathered
+    config.mesh.split_trained = False  # 90 million parameters: replicated they take 1 GB and need no gathering
     config.evaluate.min_new_tokens = 8
     config.evals.val.max_examples = 1024
     return config.lock()

@@ -1,10 +1,10 @@
-"""The whole system in seconds on a CPU, offline: random weights, drawn shapes, characters as tokens.
+"""Runs the whole system in seconds on a CPU, offline: random weights, drawn shapes, characters as tokens.
 
     python -m simvlg_jax.train --config configs/tiny.py --workdir runs/tiny
     python -m simvlg_jax.evaluate --workdir runs/tiny
 
-`:overfit` learns one batch by heart, the first thing to try after changing a model: its loss must go to near zero.
-`:vit` runs the contrastive task. There is no score to expect: the weights are random and stay small.
+`:overfit` trains on one batch only. Try it first after changing a model: the loss must approach zero.
+`:vit` runs the contrastive task. No score is expected, since the models are small and start from random weights.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.evaluate.batch_size = 8
     config.evaluate.max_new_tokens = 16
     if mode == "overfit":
-        config.vit.train = config.llm.train = True  # a frozen random model has nothing to say
+        config.vit.train = config.llm.train = True  # frozen random weights could not fit the batch
         config.connector.dropout = 0.0
         config.train.overfit_one_batch = True
         config.train.steps = 300
@@ -41,5 +41,5 @@ def get_config(mode: str = "") -> ConfigDict:
     elif mode == "vit":
         config.task = "contrastive"
     elif mode:
-        raise ValueError(f"configs/tiny.py knows 'overfit' and 'vit', not {mode!r}")
+        raise ValueError(f"configs/tiny.py takes 'overfit' and 'vit', not {mode!r}")
     return config.lock()

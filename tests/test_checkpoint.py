@@ -86,7 +86,7 @@ def test_no_flipped_bit_and_no_truncation_is_silent(saved, tmp_path, capsys):
         warnings = capsys.readouterr().err
         if complete and restored.step != 3:
             assert restored.step == 2
-            assert "checkpoint 3 is damaged" in warnings and "going on from checkpoint 2" in warnings
+            assert "checkpoint 3 is damaged" in warnings and "resuming from checkpoint 2" in warnings
             noticed += 1
             arrays += "is not as it was saved" in warnings
     assert noticed > 20 and arrays > 5
@@ -104,7 +104,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(workdir, capsys):
     assert restored.step == 1 and restored.position == POSITION
     assert_equal(restored.state, 1)
     warnings = capsys.readouterr().err
-    assert "checkpoint 3 is damaged" in warnings and "going on from checkpoint 1" in warnings
+    assert "checkpoint 3 is damaged" in warnings and "resuming from checkpoint 1" in warnings
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2.damaged", "3.damaged"}
     for step in (2, 3):
         checkpoints.save(step, state_of(step), POSITION)
@@ -117,7 +117,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(workdir, capsys):
 def test_nothing_is_renamed_when_no_checkpoint_is_whole(workdir):
     for step in (1, 2, 3):
         shutil.rmtree(workdir / "checkpoints" / str(step) / "state")
-    with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged, .*; none that is whole is left"):
+    with pytest.raises(UserError, match=r"checkpoint 3 in .* is damaged, .*; no checkpoint is whole"):
         Checkpoints(workdir, keep_last=3).restore_newest(ABSTRACT)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3"}
 

@@ -43,7 +43,7 @@ def test_sizes_multiply_and_one_is_filled_in():
     ("flags", "message"),
     [
         (["preset=zero"], "mesh.preset is 'zero'; it takes 'replicated', 'fsdp', 'fsdp\\+tensor'"),
-        (["preset=fsdp", "tensor=2"], "stands for sizes of its own, and .*'tensor': 2.* leave one out"),
+        (["preset=fsdp", "tensor=2"], "sets all sizes, but .*'tensor': 2.* leave one out"),
         (["data=0"], "must be positive"),
         (["fsdp=-1"], "at most one -1"),
         (["data=16"], "needs 16 devices and 8 are here"),

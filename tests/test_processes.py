@@ -248,7 +248,7 @@ def test_killed_process_stops_the_other_with_the_reason(tmp_path, victim):
     survivor = 1 - victim
     # Its own end, or that of JAX's runtime, which aborts where it notices first.
     assert statuses[victim] == -signal.SIGKILL and statuses[survivor] in (TRY_AGAIN, -signal.SIGABRT)
-    reasons = ("another process of this run is gone", f"process {victim} failed", "distributed service detected fatal")
+    reasons = ("another process of this run is lost", f"process {victim} failed", "distributed service detected fatal")
     assert any(reason in said[survivor] for reason in reasons), said[survivor]
 
 
@@ -294,7 +294,7 @@ def test_incomplete_environment_is_named(tmp_path):
     arguments = ("-m", "simvlg_jax.train", "--distributed", "--config", "configs/tiny.py", "--workdir", str(tmp_path))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"JAX_PLATFORMS": "cpu"}
     for extra, message in (
-        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "needs JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too"),
         ({}, "--distributed finds no other processes here"),
     ):
         done = subprocess.run([sys.executable, *arguments], env=environment | extra, capture_output=True, text=True)

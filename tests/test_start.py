@@ -76,7 +76,7 @@ def test_missing_config_of_a_run_is_a_warning(tmp_path, capsys):
     assert call(train, *TINY, "--workdir", tmp_path) == 0
     (tmp_path / "config.json").unlink()
     assert call(train, *TINY, "--workdir", tmp_path) == 0
-    assert "config.json is missing, so whether this config" in capsys.readouterr().err
+    assert "config.json is missing, so this config cannot be compared" in capsys.readouterr().err
 
 
 def test_exported_model_is_not_trained_over(tmp_path, capsys):

@@ -126,7 +126,7 @@ def test_step_that_does_not_fit_says_so_with_status_3(capsys):
     result = json.loads(output.out)
     assert result["fits"] is False
     assert all(result[key] is None for key in ("peak_bytes", "tflop_per_step", "images_per_s", "collectives"))
-    assert "of memory for temporaries, and 15.75G are there" in output.err
+    assert "of memory for temporaries, and 15.75G are available" in output.err
     assert "fits: no" in train_compile.describe(Forecast(**result))
 
 
@@ -134,9 +134,9 @@ def test_step_that_does_not_fit_says_so_with_status_3(capsys):
     ("flags", "message"),
     [
         (["--topology", "v5e"], "v5e slices have 2 sides"),
-        (["--topology", "v9:2x2"], "no TPU 'v9' is known"),
+        (["--topology", "v9:2x2"], "unknown TPU 'v9'"),
         (["--topology", "v5p:4x4"], "v5p slices have 3 sides"),
-        (["--topology", "v5e:3x5"], "the compiler knows no topology v5e:3x5"),
+        (["--topology", "v5e:3x5"], "the compiler does not support topology v5e:3x5"),
         (["--topology", "v5e:4x4", "--slices", "0"], "--slices must be at least 1"),
         (["--topology", "v5e:4x4", "--config.train.batch_size=24"], "does not divide over 16 devices"),
         (["--topology", "v5e:4x4", "--config.train.batch=24"], "did you mean train.batch_size"),

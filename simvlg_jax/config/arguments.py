@@ -1,4 +1,4 @@
-"""Command-line arguments that several verbs share."""
+"""Command-line arguments that several verbs use."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from simvlg_jax.config.saved import EXAMPLE
 
 
 def config_parser(description: str | None, *, required: bool = True, **kwargs) -> argparse.ArgumentParser:
-    """A parser with --config; what it leaves over are overrides for `load_config`."""
+    """Returns a parser with --config. Arguments that it does not parse are overrides for `load_config`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
     )
@@ -17,32 +17,32 @@ def config_parser(description: str | None, *, required: bool = True, **kwargs) -
 
 
 def add_process_argument(parser: argparse.ArgumentParser) -> None:
-    """--distributed: this process is one of several. See `parallel.processes`."""
+    """Adds --distributed: this process is one of several. See `parallel.processes`."""
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="one of several processes, which JAX finds (TPU slice, Slurm, Open MPI) or JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID name",
+        help="this process is one of several. JAX detects the others (TPU slice, Slurm, Open MPI); elsewhere set "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint best, latest or a step."""
+    """Adds --checkpoint: best, latest or a step."""
     parser.add_argument(
         "--checkpoint",
         default="best",
         metavar="STEP",
-        help="best (by validation score, the default), latest, or a step",
+        help="best (highest validation score, the default), latest, or a step",
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--workdir DIR or --example: which trained model. See `model_folder`."""
+    """Adds --workdir DIR and --example, which select a trained model. See `model_folder`."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", type=Path, help="a run of simvlg_jax.train, or an exported model")
     which.add_argument("--example", action="store_true", help="the trained example that comes with the package")
 
 
 def model_folder(arguments: argparse.Namespace) -> Path:
-    """The folder that `add_model_arguments`' flags name."""
+    """Returns the folder that --workdir or --example selects."""
     return EXAMPLE if arguments.example else arguments.workdir

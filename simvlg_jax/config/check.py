@@ -1,4 +1,4 @@
-"""Which values a config may hold: every number has a range, and some keys depend on one another."""
+"""Validation of config values: the range of every number, the allowed names, and keys that depend on each other."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -67,13 +67,13 @@ CHOICES = {
 
 
 def lookup(table: Mapping[str, Value], key: str, name: str) -> Value:
-    """The entry of a table that a config value names.
+    """Returns the table entry that a config value names.
 
     Args:
-      key: of the config, for the message.
+      key: the config key, for the message.
 
     Raises:
-      UserError (status 2): the table has no such entry; the known ones are listed.
+      UserError (status 2): the table has no such entry. The message lists the existing ones.
     """
     if name not in table:
         raise UserError(f"{key} is {name!r}; it takes {', '.join(map(repr, table))}", 2)
@@ -81,7 +81,7 @@ def lookup(table: Mapping[str, Value], key: str, name: str) -> Value:
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """{"train.steps": 1000, ...} in the config's own order."""
+    """Returns {"train.steps": 1000, ...} in the order of the config."""
     flat: dict[str, object] = {}
     for key, value in config.items():
         nested = isinstance(value, ConfigDict)
@@ -90,10 +90,10 @@ def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:
 
 
 def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
-    """Raises UserError (status 2) for values that cannot work, each with the fix.
+    """Raises UserError (status 2) for invalid values. The message gives the fix.
 
     Args:
-      keys: whose range is checked; all by default. Older versions accepted numbers that are now out of range.
+      keys: the keys whose range is checked; all by default. Older versions accepted numbers that are now out of range.
     """
     flat = flat_keys(config)
     for key, allowed in CHOICES.items():
@@ -103,27 +103,27 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         check_range(key, flat[key])
     scale = config.data.crop_scale
     if len(scale) != 2 or not all(map(is_number, scale)) or not 0 < scale[0] <= scale[1] <= 1:
-        raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, as (0.5, 1.0)", 2)
+        raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, such as (0.5, 1.0)", 2)
     if not all(isinstance(r, int) and r >= 0 for r in config.connector.merges):
         raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
     if config.llm.start_first and config.llm.start_is_target:
-        raise UserError("a start token that stands first cannot be a target: llm.start_is_target=False", 2)
+        raise UserError("llm.start_first=True needs llm.start_is_target=False: the first token cannot be a target", 2)
 
 
 def is_number(value: object) -> bool:
-    """Whether a config value is an int or a float, and no bool."""
+    """Returns whether a config value is an int or a float, but not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def range_of(key: str) -> tuple[float, float]:
-    """The smallest and greatest value of a number; a config may have keys of its own, which take any."""
+    """Returns the smallest and greatest value of a number. Keys that a config file adds take any number."""
     return next((limits for pattern, limits in RANGES.items() if fnmatch(key, pattern)), (-math.inf, math.inf))
 
 
 def check_range(key: str, value: object) -> None:
-    """Raises UserError (status 2) if a number of the config is outside of its range in RANGES."""
+    """Raises UserError (status 2) if a number of the config is outside its range in RANGES."""
     if not is_number(value):
         return
     low, high = range_of(key)

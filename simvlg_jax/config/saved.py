@@ -1,4 +1,4 @@
-"""The config in a run's folder: written when the run starts, compared when it resumes."""
+"""The config in a run's workdir: saved when the run starts, compared when the run resumes."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from simvlg_jax.utils import files
 from simvlg_jax.utils.errors import UserError, warn
 
 EXAMPLE = Path(__file__).parent.parent / "example"  # the trained example: an exported model
-FREE = (  # prefixes of keys that may change when a run resumes: how long, how often, on how many devices
+FREE = (  # prefixes of keys that may change when a run resumes: durations, intervals and devices
     "train.max_minutes",
     "train.log_every",
     "train.save_every",
@@ -27,10 +27,10 @@ FREE = (  # prefixes of keys that may change when a run resumes: how long, how o
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config a run was started with; keys that are newer than the run have their defaults.
+    """Returns the config that a run was started with. Keys that are newer than the run have their defaults.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the config is missing or damaged.
     """
     path = workdir / "config.json"
     try:
@@ -40,12 +40,12 @@ def read_config(workdir: Path) -> ConfigDict:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} holds no run (no config.json); train one with simvlg_jax.train first") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): put back the one that the run was started with") from error
+        raise UserError(f"{path} is damaged ({error}): restore the file that the run was started with") from error
     return fill(ConfigDict(_with_tuples(config)))
 
 
 def _with_tuples(value: object) -> object:
-    """JSON's lists as tuples, which config files hold and flags can override."""
+    """Returns the value with lists turned into tuples, which config files contain and flags can override."""
     if isinstance(value, dict):
         return {key: _with_tuples(each) for key, each in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
@@ -57,13 +57,13 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Refuses a workdir in which this config would mix with another run.
+    """Refuses a workdir that belongs to another model or run.
 
-    A start that left no checkpoint counts for nothing: the next one replaces its files.
+    Files of a run that saved no checkpoint are ignored; the next run replaces them.
 
     Raises:
-      UserError: the folder holds an exported model, or checkpoints of a run of another model, data or optimizer; every
-        difference is shown.
+      UserError: the workdir holds an exported model, or checkpoints of a run with another model, data or optimizer.
+        The message lists every difference.
     """
     if (workdir / "weights.safetensors").exists():
         raise UserError(f"{workdir} holds an exported model: train in another --workdir")
@@ -71,7 +71,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         return
     if not (workdir / "config.json").exists():
         path = workdir / "config.json"
-        warn(f"{path} is missing, so whether this config is the one that the run was started with is not checked")
+        warn(f"{path} is missing, so this config cannot be compared with the one that the run was started with")
         return
     if changed := differences(read_config(workdir), config, lambda key: not key.startswith(FREE)):
         raise UserError(
@@ -81,13 +81,13 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def is_of_model(key: str) -> bool:
-    """Whether a key says what the model is, and not where its weights come from or how it is run."""
+    """Returns whether a key defines the model, and not where its weights come from or how it is run."""
     free = (".weights", ".tokenizer", ".dropout", ".remat")
     return key.startswith(("task", "vit.", "connector.", "llm.", "sentence_encoder.")) and not key.endswith(free)
 
 
-def differences(theirs: ConfigDict, mine: ConfigDict, counts: Callable[[str], bool]) -> list[str]:
-    """Lines "KEY: VALUE there, VALUE now" for the keys that count and differ between two configs."""
-    there, now = (flat_keys(ConfigDict(json.loads(config.to_json()))) for config in (theirs, mine))
-    keys = [key for key in dict.fromkeys([*there, *now]) if counts(key)]
+def differences(saved: ConfigDict, given: ConfigDict, is_compared: Callable[[str], bool]) -> list[str]:
+    """Returns a line "KEY: VALUE there, VALUE now" for each compared key that differs between two configs."""
+    there, now = (flat_keys(ConfigDict(json.loads(config.to_json()))) for config in (saved, given))
+    keys = [key for key in dict.fromkeys([*there, *now]) if is_compared(key)]
     return [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys if there.get(k) != now.get(k)]

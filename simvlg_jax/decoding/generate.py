@@ -1,6 +1,6 @@
-"""Token by token from a frozen language model, given a visual prefix and a prompt.
+"""Autoregressive decoding with a frozen language model, from a visual prefix and a prompt.
 
-`prefill` and `advance` run the model; a way of decoding chooses tokens between them.
+`prefill` and `advance` run the model. A decoding method such as `greedy_decode` chooses the tokens between them.
 """
 
 import flax.linen as nn
@@ -15,12 +15,12 @@ from simvlg_jax.utils.errors import UserError
 
 @struct.dataclass
 class Frontier:
-    """Where each row of a batch stands.
+    """The decoding state of a batch.
 
     Attributes:
-      logits: (B, V) float32, of the token to come.
-      positions: (B,) int32, the position that token will have.
-      cache: the language model's, holding everything before it.
+      logits: (B, V) float32, of the next token.
+      positions: (B,) int32, of the next token.
+      cache: the language model's key-value cache of all tokens before it.
     """
 
     logits: jax.Array
@@ -29,7 +29,7 @@ class Frontier:
 
 
 def decoding_options(config: ConfigDict) -> dict[str, float]:
-    """What `greedy_decode` takes from a config: the lengths in new tokens, and the penalty on repetition."""
+    """Returns the options of `greedy_decode` from a config: lengths in new tokens, and the repetition penalty."""
     return {name: config.evaluate[name] for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
 
 
@@ -41,7 +41,7 @@ def prefill(
     prompt_mask: jax.Array,
     max_new_tokens: int,
 ) -> Frontier:
-    """Runs [prefix, prompt] at once, with room for the tokens to come; arguments as for `greedy_decode`."""
+    """Runs [prefix, prompt] in one pass, with a cache for max_new_tokens more. Arguments: see `greedy_decode`."""
     variables = {"params": llm_params}
     batch, prefix_length, _ = prefix_embeddings.shape
     prompt = llm.apply(variables, prompt_ids, method="embed")
@@ -49,7 +49,7 @@ def prefill(
     seen = jnp.ones((batch, prefix_length), jnp.int32)
     mask = jnp.concatenate([seen, prompt_mask.astype(jnp.int32)], 1)
     length = mask.shape[1]
-    # A masked token takes the position of the last real one before it; no query ever sees it.
+    # A masked token has the position of the last real token before it. No query attends to it.
     positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
     cache = llm.init_cache(batch, length + max_new_tokens)
     out = llm.apply(variables, embeddings, mask, positions, cache)
@@ -82,20 +82,20 @@ def greedy_decode(
     min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
 ) -> jax.Array:
-    """The likeliest token each time, until every row has met its end; to be called under `jax.jit`.
+    """Chooses the most likely token at each step until every row has ended. Call it under `jax.jit`.
 
-    Lengths count new tokens alone, neither prefix nor prompt.
+    Lengths count only new tokens, neither prefix nor prompt.
 
     Args:
       llm: a language model, see `models.language_model`.
       llm_params: its parameters.
       prefix_embeddings: (B, P, D) the soft prompt; P may be 0.
       prompt_ids: (B, Q) int32, Q >= 1, starting with the start token.
-      prompt_mask: (B, Q), 1 for real tokens; padding may stand on either side.
-      eos_id: ends a row.
-      pad_id: fills a row up after its end.
-      max_new_tokens: tokens to generate at most, the end included.
-      min_new_tokens: the end is not chosen before so many tokens.
+      prompt_mask: (B, Q), 1 for real tokens; padding may be on either side.
+      eos_id: the end token.
+      pad_id: fills a row after its end token.
+      max_new_tokens: maximum number of tokens to generate, including the end token.
+      min_new_tokens: number of tokens before the end token may be chosen.
       repetition_penalty: logits of tokens already generated are divided by it if positive, multiplied if negative
         (CTRL, arXiv 1909.05858). Prefix and prompt do not count.
 
@@ -103,7 +103,7 @@ def greedy_decode(
       (B, max_new_tokens) int32, without the prompt.
 
     Raises:
-      UserError (status 2): max_new_tokens below 1.
+      UserError (status 2): max_new_tokens is below 1.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1: got {max_new_tokens}", 2)
@@ -112,7 +112,7 @@ def greedy_decode(
     def choose(frontier: Frontier, step: jax.Array, finished: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = frontier.logits  # (B, V)
         if repetition_penalty != 1.0:
-            generated = jnp.where(jnp.arange(max_new_tokens) < step, ids, logits.shape[1])  # beyond V: nowhere
+            generated = jnp.where(jnp.arange(max_new_tokens) < step, ids, logits.shape[1])  # V is dropped below
             seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], generated].set(True, mode="drop")
             penalised = jnp.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = jnp.where(seen, penalised, logits)

@@ -1,6 +1,6 @@
-"""What TPU chips can do at most, and how the chips of a slice are wired: for estimates before a run.
+"""Peak performance of TPU chips and the topology of their slices, for forecasts of a run.
 
-Figures are the ones Google publishes for each version (cloud.google.com/tpu/docs); those of v6e and v4 are rounded.
+Google publishes the figures for each version (cloud.google.com/tpu/docs). Those of v6e and v4 are rounded.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from math import prod
 
 from simvlg_jax.utils.errors import UserError
 
-# Environment for libtpu as a compiler alone: else it looks for a TPU, and for other programs that use it.
+# Environment for libtpu as a compiler only. Without it, libtpu looks for a TPU and for other programs that use it.
 COMPILE_ONLY = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: where it is unset, libtpu complains
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any value; libtpu warns if it is unset
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
@@ -24,11 +24,11 @@ class Chip:
 
     Attributes:
       flops: dense bfloat16 FLOP/s.
-      usable_bytes: memory that the compiler gives to a program, as it says when a program needs more.
+      usable_bytes: memory that the compiler gives to a program; its error for larger programs reports this limit.
       hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one inter-chip link, one way.
-      dcn_bandwidth: bytes/s between slices, one way, a chip's share of its host's network.
-      dimensions: of the torus that chips are wired into; two links a dimension.
+      link_bandwidth: bytes/s of one inter-chip link in one direction.
+      dcn_bandwidth: bytes/s between slices in one direction: a chip's share of the network of its host.
+      dimensions: of the torus that connects the chips, with two links per dimension.
     """
 
     flops: float
@@ -61,31 +61,33 @@ class Topology:
         return prod(self.shape)
 
     def ici_bandwidth(self, group: int) -> float:
-        """Bytes/s that leave one chip in a collective over `group` chips of the slice.
+        """Returns the bytes/s that one chip sends in a collective over `group` chips of the slice.
 
-        Over all of them: all its links, at the edge of the slice where there are fewest (a 2D slice is closed to a
-        ring along a side of 16, a 3D one if all its sides are multiples of 4; else a chip at the edge has one link
-        along it). Over fewer chips: one link, since which ones the compiler takes is not known.
+        Over the whole slice, all links of an edge chip count, since it has the fewest: two per dimension with
+        wrap-around, one without. A 2D slice wraps around only along sides of 16, a 3D slice only if all sides are
+        multiples of 4. Over fewer chips one link counts, since the links that the compiler uses are unknown.
         """
         if group < self.num_chips:
             return self.chip.link_bandwidth
         if self.chip.dimensions == 2:
-            closed = [side == 16 for side in self.shape]
+            wraps = [side == 16 for side in self.shape]
         else:
-            closed = [all(side % 4 == 0 for side in self.shape)] * len(self.shape)
-        links = sum(2 if ring else 1 for side, ring in zip(self.shape, closed, strict=True) if side > 1)
+            wraps = [all(side % 4 == 0 for side in self.shape)] * len(self.shape)
+        links = sum(2 if wrap else 1 for side, wrap in zip(self.shape, wraps, strict=True) if side > 1)
         return links * self.chip.link_bandwidth
 
 
 def parse_topology(name: str) -> Topology:
-    """ "v5e:4x4" -> Topology.
+    """Parses a topology such as "v5e:4x4".
 
     Raises:
-      UserError (status 2): no such chip, or sides that are no whole numbers or not as many as it has dimensions.
+      UserError (status 2): the chip is unknown, or the sides are not one positive integer per dimension of the chip.
     """
     kind, _, sides = name.partition(":")
     if kind not in CHIPS:
-        raise UserError(f"no TPU {kind!r} is known in {name!r}; a topology is one of {', '.join(CHIPS)}, as v5e:4x4", 2)
+        raise UserError(
+            f"unknown TPU {kind!r} in {name!r}; a topology is one of {', '.join(CHIPS)} and its sides, as in v5e:4x4", 2
+        )
     shape = tuple(int(side) if side.isdigit() else 0 for side in sides.split("x"))
     if len(shape) != CHIPS[kind].dimensions or 0 in shape:
         example = "x".join(["4"] * CHIPS[kind].dimensions)

@@ -1,6 +1,6 @@
-"""Compiling the training step for TPU chips that are not there, and what the result says about a run on them.
+"""Ahead-of-time (AOT) compilation of the training step for TPU slices, and a forecast of memory and speed from it.
 
-The environment must hold `forecast.chips.COMPILE_ONLY` before jax is imported.
+The environment must contain `forecast.chips.COMPILE_ONLY` before jax is imported.
 """
 
 import importlib.util
@@ -30,18 +30,18 @@ from simvlg_jax.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one step would take. Bytes, TFLOP and seconds are those of one chip; None where it is not known.
+    """Resources of one step. Bytes, TFLOP and seconds are per chip. Unknown values are None.
 
     Attributes:
-      peak_bytes: arguments, temporaries, results that reuse neither, and the program itself.
-      hbm_bytes: what the compiler may use of the chip's memory.
-      fits: peak_bytes is within hbm_bytes.
-      tflop_per_step: of the compiled matrix products, with what is computed again and what several chips each compute.
-      compute_s, memory_s, communication_s: the step's TFLOP, its traffic to memory and its collectives at the chip's
-        full speed; see `forecast.chips`.
-      roofline_step_s: the longest of these three: no run is faster.
-      images_per_s: of all chips, at the roofline.
-      collectives: op, count, bytes and chips in a group.
+      peak_bytes: memory of arguments, temporaries, results without a donated buffer, and the program.
+      hbm_bytes: memory of the chip that the compiler may use.
+      fits: whether peak_bytes is at most hbm_bytes.
+      tflop_per_step: of the compiled matrix products, including recomputed ones and those replicated on several chips.
+      compute_s, memory_s, communication_s: time of the FLOPs, of the memory traffic and of the collectives at the peak
+        speed of the chip; see `forecast.chips`.
+      roofline_step_s: the longest of these three, a lower bound of the step time.
+      images_per_s: over all chips, at the roofline.
+      collectives: op, count, bytes and chips per group.
     """
 
     config: str
@@ -70,10 +70,10 @@ class Forecast:
 
 
 def topology_mesh(config: ConfigDict, topology: Topology, slices: int) -> Mesh:
-    """The config's mesh over the chips of a topology, of which not one needs to be here.
+    """Returns the config's mesh over the chips of a topology. The chips need not be attached.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such topology.
+      UserError: libtpu is not installed or does not support the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed: pip install libtpu")
@@ -83,20 +83,22 @@ def topology_mesh(config: ConfigDict, topology: Topology, slices: int) -> Mesh:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the compiler knows no topology {topology.name}: {str(error).splitlines()[0]}", 2) from error
+        raise UserError(
+            f"the compiler does not support topology {topology.name}: {str(error).splitlines()[0]}", 2
+        ) from error
     return meshes.make_mesh(config.mesh, found.devices)
 
 
 def forecast(
     name: str, config: ConfigDict, topology_name: str, slices: int = 1, effort: str = "", say: Callable = lambda _: None
 ) -> Forecast:
-    """Compiles the step that training would run, for the longest texts.
+    """Compiles the training step for the longest texts and returns the forecast.
 
     Args:
-      name: the config's, for the result.
+      name: of the config, for the result.
       topology_name: such as "v5e:4x4".
-      effort: XLA's optimisation level, "O0" to "O3"; "" is what training uses. "O0" compiles many times faster.
-      say: takes lines on how far it is.
+      effort: XLA's optimisation level, "O0" to "O3"; "" is the level of training. "O0" compiles many times faster.
+      say: is called with progress messages.
     """
     topology = parse_topology(topology_name)
     chip = topology.chip
@@ -122,7 +124,7 @@ def forecast(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if found := re.search(r"\(([\d.]+\w*)\) exceeds available HBM \(([\d.]+\w*)\)", str(error)):
-            say(f"the compiler needs {found[1]} of memory for temporaries, and {found[2]} are there")
+            say(f"the compiler needs {found[1]} of memory for temporaries, and {found[2]} are available")
         unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "tflop_per_step", "compute_s", "memory_s")
         unknown += ("communication_s", "roofline_step_s", "images_per_s", "collectives")
         return Forecast(**known, **dict.fromkeys(unknown), fits=False, compile_s=time.monotonic() - started)
@@ -155,13 +157,13 @@ def forecast(
 
 @contextmanager
 def compiler_settings(effort: str) -> Iterator[None]:
-    """The optimisation level, and no cache: what is cached for chips that are not here cannot be read back."""
-    wanted = {"jax_enable_compilation_cache": False} | ({"jax_optimization_level": effort} if effort else {})
-    before = {name: getattr(jax.config, name) for name in wanted}
+    """Sets the optimisation level and disables the compilation cache, which cannot reload AOT programs for TPUs."""
+    settings = {"jax_enable_compilation_cache": False} | ({"jax_optimization_level": effort} if effort else {})
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
-        for name, value in wanted.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it asks only once whether it is wanted
+        compilation_cache.reset_cache()  # the cache reads its setting only once
         yield
     finally:
         for name, value in before.items():
@@ -170,20 +172,23 @@ def compiler_settings(effort: str) -> Iterator[None]:
 
 
 def optimized_text(dump: Path) -> str:
-    """The compiled program from what the compiler left in a folder.
+    """Returns the HLO text of the compiled program from the compiler's dump folder.
 
-    `jax.stages.Compiled.as_text` reads it through jaxlib, which fails on what a newer libtpu writes.
+    `jax.stages.Compiled.as_text` would read it through jaxlib, which fails on the output of a newer libtpu.
     """
     return next(dump.glob("*.after_optimizations.txt")).read_text()
 
 
 def largest_batch(forecast_of: Callable[[int], Forecast], unit: int, start: int) -> Forecast:
-    """The forecast with the largest batch that fits, by doubling and halving; of one unit if not even that fits.
+    """Searches for the largest batch that fits, by doubling and bisection.
 
     Args:
-      forecast_of: global batch -> its forecast.
-      unit: the least batch, one example for each micro-batch of each device that the batch is split over.
-      start: where to begin.
+      forecast_of: global batch size -> forecast.
+      unit: the smallest batch size: one example per micro-batch and batch shard.
+      start: the first batch size to try.
+
+    Returns:
+      The forecast of the largest batch that fits, or of one unit if none fits.
     """
     count, low, too_many, best = max(1, start // unit), 0, None, None
     while True:
@@ -201,7 +206,7 @@ def largest_batch(forecast_of: Callable[[int], Forecast], unit: int, start: int)
 
 @contextmanager
 def ticking(say: Callable[[str], None], seconds: float = 30.0) -> Iterator[None]:
-    """Says every so often how long it has been compiling: the compiler itself is silent."""
+    """Prints the time since the start of the compilation every `seconds`, since the compiler prints no progress."""
     finished, started = threading.Event(), time.monotonic()
 
     def tick() -> None:

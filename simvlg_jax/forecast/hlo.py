@@ -1,6 +1,6 @@
-"""What a compiled program moves, read from its HLO text: collectives, and traffic to and from memory.
+"""Collectives and memory traffic of a compiled program, from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once; here a body counts as often as its loop runs.
+XLA's own cost analysis counts the body of a loop once. Here it counts once per iteration.
 """
 
 import re
@@ -13,7 +13,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 BYTES |= {"s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "send")
 
-# Types with their layouts hold no "=" and no word before a bracket, so that the first word before "(" is the operation.
+# Types with layouts contain no "=" and no word before a parenthesis, so the first word before "(" is the operation.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -35,13 +35,13 @@ class Instruction:
         return _NAME.findall(self.inside)
 
     def called(self, *roles: str) -> list[str]:
-        """Computations that the attributes name in any of these roles."""
+        """Returns the computations that the attributes name in any of these roles."""
         return re.findall(rf"(?:{'|'.join(roles)})=%([\w.\-]+)", self.attributes)
 
 
 @dataclass
 class Program:
-    """Computations by name, and the entry's name."""
+    """The computations of a program by name, and the name of the entry computation."""
 
     entry: str
     computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
@@ -49,13 +49,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind over groups of one size: how many a step, and bytes a chip puts in a step.
+    """All collectives of one kind over groups of one size.
 
     Attributes:
-      op: "all-reduce", ...; "send" is what leaves a slice.
-      count: a step.
-      bytes: of the results of one chip, a step; what the operation is about, not what it sends.
-      group: chips that take part in each.
+      op: "all-reduce", ...; "send" is a transfer between slices.
+      count: per step.
+      bytes: output size on one chip per step, not the bytes sent: the full array, except for reduce-scatter, whose
+        output is one shard.
+      group: number of chips that take part in each.
     """
 
     op: str
@@ -65,15 +66,14 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that leave a chip if the collective goes round a ring."""
+        """Bytes that a chip sends if the collective runs as a ring."""
         share = (self.group - 1) / self.group
-        # All but reduce-scatter are counted by what comes out of them: the whole array; it by its part.
         factor = {"all-reduce": 2 * share, "reduce-scatter": self.group - 1}
         return self.bytes * factor.get(self.op, 1 if self.op in ("collective-permute", "send") else share)
 
 
 def parse(text: str) -> Program:
-    """HLO text, as `jax.stages.Compiled.as_text` gives it, into its computations."""
+    """Parses HLO text, in the format of `jax.stages.Compiled.as_text`."""
     program, body = Program(""), {}
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
@@ -88,15 +88,15 @@ def parse(text: str) -> Program:
 def _close(rest: str) -> tuple[str, str]:
     """Splits "a, b), more" at the parenthesis that closes the operands."""
     depth = 1
-    for place, character in enumerate(rest):
+    for index, character in enumerate(rest):
         depth += (character == "(") - (character == ")")
         if not depth:
-            return rest[:place], rest[place + 1 :]
+            return rest[:index], rest[index + 1 :]
     return rest, ""
 
 
 def array_bytes(type_text: str, *, hbm_only: bool = False) -> int:
-    """Bytes of all arrays in a type; with `hbm_only` without those that a TPU keeps on the chip, S(1) and above."""
+    """Returns the bytes of all arrays in a type. `hbm_only` excludes on-chip memory of a TPU: S(1) and above."""
     total = 0
     for dtype, shape, layout in _ARRAY.findall(type_text):
         if dtype in BYTES and not (hbm_only and "S(" in layout):
@@ -105,12 +105,12 @@ def array_bytes(type_text: str, *, hbm_only: bool = False) -> int:
 
 
 def array_shape(type_text: str) -> tuple[int, ...]:
-    """The shape of the first array in a type."""
+    """Returns the shape of the first array in a type."""
     return tuple(int(n) for n in _ARRAY.search(type_text)[2].split(",") if n)
 
 
 def runs(program: Program) -> dict[str, int]:
-    """How often a step runs each computation that is not inside a fusion."""
+    """Returns how often a step runs each computation outside of fusions."""
     runs: dict[str, int] = defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -131,13 +131,13 @@ def runs(program: Program) -> dict[str, int]:
 
 
 def _trips(program: Program, condition: str) -> int:
-    """Of a counted loop: the number that its condition compares the counter with; 1 if it compares with none."""
+    """Returns the trip count of a loop: the constant in its condition, or 1 if there is none."""
     body = program.computations[condition].values()
     return max((int(i.inside) for i in body if i.op == "constant" and i.type.startswith("s32[]")), default=1)
 
 
 def with_fused(program: Program, name: str) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
-    """(computation, instruction) of a computation and of all that is fused in it."""
+    """Yields (computation, instruction) of a computation and of the fusions in it."""
     body = program.computations[name]
     for instruction in body.values():
         yield body, instruction
@@ -147,10 +147,10 @@ def with_fused(program: Program, name: str) -> Iterator[tuple[dict[str, Instruct
 
 
 def collectives(program: Program, num_chips: int) -> list[Collective]:
-    """Every collective of a step, alike ones added up, the largest first.
+    """Returns the collectives of a step, summed by kind and group size, the largest first.
 
-    One that runs beside other work is written several times, where it starts, within that work and where it ends, each
-    time on the same channel.
+    An asynchronous collective appears several times in the text with the same channel: at its start, within the work
+    that it overlaps, and at its end. It is counted once.
     """
     totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
     for name, times in runs(program).items():
@@ -162,7 +162,7 @@ def collectives(program: Program, num_chips: int) -> list[Collective]:
                 continue
             seen |= {(op, channel)} if channel else set()
             size = array_bytes(instruction.type)
-            if instruction.op != op or op == "send":  # a pair: operand and result stand in one tuple
+            if instruction.op != op or op == "send":  # asynchronous: its type is a tuple of operand and result
                 operand = sum(array_bytes(body[o].type) for o in instruction.operands)
                 size = operand if op in ("send", "collective-permute", "all-reduce") else size - operand
             total = totals[op, _group_size(instruction.attributes, num_chips)]
@@ -173,7 +173,7 @@ def collectives(program: Program, num_chips: int) -> list[Collective]:
 
 
 def _group_size(attributes: str, num_chips: int) -> int:
-    """Chips in one group, from any way of writing replica_groups; all of them if nothing is said."""
+    """Returns the number of chips in a group, from any notation of replica_groups; all chips if it is absent."""
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -188,9 +188,10 @@ FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
 
 
 def hbm_traffic(program: Program) -> int:
-    """Bytes a step reads from and writes to a chip's memory: operands and results of every operation it runs.
+    """Returns the bytes that a step reads from and writes to the memory of a chip.
 
-    Of an operand that is only sliced, or only written into, the slices count.
+    These are the operands and results of all operations. If an operation only reads or updates slices of an operand,
+    only the slices count.
     """
     return sum(
         times * _traffic(program, name, instruction)
@@ -203,7 +204,7 @@ def hbm_traffic(program: Program) -> int:
 def _traffic(program: Program, where: str, instruction: Instruction) -> int:
     body = program.computations[where]
     result = array_bytes(instruction.type, hbm_only=True)
-    if instruction.op.endswith("-start"):  # its result holds its operand
+    if instruction.op.endswith("-start"):  # its result includes its operand
         return result
     for number, name in enumerate(instruction.operands):
         whole = array_bytes(body[name].type, hbm_only=True)
@@ -215,7 +216,7 @@ def _traffic(program: Program, where: str, instruction: Instruction) -> int:
 def _touched(
     program: Program, body: dict[str, Instruction], user: Instruction, number: int, whole: int
 ) -> tuple[int, bool]:
-    """Bytes that `user` reads or writes of its operand `number`, and whether its result is that operand, updated."""
+    """Returns the bytes that `user` reads or writes of operand `number`, and whether it updates it in place."""
     if user.op == "dynamic-slice" and number == 0:
         return min(whole, array_bytes(user.type)), False
     if user.op == "dynamic-update-slice" and number == 0:
@@ -228,9 +229,9 @@ def _touched(
     else:
         return whole, False
     uses = [
-        _touched(program, inner, each, place, whole)
+        _touched(program, inner, each, index, whole)
         for each in inner.values()
-        for place, operand in enumerate(each.operands)
+        for index, operand in enumerate(each.operands)
         if operand == name
     ]
     return min(whole, sum(size for size, _ in uses)), bool(uses) and all(in_place for _, in_place in uses)

@@ -1,7 +1,7 @@
-"""What a compiled program computes, read from its HLO text: the FLOPs of its matrix products.
+"""The FLOPs of the matrix products of a compiled program, from its HLO text.
 
-A TPU's matrix products are written as convolutions; those of a batch put the batch into a spatial dimension, stretched
-so that each place of the window but one falls between the examples, on nothing.
+On a TPU, matrix products are compiled to convolutions. A batched product becomes a convolution with the batch as a
+dilated spatial dimension. At each output position, all window elements but one hit padding and are not counted.
 """
 
 import re
@@ -11,7 +11,7 @@ from simvlg_jax.forecast.hlo import Instruction, Program, array_shape, runs, wit
 
 
 def matrix_flops(program: Program) -> int:
-    """FLOPs of one chip in a step: two for each multiplication that meets two elements."""
+    """Returns the FLOPs of one chip in a step: two per multiplication of two elements, none for padding."""
     count = {"convolution": _convolution, "dot": _dot}
     return sum(
         times * count[instruction.op](body, instruction)

@@ -1,7 +1,7 @@
-"""Arrays that are read only when they are put somewhere, so that a model bigger than the host's memory can be loaded.
+"""Arrays that are read only when they are put on devices, so that a model larger than host memory can be loaded.
 
-A `Lazy` knows its shape and dtype, and can be reshaped, transposed, cut and cast before it is read. A `LazyStack` is
-one array of several, layer upon layer, that never stands whole in host memory: `put` fills it on the devices.
+A `Lazy` has a shape and a dtype, and can be reshaped, transposed, sliced and cast before it is read. A `LazyStack` is
+a stack of layers that is never whole in host memory: `put` fills it on the devices layer by layer.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 
 class Shaped:
-    """What follows from a shape."""
+    """Properties that follow from the shape."""
 
     shape: tuple[int, ...]
 
@@ -32,15 +32,15 @@ class Shaped:
 
 
 class Lazy(Shaped):
-    """A numpy array to be: `read` gives it, each time anew."""
+    """A numpy array that is not read yet. `read` reads it, anew on each call."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, read: Callable[[], np.ndarray]):
         self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
 
     def apply(self, function: Callable[[np.ndarray], np.ndarray]) -> "Lazy":
-        """`function` of it, still unread; its shape is learnt from an array that takes no memory."""
-        outline = function(np.broadcast_to(np.zeros((), self.dtype), self.shape))
-        return Lazy(outline.shape, outline.dtype, lambda: function(self.read()))
+        """Returns `function` of the array, still unread. The shape comes from a broadcast zero that takes no memory."""
+        zeros = function(np.broadcast_to(np.zeros((), self.dtype), self.shape))
+        return Lazy(zeros.shape, zeros.dtype, lambda: function(self.read()))
 
     @property
     def T(self) -> "Lazy":
@@ -63,7 +63,7 @@ class Lazy(Shaped):
 
 
 class LazyStack(Shaped):
-    """(L, ...): L arrays of one shape, each `Lazy` or not."""
+    """(L, ...): a stack of L arrays of one shape. Each may be `Lazy`."""
 
     def __init__(self, layers: Sequence):
         self.layers = list(layers)
@@ -80,27 +80,27 @@ class LazyStack(Shaped):
 
 
 def split(x, parts: int) -> list:
-    """Equal parts along the first axis, of any kind of array."""
+    """Splits any kind of array into equal parts along the first axis."""
     size = x.shape[0] // parts
     return [x[i * size : (i + 1) * size] for i in range(parts)]
 
 
 def put(x, sharding: NamedSharding) -> jax.Array:
-    """Any kind of array onto its devices; of a stack, one layer at a time is in host memory.
+    """Puts any kind of array on its devices. Of a stack, only one layer at a time is in host memory.
 
-    Every process reads it by itself and keeps what its devices hold.
+    Every process reads the whole array and keeps the shards of its own devices.
     """
     if not isinstance(x, LazyStack):
         return _put_shards(x, sharding)
     first, *rest = sharding.spec or (None,)
     if first is not None:
-        return _put_shards(x, sharding)  # the layers themselves are split over devices
+        return _put_shards(x, sharding)  # the layer axis itself is sharded
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*rest))
     zeros, write = _stack_writer(x.shape, x.dtype, sharding)
     stack = zeros()
     for index, layer in enumerate(x.layers):
         stack = write(stack, _put_shards(layer, layer_sharding), index)
-        jax.block_until_ready(stack)  # else the host would run ahead and hold several layers
+        jax.block_until_ready(stack)  # otherwise the host would run ahead and hold several layers
     return stack
 
 

@@ -1,4 +1,4 @@
-"""The device mesh, and where every array lives on it."""
+"""The device mesh and the sharding of every array."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -15,14 +15,14 @@ from simvlg_jax.utils.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# (data, fsdp, tensor) within a slice; -1: all devices left over.
+# (data, fsdp, tensor) within a slice; -1: all remaining devices.
 PRESETS = {
     "replicated": (-1, 1, 1),
     "fsdp": (1, -1, 1),
     "fsdp+tensor": (1, -1, 2),
 }
 
-# Logical axis of a parameter or activation -> mesh axes. What is not listed is not split.
+# Logical axis of a parameter or activation -> mesh axes. Axes that are not listed are not sharded.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
@@ -38,10 +38,10 @@ RULES = (
 
 
 def mesh_shape(sizes: ConfigDict) -> tuple[int, ...]:
-    """(data, fsdp, tensor) that a config asks for, by its preset or one by one.
+    """Returns (data, fsdp, tensor) of a config, from its preset or its sizes.
 
     Raises:
-      UserError (status 2): an unknown preset, a preset and sizes together, or sizes that cannot be.
+      UserError (status 2): an unknown preset, a preset together with sizes, or invalid sizes.
     """
     shape = tuple(sizes[axis] for axis in AXES)
     if sizes.preset:
@@ -49,8 +49,8 @@ def mesh_shape(sizes: ConfigDict) -> tuple[int, ...]:
             raise UserError(f"mesh.preset is {sizes.preset!r}; it takes {', '.join(map(repr, PRESETS))}", 2)
         if shape != PRESETS["replicated"]:
             raise UserError(
-                f"mesh.preset={sizes.preset} stands for sizes of its own, and {dict(zip(AXES, shape, strict=True))} is "
-                "set: leave one out (--config.mesh.preset= or --config.mesh.data=-1 --config.mesh.fsdp=1 "
+                f"mesh.preset={sizes.preset} sets all sizes, but {dict(zip(AXES, shape, strict=True))} is set too: "
+                "leave one out (--config.mesh.preset= or --config.mesh.data=-1 --config.mesh.fsdp=1 "
                 "--config.mesh.tensor=1)",
                 2,
             )
@@ -61,16 +61,17 @@ def mesh_shape(sizes: ConfigDict) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) -> Mesh:
-    """A mesh of axes data, fsdp, tensor; one size may be -1 and takes the devices left over.
+    """Returns a mesh with axes data, fsdp and tensor. One size may be -1, which takes all remaining devices.
 
-    Sizes are those of one TPU slice: several slices multiply `data`, so that between slices, over the slower network,
-    only gradients travel.
+    The sizes are those of one TPU slice. With several slices, `data` is multiplied by their number, so only gradients
+    travel over the slower network between slices.
 
     Args:
-      devices: all of which must be used; by default those that are here, of which one process may leave some out.
+      devices: devices that must all be used. By default all devices of the run; a single process may then leave some
+        of them unused.
 
     Raises:
-      UserError (status 2): the product does not fit the devices there are.
+      UserError (status 2): the product of the sizes does not match the number of devices.
     """
     whole = devices is not None or jax.process_count() > 1
     devices = list(devices or jax.devices())
@@ -87,11 +88,11 @@ def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) ->
     if total > here:
         raise UserError(
             f"the mesh {asked} needs {total} devices and {here} are here ({devices[0].platform}): "
-            "set --config.mesh.* to fit, or on a CPU force more with "
+            "set --config.mesh.* to fit, or force more CPU devices with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={total}",
             2,
         )
-    # `jax.make_mesh` would refuse an axis that is shorter than a side of the slice, as tensor=2 on v6e:4x4.
+    # `jax.make_mesh` would refuse an axis that is shorter than a side of the slice, such as tensor=2 on v6e:4x4.
     options = {"allow_split_physical_axes": True}
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices[:total], **options)
@@ -101,17 +102,18 @@ def make_mesh(sizes: ConfigDict, devices: Iterable[jax.Device] | None = None) ->
 
 
 def num_slices(devices: Iterable[jax.Device]) -> int:
-    """How many TPU slices the devices belong to; 1 on anything else."""
+    """Returns the number of TPU slices that the devices belong to; 1 on other hardware."""
     return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
 
 
 def param_shardings(boxed, mesh: Mesh, is_split: Callable[[tuple[str, ...]], bool] = lambda path: True):
-    """NamedShardings for a tree of `jax.eval_shape(model.init)` (boxed with logical axis names), unboxed.
+    """Returns the NamedSharding of each parameter, as an unboxed tree.
 
-    A dimension that its mesh axes do not divide stays whole.
+    A dimension that its mesh axes do not divide is not sharded.
 
     Args:
-      is_split: whether the parameter at a path is split at all; else every device holds it whole.
+      boxed: the tree of `jax.eval_shape(model.init)`, boxed with logical axis names.
+      is_split: returns whether the parameter at a path is sharded; if not, it is replicated.
     """
     specs = traverse_util.flatten_dict(nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES))
     shapes = traverse_util.flatten_dict(nn.unbox(boxed))
@@ -131,7 +133,7 @@ def _axis_size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over data and fsdp."""
+    """Returns the sharding of a batch: its leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -140,25 +142,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many ways the batch is split."""
+    """Returns the number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @contextlib.contextmanager
 def activation_shardings(mesh: Mesh):
-    """Within it `models.layers.split_batch` holds activations to their place on the mesh.
+    """A context in which `models.layers.split_batch` constrains the sharding of activations.
 
-    Without, the compiler may gather activations of all devices where gathering a layer's weights is far cheaper.
+    Without the constraint, the compiler may gather activations of all devices where gathering the weights of a layer is
+    far cheaper.
     """
     with nn.logical_axis_rules(RULES), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
 
 def _own_blocks(mesh: Mesh) -> list[int]:
-    """Which of a batch's `batch_shards` equal blocks this process's devices hold.
+    """Returns which of the `batch_shards` equal blocks of a batch the devices of this process hold.
 
-    They need not be neighbours: on a TPU slice the mesh follows the links between chips, which cross those of other
-    hosts. Processes whose devices differ along `tensor` alone hold the same blocks.
+    The blocks need not be adjacent: on a TPU slice the mesh follows the links between chips, so the blocks of different
+    hosts may alternate. Processes whose devices differ only along `tensor` hold the same blocks.
     """
     blocks = mesh.devices.reshape(batch_shards(mesh), -1)
     here = jax.process_index()
@@ -166,22 +169,26 @@ def _own_blocks(mesh: Mesh) -> list[int]:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
-    """The rows of a global batch that this process reads, in their order, for `put_batch`.
+    """Returns the rows of a global batch that this process reads, in the order that `put_batch` expects.
 
     Args:
-      batch_size: a multiple of `batch_shards`, of all processes together.
+      batch_size: the global batch size, a multiple of `batch_shards`.
     """
     size = batch_size // batch_shards(mesh)
     return tuple(block * size + row for block in _own_blocks(mesh) for row in range(size))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, (rows, ...) each, onto its devices: global (batch, ...) arrays, split by rows."""
+    """Puts this process's rows of a batch, (rows, ...) each, on its devices.
+
+    Returns:
+      Global arrays (batch, ...), sharded by rows.
+    """
     sharding, own = batch_sharding(mesh), _own_blocks(mesh)
 
     def put(local: np.ndarray) -> jax.Array:
         size = len(local) // len(own)
-        starts = {block * size: place * size for place, block in enumerate(own)}
+        starts = {block * size: index * size for index, block in enumerate(own)}  # in the global batch -> in `local`
 
         def block_at(index: tuple[slice, ...]) -> np.ndarray:
             start = starts[index[0].start or 0]

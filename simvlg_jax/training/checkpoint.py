@@ -1,6 +1,6 @@
-"""Orbax checkpoints of a run: trained state and data position, asynchronously, each array verified when it is read.
+"""Orbax checkpoints of a run: trained state and data position, saved asynchronously and verified when they are read.
 
-Several processes write one checkpoint into one folder, and any other number of them reads it.
+All processes write one checkpoint into one folder. Any number of processes can read it.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from simvlg_jax.training.metrics_log import FILE, read_scores
 from simvlg_jax.training.step import TrainState
 from simvlg_jax.utils.errors import UserError, first_line, warn
 
-RETRY_SECONDS = 1.0  # between two tries to read a checkpoint
+RETRY_SECONDS = 1.0  # delay before a second attempt to read a checkpoint
 
 
 class Damaged(Exception):
-    """A checkpoint that cannot be read, or whose arrays are not the ones that were saved; the message says what."""
+    """The checkpoint cannot be read, or its arrays differ from the saved ones. The message gives the reason."""
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore_newest` found: the step, the state in its shardings, the position of the data."""
+    """The result of `Checkpoints.restore_newest`: the step, the sharded state and the position of the data."""
 
     step: int
     state: TrainState
@@ -40,9 +40,9 @@ class Restored(NamedTuple):
 
 @dataclass
 class KeepBest:
-    """Preserves the `n` checkpoints of the highest score, of equal ones the newest, and those of `always`.
+    """Preserves the `n` checkpoints with the highest scores and those of `always`. Of equal scores the newest count.
 
-    `scores` may gain entries while the run goes on.
+    `scores` may gain entries during the run.
     """
 
     scores: dict[int, float]
@@ -60,24 +60,25 @@ class Checkpoints:
     """The checkpoints of one workdir.
 
     Args:
-      workdir: holds checkpoints/ and the metrics log, whose scores say which checkpoint is best.
-      keep_last: newest checkpoints kept.
-      keep_best: checkpoints kept by the highest score, beside the newest.
+      workdir: holds checkpoints/ and the metrics log, whose scores determine the best checkpoint.
+      keep_last: number of newest checkpoints to keep.
+      keep_best: number of checkpoints with the highest scores to keep in addition.
+      read_only: only read; the folder must exist and nothing in it is changed.
     """
 
     def __init__(self, workdir: Path, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
         self._folder = (workdir / "checkpoints").resolve()
         self._scores = read_scores(workdir)
-        unscored = frozenset(() if (workdir / FILE).exists() else self._steps_there())
+        unscored = frozenset(() if (workdir / FILE).exists() else self._existing_steps())
         if unscored and jax.process_index() == 0:
             warn(
                 f"{workdir / FILE} is missing, so the best checkpoint is not known: the newest counts as the best, "
-                "and training deletes none of those that are there"
+                "and training deletes none of the existing ones"
             )
         keep = [policies.LatestN(keep_last), KeepBest(self._scores, keep_best, unscored)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            # A checkpoint counts when its last file is there: renaming a folder is many operations on a bucket.
+            # A final marker file commits a checkpoint: on a bucket, renaming a folder is many operations, not atomic.
             atomicity_options=ocp.options.AtomicityOptions(ocp.options.AtomicityMode.COMMIT_FILE),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -87,47 +88,47 @@ class Checkpoints:
             raise UserError(f"{workdir} holds no checkpoint; train with simvlg_jax.train first")
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def _steps_there(self) -> list[int]:
+    def _existing_steps(self) -> list[int]:
         return [
             int(path.parent.name) for path in self._folder.glob("*/commit_success.txt") if path.parent.name.isdecimal()
         ]
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, oldest first."""
+        """Returns the steps of all checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """Newest step saved, or None."""
+        """Returns the newest saved step, or None."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step with the highest score, else the newest."""
+        """Returns the step with the highest score, or the newest step if none has a score."""
         scored = [(self._scores[step], step) for step in self.steps() if step in self._scores]
         return max(scored)[1] if scored else self.latest()
 
     def choose(self, which: str) -> int:
-        """The step that "best", "latest" or a number such as "2000" names.
+        """Returns the step that "best", "latest" or a number such as "2000" names.
 
         Raises:
-          UserError: there is no such checkpoint; the message lists those that are there.
+          UserError: there is no such checkpoint. The message lists the existing ones.
         """
         number = int(which) if which.isdecimal() else None
-        found = {"best": self.best(), "latest": self.latest()}.get(which, number)
-        if found not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none yet; train with simvlg_jax.train first"
-            raise UserError(f"no checkpoint {which!r} in {self._folder}; there are {there}")
-        return found
+        step = {"best": self.best(), "latest": self.latest()}.get(which, number)
+        if step not in self.steps():
+            existing = ", ".join(map(str, self.steps())) or "none yet; train with simvlg_jax.train first"
+            raise UserError(f"no checkpoint {which!r} in {self._folder}; there are {existing}")
+        return step
 
     def save(self, step: int, state: TrainState, position: dict) -> None:
         """Starts saving in the background.
 
         Args:
-          position: where the data iterator stood before it drew the batch after `step`; the same on every process.
+          position: of the data iterator, taken before it draws the batch after `step`; the same on every process.
 
         Raises:
-          UserError: no space for it; nothing is written then, and what was saved before stays whole.
+          UserError: no space is left. Nothing is written then, and older checkpoints stay whole.
         """
-        self._scores.pop(step, None)  # of a checkpoint that was there before
+        self._scores.pop(step, None)  # the score of an earlier checkpoint of this step
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(position),
@@ -136,20 +137,22 @@ class Checkpoints:
         need_space(self._folder, state)
         with disk_errors(self._folder):
             if not self._manager.save(step, args=items):
-                raise RuntimeError(f"checkpoint {step} was not saved: {self.latest()} is there already")
+                raise RuntimeError(f"checkpoint {step} was not saved: {self.latest()} exists already")
 
     def score(self, step: int, score: float) -> None:
-        """Tells how good a checkpoint is; the metrics log remembers it."""
+        """Sets the score of a checkpoint. The metrics log stores it."""
         self._scores[step] = score
 
     def restore_newest(self, abstract: TrainState) -> Restored | None:
-        """The newest whole checkpoint to go on from, in the shardings of `abstract`; None if there is none at all.
+        """Restores the newest whole checkpoint in the shardings of `abstract`.
 
-        A damaged one that is newer is renamed to "STEP.damaged", with a warning, so that the run can save that step
-        again.
+        Renames newer, damaged checkpoints to "STEP.damaged", with a warning, so that the run can save those steps anew.
+
+        Returns:
+          The restored checkpoint, or None if there are no checkpoints.
 
         Raises:
-          UserError: there are checkpoints and none is whole; nothing is renamed then.
+          UserError: there are checkpoints but none is whole. Nothing is renamed then.
         """
         damaged: dict[int, Damaged] = {}
         for step in reversed(self.steps()):
@@ -168,15 +171,15 @@ class Checkpoints:
         return None
 
     def _forget_after(self, step: int) -> None:
-        """Drops the scores of steps that will be taken again."""
+        """Drops the scores of steps that the run will repeat."""
         for later in [s for s in self._scores if s > step]:
             del self._scores[later]
 
     def restore_params(self, step: int, abstract: dict) -> dict:
-        """The trained parameters alone, in the shardings of `abstract`.
+        """Restores only the trained parameters, in the shardings of `abstract`.
 
         Raises:
-          UserError: it is damaged; the message names the newest whole one.
+          UserError: the checkpoint is damaged. The message names the newest whole one.
         """
         return self._or_explain(step, lambda s: self._restore_params(s, abstract))
 
@@ -195,31 +198,32 @@ class Checkpoints:
         return read.state["params"]
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
-        """The items of a checkpoint and its "checks", which are None in checkpoints of older versions.
+        """Returns the items of a checkpoint and its "checks", which are None in checkpoints of older versions.
 
-        Raises Damaged on every process if one cannot read its part twice.
+        Raises:
+          Damaged: two attempts to read failed on at least one process. Every process raises it.
         """
         for last in (False, True):
             reason = None
             try:
                 read = self._read_alone(self._folder / str(step), items)
-            except (jax.errors.JaxRuntimeError, MemoryError):  # too little memory, or a device that failed
+            except (jax.errors.JaxRuntimeError, MemoryError):  # too little memory, or a failed device
                 raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds, bare ones included
+            except Exception as error:  # Orbax and TensorStore raise many types, including plain Exception
                 reason = first_line(error)
             if not collectives.numbers_of_all(reason is not None).any():
                 break
             if last:
                 raise Damaged(reason or "another process cannot read its part")
-            time.sleep(RETRY_SECONDS)  # a disk that is far away may fail for a moment
+            time.sleep(RETRY_SECONDS)  # a network disk may fail for a moment
         if read.checks is None and jax.process_index() == 0:
             warn(f"checkpoint {step} holds no checksums (an older version wrote it), so it is not verified")
         return read
 
     def _read_alone(self, folder: Path, items: dict[str, ocp.args.CheckpointArgs]) -> ocp.args.Composite:
-        """`_read` for this process; it waits for no other, so that an error in one blocks none."""
-        named = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
-        if has_checks := "checks" in named or (folder / "checks").exists():
+        """Reads for this process only. It waits for no other process, so that an error in one blocks none."""
+        saved_items = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+        if has_checks := "checks" in saved_items or (folder / "checks").exists():
             items = items | {"checks": ocp.args.JsonRestore()}
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
@@ -230,7 +234,7 @@ class Checkpoints:
         return ocp.args.Composite(**read if has_checks else {**read, "checks": None})
 
     def _verify(self, read: ocp.args.Composite) -> None:
-        """Raises Damaged if something that was read is not what was saved."""
+        """Raises Damaged if any array or the data position differs from what was saved."""
         if read.checks is None:
             return
         saved, found = read.checks.get("arrays", {}), array_fingerprints(read.state)
@@ -238,7 +242,7 @@ class Checkpoints:
         if "data" in read and read.checks.get("data") != _digest(read.data):
             wrong.append("the position of the data is not as it was saved")
         if collectives.numbers_of_all(len(wrong)).any():
-            raise Damaged("; ".join(wrong[:2]) + "; ..." * (len(wrong) > 2) or "another process read something else")
+            raise Damaged("; ".join(wrong[:2]) + "; ..." * (len(wrong) > 2) or "another process found the damage")
 
     def _or_explain(self, step: int, restore: Callable[[int], Any]) -> Any:
         try:
@@ -246,18 +250,18 @@ class Checkpoints:
         except Damaged as error:
             raise UserError(self._explain(step, error, self._newest_whole(step, restore))) from error
 
-    def _newest_whole(self, but: int, restore: Callable[[int], Any]) -> int | None:
+    def _newest_whole(self, except_for: int, restore: Callable[[int], Any]) -> int | None:
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
-                if step != but:
+                if step != except_for:
                     restore(step)
                     return step
         return None
 
     def _explain(self, step: int, reason: Damaged, whole: int | None) -> str:
-        message = f"checkpoint {step} in {self._folder} is damaged, or of another model ({reason}); "
+        message = f"checkpoint {step} in {self._folder} is damaged, or belongs to another model ({reason}); "
         if whole is None:
-            return message + "none that is whole is left: correct the config, or start anew in another --workdir"
+            return message + "no checkpoint is whole: correct the config, or start a new run in another --workdir"
         return message + f"the newest whole one is {whole}: use it with --checkpoint {whole}"
 
     def _set_aside(self, step: int, reason: Damaged, whole: int) -> None:
@@ -266,12 +270,12 @@ class Checkpoints:
             aside = self._folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self._folder / str(step)).rename(aside)
-            warn(f"checkpoint {step} is damaged ({reason}) and now named {aside}; going on from checkpoint {whole}")
+            warn(f"checkpoint {step} is damaged ({reason}), renamed to {aside}; resuming from checkpoint {whole}")
         collectives.sync(f"checkpoint {step} is set aside")
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until all checkpoints are on disk."""
         with disk_errors(self._folder):
             self._manager.wait_until_finished()
             self._manager.close()
@@ -282,7 +286,7 @@ def _digest(position: dict) -> str:
 
 
 def need_space(folder: Path, state: TrainState) -> None:
-    """Raises UserError unless the disk, which all processes share, has room for the whole `state`, uncompressed."""
+    """Raises UserError if the disk, which all processes share, has no room for the uncompressed global `state`."""
     needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -293,10 +297,10 @@ def need_space(folder: Path, state: TrainState) -> None:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path):
-    """For a disk that fills up meanwhile: one line says so; Orbax keeps the checkpoints before it whole."""
+    """Turns the errors of a full disk into a UserError. Orbax keeps the older checkpoints whole."""
     try:
         yield
-    except Exception as error:  # Orbax and TensorStore raise several kinds
+    except Exception as error:  # Orbax and TensorStore raise several types
         if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"no space left for a checkpoint in {folder}: free some and run again to resume") from error

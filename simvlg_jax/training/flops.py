@@ -1,6 +1,6 @@
-"""Floating-point work of a function, counted on its jaxpr.
+"""Counts the FLOPs of a function from its jaxpr.
 
-XLA's own cost analysis counts the body of a scan once, whatever its length; here it counts `length` times.
+XLA's own cost analysis counts the body of a scan once, whatever its length. Here it counts `length` times.
 """
 
 from math import prod
@@ -9,7 +9,7 @@ import jax
 
 
 def count_flops(closed: "jax.extend.core.ClosedJaxpr") -> int:
-    """Multiply-adds of all matrix products in a jaxpr, times two. Elementwise work is not counted."""
+    """Returns the FLOPs of all matrix products in a jaxpr: two per multiply-add. Elementwise work is not counted."""
     total = 0
     for eqn in closed.jaxpr.eqns if hasattr(closed, "jaxpr") else closed.eqns:
         if eqn.primitive.name == "dot_general":

@@ -1,4 +1,4 @@
-"""Frozen weights are not saved with a run: it is held to the same ones by name and fingerprint."""
+"""Frozen weights are not saved with a run. Their sources and fingerprints are, and a resumed run checks them."""
 
 import json
 from pathlib import Path
@@ -11,30 +11,30 @@ FILE = "frozen.json"
 
 
 def describe_frozen(frozen: dict, sources: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Name -> source and fingerprint of each frozen tree, as frozen.json holds them."""
+    """Returns {name: source and fingerprint} of the frozen trees, as frozen.json holds them."""
     return {name: {"source": sources[name], "fingerprint": fingerprint(tree)} for name, tree in frozen.items()}
 
 
 def check_frozen(workdir: Path, found: dict[str, dict[str, str]]) -> None:
-    """Holds the frozen weights of a run against workdir/frozen.json.
+    """Compares the frozen weights with workdir/frozen.json.
 
-    Warns if the file is missing or damaged, since then nothing can be checked.
+    Warns if the file is missing or damaged, since nothing can be compared then.
 
     Raises:
-      UserError: these are other weights than the run was started with.
+      UserError: the weights differ from those that the run was started with.
     """
     path = workdir / FILE
     try:
-        known = {name: entry["fingerprint"] for name, entry in json.loads(path.read_text()).items()}
+        saved = {name: entry["fingerprint"] for name, entry in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         trouble = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
-        warn(f"{path} {trouble}, so whether the frozen weights are those of the start of this run is not checked")
+        warn(f"{path} {trouble}, so the frozen weights cannot be compared with those that the run was started with")
         return
     for name, entry in found.items():
-        if known.get(name) != entry["fingerprint"]:
+        if saved.get(name) != entry["fingerprint"]:
             raise UserError(
                 f"the frozen {name} ({entry['source']}) is not the one this run was started with: "
-                f"restore the old weights, or start anew in another --workdir"
+                f"restore the old weights, or start a new run in another --workdir"
             )
 
 

@@ -1,4 +1,4 @@
-"""The training loop: resume; then per step maybe save, maybe evaluate, draw the batch, step, maybe log."""
+"""The training loop: resumes, then for each step: save and evaluate if due, draw a batch, take the step, log if due."""
 
 import contextlib
 import time
@@ -35,22 +35,22 @@ from simvlg_jax.utils.progress import SILENT, Announcer
 
 
 class Program(NamedTuple):
-    """A compiled step for one shape of batches: run(state, frozen, batch), and its FLOPs over all devices."""
+    """A step compiled for one batch shape: run(state, frozen, batch), and its FLOPs over all devices."""
 
     run: Callable
     flops: int
 
 
 class Trainer:
-    """Everything a run needs, in place on the devices: made once, before the first step.
+    """Everything that a run needs, sharded on the devices. It is created once, before the first step.
 
     Attributes:
       task, mesh, plan: see their modules.
-      evaluators: those of the config that run while training.
+      evaluators: the evaluators that run during training.
       frozen: the frozen parameters.
-      frozen_entries: what frozen.json holds of them.
+      frozen_entries: their entries in frozen.json.
       state: the TrainState, restored from the newest whole checkpoint if there is one.
-      iterator: the training batches, standing where the checkpoint left it.
+      iterator: the iterator over training batches, at the position of the checkpoint.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Trainer:
         self.task = build_task(config)
         self.plan = Plan(self.task, config, self.mesh)
         self.skipped = pipeline.Skipped()
-        # What is wrong with the data shows before the weights are read, which may take minutes.
+        # The data come first, so that their errors appear before the weights are read, which may take minutes.
         self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
         self.evaluators = make_evaluators(self.task, config, self.mesh)
         rows = meshes.local_rows(self.mesh, config.train.batch_size)
@@ -89,11 +89,11 @@ class Trainer:
 
     @property
     def position(self) -> dict:
-        """Where the data stands: batches drawn, by any number of processes."""
+        """The position of the data: the number of batches drawn. It is valid for any number of processes."""
         return {"window": self._window, "iterator": self.iterator.get_state()}
 
     def move_to(self, position: dict) -> None:
-        """Puts the data where `position` says.
+        """Moves the data iterator to `position`.
 
         Raises:
           UserError: the checkpoint was written with length grouping (`data.length_window`) and this run cannot group,
@@ -102,17 +102,17 @@ class Trainer:
         if position["window"] != self._window:
             raise UserError(
                 f"this run groups {position['window']} batches by length and {jax.process_count()} process(es) group "
-                f"{self._window}: resume with as many processes as before, or start with data.length_window=1"
+                f"{self._window}: resume with the former number of processes, or start with data.length_window=1"
             )
         self.iterator.set_state(position["iterator"])
 
     def next_batch(self) -> dict[str, np.ndarray]:
-        """This process's rows of the next batch."""
+        """Returns this process's rows of the next batch."""
         with workers.signals_blocked():
             return next(self.iterator)
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
-        """The step compiled for such a batch; each length of the texts needs one."""
+        """Returns the step compiled for the shape of a batch. Each text length needs its own."""
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in self._programs:
             length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
@@ -122,7 +122,7 @@ class Trainer:
         return self._programs[shapes]
 
     def run_step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Takes one step; returns its metrics, scalars on the devices."""
+        """Takes one step and returns its metrics as scalars on the devices."""
         run = self.program(batch).run
         with jax.transfer_guard("disallow"):
             self.state, metrics = run(self.state, self.frozen, batch)
@@ -149,14 +149,14 @@ def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains until `train.steps`, `train.max_minutes`, SIGINT or SIGTERM; starts where the workdir's run stopped.
 
-    The config is written once config, data, sizes and weights have been found usable.
+    The config is written after config, data, sizes and weights have been checked.
 
     Returns:
-      0, or 128 + the signal's number after SIGINT or SIGTERM. The run is saved in either case.
+      0, or 128 + the signal number after SIGINT or SIGTERM. The run is saved in either case.
 
     Raises:
-      UserError: an unusable config, data, weights or workdir; a workdir that another process trains in; a loss that is
-        not finite, with its step.
+      UserError: the config, data, weights or workdir cannot be used, another process trains in the workdir, or a loss
+        is not finite.
     """
     with contextlib.ExitStack() as stack:
         lock = None
@@ -164,9 +164,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(run_lock.hold(workdir))
             saved.check_workdir(config, workdir)
-        collectives.wait_for_all("the workdir is ours")
+        collectives.wait_for_all("the workdir is locked")
         if not (workdir / run_lock.LOCK).exists():
-            raise UserError(f"{workdir} is not the same folder on every machine: put it on a disk that all share")
+            raise UserError(f"{workdir} is not the same folder on every machine: put it on a shared disk")
         stop = stack.enter_context(Stop(config.train.max_minutes))
         with contextlib.closing(Checkpoints(workdir, config.train.keep_last, config.train.keep_best)) as checkpoints:
             announce = Announcer(say)
@@ -194,19 +194,19 @@ def describe(trainer: Trainer, start: int) -> str:
         kind: sum(x.size for x in jax.tree.leaves(tree))
         for kind, tree in (("trained", trainer.state.params), ("frozen", trainer.frozen))
     }
-    places = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
+    mesh = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
     frozen = ", ".join(f"{name}: {source}" for name, source in trainer.task.sources.items())
     return (
         f"{count['trained']:,} trained and {count['frozen']:,} frozen parameters ({frozen}) on {trainer.mesh.size} "
-        f"{jax.devices()[0].platform} device(s) ({places}); " + (f"resuming at step {start}" if start else "new run")
+        f"{jax.devices()[0].platform} device(s) ({mesh}); " + (f"resuming at step {start}" if start else "new run")
     )
 
 
 class Run:
-    """The steps of a start: what each takes part in.
+    """The loop over the steps, from the start or resumption of a run to its end.
 
     Args:
-      check_lock: raises if another process has taken the workdir.
+      check_lock: raises UserError if another process has taken over the workdir.
       evaluated: (step, name) of the evaluations that are logged already.
     """
 
@@ -225,7 +225,7 @@ class Run:
         self.meter = Meter()
 
     def steps(self, start: int, total: int) -> tuple[str, Signals | None]:
-        """What ended the training, in words, and the signal if it was one."""
+        """Trains and returns why it ended, in words, and the signal that stopped it, if any."""
         config, step = self.trainer.config.train, start
         while True:
             stopped = step < total and self.stop.reached(step)
@@ -252,7 +252,7 @@ class Run:
                 self.log.write(step, "train", values)
 
     def step(self, step: int) -> dict[str, jax.Array]:
-        """Takes the step after `step`."""
+        """Draws a batch and takes the step that follows `step`."""
         with self.meter.waiting():
             local = self.trainer.next_batch()
         batch = meshes.put_batch(local, self.trainer.mesh)
@@ -267,12 +267,12 @@ class Run:
         self.checkpoints.save(step, self.trainer.state, self.trainer.position)
 
     def evaluate(self, step: int, last: bool) -> None:
-        """Runs the evaluators that are due. A run that died before it evaluated does so when it is resumed."""
+        """Runs the evaluators that are due. An evaluation that an interrupted run missed is made up when it resumes."""
         for evaluator in self.trainer.evaluators:
             if not (last or step % evaluator.every == 0):
                 continue
             logged = (step, evaluator.name) in self.evaluated
-            if collectives.numbers_of_all(logged)[0, 0]:  # what process 0 has logged counts
+            if collectives.numbers_of_all(logged)[0, 0]:  # process 0 writes the log, so its value counts
                 continue
             self.meter.check_finite()
             before = time.monotonic()

@@ -1,4 +1,4 @@
-"""What is measured between two lines of the training log."""
+"""Measures loss, speed and memory between two lines of the training log."""
 
 import time
 from collections.abc import Iterator
@@ -25,23 +25,23 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within it the run waits for data."""
+        """Counts the time within the context as waiting for data."""
         before = time.monotonic()
         yield
         self._waited += time.monotonic() - before
 
     def pause(self, seconds: float) -> None:
-        """Leaves out time that was spent on something else, such as an evaluation."""
+        """Excludes time that was spent on other work, such as an evaluation."""
         self._start += seconds
 
     def add(self, step: int, loss: jax.Array, images: int, flops: int) -> None:
-        """One step more; its loss is not waited for."""
+        """Counts one step, without waiting for its loss."""
         self._losses.append((step, loss))
         self._images += images
         self._flops += flops
 
     def check_finite(self) -> None:
-        """Raises UserError naming the steps whose loss is not finite."""
+        """Raises UserError with the steps whose loss is not finite."""
         values = jax.device_get([loss for _, loss in self._losses])
         bad = [step for (step, _), value in zip(self._losses, values, strict=True) if not np.isfinite(value)]
         if bad:
@@ -51,10 +51,11 @@ class Meter:
             )
 
     def read(self, metrics: dict[str, jax.Array], unreadable: int) -> dict[str, float]:
-        """The line for the last step's metrics; starts anew. Every process calls it at the same step.
+        """Returns the values of a log line and resets the counts. Every process calls it at the same step.
 
         Args:
-          unreadable: pictures that this process has replaced so far.
+          metrics: of the last step.
+          unreadable: number of pictures that this process has replaced so far.
         """
         self.check_finite()
         seconds = time.monotonic() - self._start
@@ -62,10 +63,10 @@ class Meter:
         values["loss"] = float(np.mean(jax.device_get([loss for _, loss in self._losses])))
         values["images_per_second"] = self._images / seconds
         values["tflops"] = self._flops / seconds / 1e12
-        # Of the process that waits longest and of the fullest: the others wait for them.
-        everyones = collectives.numbers_of_all(self._waited / seconds, memory_gb(), unreadable)
-        values["data_wait"], values["memory_gb"] = map(float, everyones[:, :2].max(0))
-        if replaced := float(everyones[:, 2].sum()):
+        # Maxima over the processes, since the slowest and the fullest one limit the run.
+        numbers = collectives.numbers_of_all(self._waited / seconds, memory_gb(), unreadable)  # (processes, 3)
+        values["data_wait"], values["memory_gb"] = map(float, numbers[:, :2].max(0))
+        if replaced := float(numbers[:, 2].sum()):
             values["unreadable"] = replaced
         self._clear()
         return values

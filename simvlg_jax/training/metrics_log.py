@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""Logs of a run: a progress bar or plain lines, metrics.jsonl and TensorBoard."""
 
 import json
 import os
@@ -17,11 +17,12 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Writes metrics of process 0.
+    """Writes the metrics. Only process 0 writes; on other processes all methods do nothing.
 
     Args:
       workdir: gets metrics.jsonl and tensorboard/.
-      total: steps of the whole run; start: the step it begins at, lines of later steps are dropped.
+      total: number of steps of the whole run.
+      start: the step that the run starts or resumes at. Lines of later steps are dropped.
     """
 
     def __init__(self, workdir: Path, total: int, start: int):
@@ -29,18 +30,18 @@ class MetricsLog:
         if self._quiet:
             return
         self._path = workdir / FILE
-        self._path.touch()  # a run without it has lost its scores
+        self._path.touch()  # if it is missing later, the scores are lost, which `Checkpoints` warns about
         _drop_after(self._path, start)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=not shows_bars(), dynamic_ncols=True)
         self._started = time.monotonic()
 
     def write(self, step: int, kind: str, metrics: dict[str, float | str]) -> None:
-        """One line for step `step`; kind is "train" or "eval"."""
+        """Writes one line for a step; `kind` is "train" or "eval"."""
         if self._quiet:
             return
         seconds = round(time.monotonic() - self._started, 2)
-        with self._path.open("a") as file:  # closed each time: a mounted bucket keeps nothing of an open file
+        with self._path.open("a") as file:  # closed after each line, since a mounted bucket only stores closed files
             file.write(json.dumps({"step": step, "kind": kind, **metrics, "seconds": seconds}) + "\n")
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         for key, value in numbers.items():
@@ -61,31 +62,31 @@ class MetricsLog:
 
 
 def say(message: str) -> None:
-    """Prints a line on standard error, above the progress bar if there is one; process 0 alone does."""
+    """Prints a line on standard error, above the progress bar if there is one. Only process 0 prints."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Removes lines of steps that a resumed run will write again, and what is no record, such as a torn last line."""
+    """Removes lines of steps that a resumed run repeats, and invalid lines such as a truncated last one."""
     kept = [json.dumps(record) + "\n" for record in files.read_metrics(path) if record["step"] <= step]
     with files.atomic_write(path) as partial:
         partial.write_text("".join(kept))
 
 
 def read_scores(workdir: Path) -> dict[int, float]:
-    """Step -> score, of each evaluation that checkpoints are chosen by."""
+    """Returns {step: score} of the evaluations that choose the best checkpoint."""
     records = files.read_metrics(workdir / FILE)
     return {r["step"]: r["score"] for r in records if r.get("kind") == "eval" and isinstance(r.get("score"), float)}
 
 
 def read_evaluated(workdir: Path) -> set[tuple[int, str]]:
-    """(step, name) of each evaluation that the run has logged."""
+    """Returns (step, name) of each evaluation that the run has logged."""
     return {(r["step"], r.get("split")) for r in files.read_metrics(workdir / FILE) if r.get("kind") == "eval"}
 
 
 def shows_bars() -> bool:
-    """Whether standard error is a terminal that a progress bar fits into: some have no width."""
+    """Returns whether standard error is a terminal with room for a progress bar: some terminals report no width."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):
@@ -93,7 +94,7 @@ def shows_bars() -> bool:
 
 
 def memory_gb() -> float:
-    """Peak device memory in GB (10^9 bytes); on a CPU the peak resident memory of this process."""
+    """Returns the peak device memory in GB (10^9 bytes); on a CPU the peak resident memory of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9

@@ -1,4 +1,4 @@
-"""AdamW with the published groups and schedules, over the trained parameters alone."""
+"""AdamW with the published parameter groups and schedules, for the trained parameters only."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from simvlg_jax.tasks.params import Rule
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Step -> learning rate.
+    """Returns the schedule: step -> learning rate.
 
     "cosine": linear warm-up from warmup_lr to lr over warmup_steps, then a cosine to min_lr at `total_steps`.
-    "staircase": as the published code stepped it. With E = step // inner_epoch_steps and M = total_steps //
-    inner_epoch_steps, warm-up lives within E = 0 and the cosine changes only with E (never reaching E = M).
+    "staircase": the schedule of the published code. With E = step // inner_epoch_steps and M = total_steps //
+    inner_epoch_steps, the warm-up is within E = 0, and the cosine changes only with E (and never reaches E = M).
     """
     o = optimizer
     if o.schedule == "cosine":
@@ -38,10 +38,10 @@ def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     optimizer: ConfigDict, total_steps: int, rule: Callable[[tuple[str, ...]], Rule]
 ) -> optax.GradientTransformation:
-    """AdamW on the schedule, clipped if asked for.
+    """Returns AdamW with the schedule, and with gradient clipping if clip_norm is set.
 
     Args:
-      rule: path of a parameter -> whether it is decayed, and the factor on its learning rate.
+      rule: path of a parameter -> whether it is decayed, and its learning rate factor.
     """
 
     def decayed(params: dict) -> dict:

@@ -1,4 +1,7 @@
-"""Everything about a run's step that is known before a single weight is: training and compiling ahead start here."""
+"""The step of a run before any weight exists: shapes, shardings and the jitted function.
+
+Training and ahead-of-time (AOT) compilation both use it.
+"""
 
 from functools import cached_property
 
@@ -22,7 +25,7 @@ Path = tuple[str, ...]
 
 
 class Plan:
-    """The step of a config on a mesh of devices, which need not be there.
+    """The step of a config on a mesh. For AOT compilation the devices of the mesh need not be attached.
 
     Attributes:
       task, mesh: as given.
@@ -30,8 +33,8 @@ class Plan:
       shardings: NamedShardings of all parameters.
 
     Raises:
-      UserError (status 2): a batch that the mesh and the micro-batches do not divide.
-      UserError: a parameter that not exactly one of the task's rules matches.
+      UserError (status 2): the mesh and the micro-batches do not divide the batch.
+      UserError: a parameter is matched by no rule of the task, or by several.
     """
 
     def __init__(self, task: Task, config: ConfigDict, mesh: Mesh):
@@ -53,16 +56,16 @@ class Plan:
         self.shardings: dict = meshes.param_shardings(boxed, mesh, lambda path: split[task.is_trained(path)])
 
     def init_params(self) -> tuple[dict, dict]:
-        """Trained and frozen parameters in place on the mesh: loaded where weights are named, else initialised.
+        """Returns the sharded trained and frozen parameters: loaded if the config names weights, else initialised.
 
-        Nothing is ever whole on one device that the mesh splits: loaded arrays go straight to their shards, and the
-        rest is initialised under jit into its own.
+        A sharded array is never whole on one device: loaded arrays are put directly into their shards, and the others
+        are initialised under jit with their shardings.
         """
         loaded = traverse_util.flatten_dict(self.task.load_pretrained(self.shapes))
         dtypes = {path: x.dtype for path, x in traverse_util.flatten_dict(self.shapes).items()}
-        places: dict[Path, NamedSharding] = traverse_util.flatten_dict(self.shardings)
-        missing = [path for path in places if path not in loaded]
-        params = {path: lazy.put(x.astype(dtypes[path]), places[path]) for path, x in loaded.items()}
+        shardings: dict[Path, NamedSharding] = traverse_util.flatten_dict(self.shardings)
+        missing = [path for path in shardings if path not in loaded]
+        params = {path: lazy.put(x.astype(dtypes[path]), shardings[path]) for path, x in loaded.items()}
         if missing:
 
             def init_missing(key: jax.Array) -> dict[Path, jax.Array]:
@@ -70,16 +73,16 @@ class Plan:
                 return {path: fresh[path].astype(dtypes[path]) for path in missing}
 
             key = jax.random.key(self._seed)
-            params |= jax.jit(init_missing, out_shardings={path: places[path] for path in missing})(key)
+            params |= jax.jit(init_missing, out_shardings={path: shardings[path] for path in missing})(key)
         return self._split(traverse_util.unflatten_dict(params))
 
     def init_state(self, params: dict) -> TrainState:
-        """The TrainState at step 0 of trained parameters, in place."""
+        """Returns the sharded TrainState at step 0 for trained parameters."""
         return jax.jit(self._init_state, out_shardings=self._state_shardings)(params)
 
     @cached_property
     def step(self) -> jax.stages.Wrapped:
-        """`step.make_step`'s function, jitted with its placements; it takes over the state's memory."""
+        """The function of `step.make_step`, jitted with its shardings. It donates the memory of the state."""
         run = make_step(
             self.task,
             self._optimizer,
@@ -88,11 +91,11 @@ class Plan:
             seed=self._seed,
             accumulate=self._accumulate,
         )
-        states, everywhere = self._state_shardings, meshes.replicated(self.mesh)
+        states, replicated = self._state_shardings, meshes.replicated(self.mesh)
         return jax.jit(
             run,
             in_shardings=(states, self._split(self.shardings)[1], meshes.batch_sharding(self.mesh)),
-            out_shardings=(states, everywhere),
+            out_shardings=(states, replicated),
             donate_argnums=0,
         )
 
@@ -108,7 +111,7 @@ class Plan:
         return jax.tree.map(place, (state, frozen), (self._state_shardings, self._split(self.shardings)[1]))
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of the longest texts, as the pipeline makes them."""
+        """Returns ShapeDtypeStructs of a batch with the longest texts, as the pipeline makes them."""
         sharding = meshes.batch_sharding(self.mesh)
         shapes = self.task.batch.shapes(batch_size)
         return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}
@@ -122,14 +125,14 @@ class Plan:
 
     @cached_property
     def _state_shardings(self) -> TrainState:
-        """Moments live where their parameters do, counters everywhere."""
-        everywhere = meshes.replicated(self.mesh)
+        """Moments have the shardings of their parameters; counters are replicated."""
+        replicated = meshes.replicated(self.mesh)
         state = jax.eval_shape(self._init_state, self._split(self.shapes)[0])
-        places = self._split(self.shardings)[0]
+        params = self._split(self.shardings)[0]
         opt_state = optax.tree.map_params(
-            self._optimizer, lambda _, s: s, state.opt_state, places, transform_non_params=lambda _: everywhere
+            self._optimizer, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: replicated
         )
-        return TrainState(everywhere, places, opt_state)
+        return TrainState(replicated, params, opt_state)
 
     def _split(self, tree: dict) -> tuple[dict, dict]:
         return partition.split(tree, self.task.is_trained)

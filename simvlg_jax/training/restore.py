@@ -1,4 +1,4 @@
-"""A trained run or exported model, put back together for evaluating, captioning and exporting."""
+"""Restores a trained run or an exported model for evaluation, captioning and export."""
 
 import contextlib
 from collections.abc import Callable
@@ -25,12 +25,12 @@ from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
 
-WEIGHTS = "weights.safetensors"  # of an exported model, beside its config.json
+WEIGHTS = "weights.safetensors"  # of an exported model, next to its config.json
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model as it was after `step` steps. Its parameters, trained and frozen in one tree, are read when asked for."""
+    """A model after `step` training steps. Its parameters, trained and frozen in one tree, are read on first use."""
 
     task: Task
     mesh: Mesh
@@ -39,32 +39,33 @@ class Run:
 
     @cached_property
     def params(self) -> dict:
-        """In the config's placements. Raises UserError if weights or checkpoint cannot be used."""
+        """Sharded parameters. Raises UserError if the weights or the checkpoint cannot be used."""
         return self.read()
 
 
 def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions: bool = False) -> Run:
-    """A checkpoint of a workdir ("best", "latest" or a step), or an exported model.
+    """Returns a checkpoint of a workdir, or an exported model.
 
     Args:
-      captions: the model must be one that writes captions.
+      which: "best", "latest" or a step.
+      captions: the model must be able to write captions.
 
     Raises:
-      UserError: no such checkpoint, or a model of another kind; when its parameters are read, a damaged checkpoint, or
-        other frozen weights than the run was trained with.
+      UserError: there is no such checkpoint, or the model writes no captions. Reading the parameters raises it if the
+        checkpoint is damaged or the frozen weights differ from those of the training.
     """
     exported = (workdir / WEIGHTS).exists()
     if exported:
         config = config.copy_and_resolve_references()
         with config.unlocked():
-            config.vit.weights = config.connector.weights = config.train.init_from = ""  # all in the file
+            config.vit.weights = config.connector.weights = config.train.init_from = ""  # the file holds all of them
             config.vit.scan = True
     task, mesh = build_task(config), meshes.make_mesh(config.mesh)
     if captions and not task.captions:
         raise UserError(f"{workdir} holds a run of the {config.task} task, whose model writes no captions")
     if exported:
         if which not in ("best", "latest"):
-            raise UserError(f"{workdir} is an exported model of one checkpoint: leave out --checkpoint {which}", 2)
+            raise UserError(f"{workdir} is an exported model of one checkpoint: omit --checkpoint {which}", 2)
         path = workdir / WEIGHTS
         step = int(own_files.read_metadata(path).get("step", 0))
         return Run(task, mesh, step, lambda: read_export(task, config, mesh, path))
@@ -81,16 +82,16 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
 
 
 def assemble(config: ConfigDict) -> Run:
-    """A model from the weights that its config names, untrained here; what has no weights is random."""
+    """Returns a model from the weights that its config names. Parts without weights are initialised at random."""
     task, mesh = build_task(config), meshes.make_mesh(config.mesh)
     return Run(task, mesh, 0, lambda: partition.join(*Plan(task, config, mesh).init_params()))
 
 
 def read_export(task: Task, config: ConfigDict, mesh: Mesh, path: Path) -> dict:
-    """All parameters: those of the file, and those that the config names for the rest.
+    """Returns all parameters: those of the exported file, and the others from the weights that the config names.
 
     Raises:
-      UserError: a file that is damaged or of another architecture.
+      UserError: the file is damaged or has another architecture.
     """
     boxed = jax.eval_shape(task.init, jax.random.key(config.seed))
     abstract = nn.unbox(boxed)

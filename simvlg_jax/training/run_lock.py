@@ -1,4 +1,4 @@
-"""One training at a time in a workdir, on one machine or on a disk that several machines share."""
+"""Allows one training at a time in a workdir, on one machine or on a disk that several machines share."""
 
 import contextlib
 import fcntl
@@ -15,13 +15,13 @@ from simvlg_jax.utils.errors import TRY_AGAIN, UserError
 
 LOCK, OWNER = "run.lock", "run.owner.json"
 BEAT_SECONDS = 10.0  # how often the owner renews its file
-# Another machine's file that is not renewed for this long is left over. Mounted buckets may show a file 60 s late.
+# A file of another machine that is not renewed for this long is stale. Mounted buckets may show a file 60 s late.
 PATIENCE_SECONDS = 90.0
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunLock:
-    """A workdir that this process trains in; see `hold`."""
+    """The claim of this process on a workdir; see `hold`."""
 
     def __init__(self, workdir: Path):
         self._path = workdir / OWNER
@@ -31,15 +31,15 @@ class RunLock:
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def check(self) -> None:
-        """Raises UserError if another process has taken the workdir over: possible where locks reach one machine only.
+        """Raises UserError if another process has taken over the workdir, which can happen if locks are per machine.
 
-        Called before anything is written, so that two runs never mix their checkpoints and metrics.
+        It is called before each write, so that two runs never mix their checkpoints and metrics.
         """
         owner = _read(self._path)
         if owner is not None and not self._is_ours(owner):
             raise UserError(
-                f"{_name(owner)} has started to train in {self._path.parent} too; this process stops without saving, "
-                "start again in another --workdir"
+                f"{_name(owner)} has started to train in {self._path.parent} too; this process stops without saving. "
+                "Start again in another --workdir"
             )
 
     def start(self) -> None:
@@ -66,21 +66,21 @@ class RunLock:
         while not self._stop.wait(BEAT_SECONDS):
             owner = _read(self._path)
             if owner is not None and not self._is_ours(owner):
-                return  # `check` tells
+                return  # `check` raises
             with contextlib.suppress(OSError):  # a full or unreachable disk: the next beat tries again
                 self._write()
 
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[RunLock]:
-    """Holds a workdir, which must exist, until the block ends or this process does.
+    """Holds a workdir, which must exist, until the block or this process ends.
 
-    A lock of the operating system keeps out other processes of this machine, and of other machines where the file
-    system says so. For disks that do not, a file names the owner and is renewed every BEAT_SECONDS.
+    A file lock of the operating system keeps out other processes of this machine, and those of other machines if the
+    file system supports it. For other file systems, a file names the owner and is renewed every BEAT_SECONDS.
 
     Raises:
-      UserError (status TRY_AGAIN): another process trains there, with its host and number. What a dead process has left
-        behind does not count; if it was of another machine, it takes PATIENCE_SECONDS to find out.
+      UserError (status TRY_AGAIN): another process trains in the workdir. The message gives its host and process id.
+        The files of a dead process are ignored; if it ran on another machine, this takes PATIENCE_SECONDS.
     """
     with (workdir / LOCK).open("a") as file:
         locks = True
@@ -92,7 +92,7 @@ def hold(workdir: Path) -> Iterator[RunLock]:
             locks = False
         owner = _read(workdir / OWNER)
         if owner is not None and not (locks and owner.items() >= _machine().items()):
-            _wait_until_left_over(workdir, owner)
+            _wait_until_stale(workdir, owner)
         lock = RunLock(workdir)
         lock.start()
         try:
@@ -101,7 +101,7 @@ def hold(workdir: Path) -> Iterator[RunLock]:
             lock.stop()
 
 
-def _wait_until_left_over(workdir: Path, owner: dict) -> None:
+def _wait_until_stale(workdir: Path, owner: dict) -> None:
     """Raises UserError if the owner's file is renewed within PATIENCE_SECONDS."""
     print(
         f"{_name(owner)} has trained in {workdir}: waiting up to {PATIENCE_SECONDS:.0f} s to see whether it still does",
@@ -119,7 +119,7 @@ def _wait_until_left_over(workdir: Path, owner: dict) -> None:
 
 
 def _read(path: Path) -> dict | None:
-    """The owner's host, process, started and beats; None if there is no such file or it is torn."""
+    """Returns the owner's host, process, start time and beats, or None if the file is missing or truncated."""
     try:
         owner = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -132,14 +132,14 @@ def _name(owner: dict | None) -> str:
 
 
 def _refusal(workdir: Path, owner: dict | None) -> UserError:
-    """To be tried again: the other process may be saving its last checkpoint."""
+    """Returns the error. Its status is TRY_AGAIN, since the other process may be saving its last checkpoint."""
     return UserError(
         f"{_name(owner)} is training in {workdir}: wait for it or stop it, or use another --workdir", TRY_AGAIN
     )
 
 
 def _machine() -> dict[str, str]:
-    """What tells this machine from others: its name, and the number of its boot, as names may be equal."""
+    """Returns what identifies this machine: its name and its boot id, since names may be equal."""
     with contextlib.suppress(OSError):
         return {"host": socket.gethostname(), "boot": BOOT.read_text().strip()}
     return {"host": socket.gethostname()}

@@ -16,12 +16,12 @@ from simvlg_jax.tasks.task import CONTRAST, Task
 
 @struct.dataclass
 class TrainState:
-    """What changes while training.
+    """The state that training changes.
 
     Attributes:
-      step: () int32, optimizer steps done.
-      params: float32 trees of the trained parameters.
-      opt_state: the optimizer's.
+      step: () int32, number of optimizer steps done.
+      params: float32 tree of the trained parameters.
+      opt_state: state of the optimizer.
     """
 
     step: jax.Array
@@ -41,21 +41,24 @@ def make_step(
     seed: int,
     accumulate: int,
 ) -> Step:
-    """Builds the step: (state, frozen, batch) -> (state, metrics): loss, grad_norm, lr, and each of several losses.
+    """Returns the step: (state, frozen, batch) -> (state, metrics).
 
-    A loss is the mean over all targets of the global batch, whatever the number of devices and of micro-batches (the
-    published code averages the ranks' means instead). A task's contrast is over the global batch too: with several
-    micro-batches a first pass embeds them all, which gives the slope of the loss along each embedding, and a second
-    pass carries the slopes on to the parameters (GradCache, arXiv 2101.06983). Both draw the same dropout.
+    The metrics are loss, grad_norm, lr and, if there are several losses, each of them.
+
+    A loss is the mean over all targets of the global batch, whatever the number of devices and micro-batches (the
+    published code averages the ranks' means instead). The contrastive loss of a task is over the global batch too. With
+    several micro-batches, a first pass embeds all of them and computes the gradient of the loss with respect to each
+    embedding. A second pass backpropagates these gradients to the parameters (GradCache, arXiv 2101.06983). Both passes
+    use the same dropout masks.
 
     Args:
-      seed: dropout's; each step and micro-batch folds its own number in.
+      seed: of the dropout. The numbers of the step and of the micro-batch are folded in.
       accumulate: micro-batches per step.
     """
     contrast = task.contrast
 
     def split(x: jax.Array) -> jax.Array:
-        """(B, ...) -> (accumulate, B / accumulate, ...). Each device keeps its own rows, dealt out one by one."""
+        """(B, ...) -> (accumulate, B / accumulate, ...). Row i goes to micro-batch i % accumulate on its own device."""
         return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def unsplit(x: jax.Array) -> jax.Array:
@@ -68,20 +71,22 @@ def make_step(
         return {CONTRAST: contrast.losses(partition.join(frozen, params), *pair).mean()}
 
     def total_loss(
-        params: dict, frozen: dict, batch: dict, key: jax.Array, counts: dict[str, jax.Array], slopes: Pair | None
+        params: dict, frozen: dict, batch: dict, key: jax.Array, counts: dict[str, jax.Array], pair_grads: Pair | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(what is differentiated, the losses in it by name); their sum over micro-batches is the step's.
+        """Returns (the value to differentiate, the losses by name). Both are summed over micro-batches.
 
         Args:
           counts: the number of targets of each loss in the global batch.
-          slopes: the contrastive loss's along the batch's pair, if it is part of a greater one whose loss is known.
+          pair_grads: gradient of the weighted contrastive loss with respect to the pair of this micro-batch, from the
+            first pass. None if there was no first pass; a contrastive loss is then computed here.
         """
         with meshes.activation_shardings(mesh):
             values, pair = task.losses(partition.join(frozen, params), batch, key)
             losses = {name: value.sum() / counts[name] for name, value in values.items()}
-            if slopes is not None:
-                carried = sum(jnp.sum(x * slope) for x, slope in zip(pair, slopes, strict=True))
-                return weighted(losses) + carried, losses
+            if pair_grads is not None:
+                # The gradient of this sum with respect to the pair is `pair_grads`.
+                surrogate = sum(jnp.sum(x * grad) for x, grad in zip(pair, pair_grads, strict=True))
+                return weighted(losses) + surrogate, losses
             if contrast:
                 losses |= contrastive_loss(params, frozen, pair)
         return weighted(losses), losses
@@ -89,7 +94,7 @@ def make_step(
     def contrast_micro_batches(
         params: dict, frozen: dict, micro: dict, key: jax.Array
     ) -> tuple[dict[str, jax.Array], dict, Pair]:
-        """The contrastive loss over all micro-batches, and its slopes along params and along each one's pair."""
+        """Returns the contrastive loss over all micro-batches, and its gradients for the params and for the pairs."""
 
         def embed(item: tuple[jax.Array, dict]) -> Pair:
             index, rows = item
@@ -101,31 +106,33 @@ def make_step(
 
         with meshes.activation_shardings(mesh):
             pairs = jax.lax.map(embed, (jnp.arange(accumulate), micro))
-            (_, losses), (grads, slopes) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, pairs)
-        return losses, grads, slopes
+            (_, losses), (grads, pair_grads) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, pairs)
+        return losses, grads, pair_grads
 
     def loss_and_grads(params: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict[str, jax.Array], dict]:
         counts = {name: jnp.maximum(count.sum(), 1.0) for name, count in task.counts(batch).items()}
         micro = jax.tree.map(split, batch)
 
-        def micro_batch(index: jax.Array | int, rows: dict, slopes: Pair | None) -> tuple[dict[str, jax.Array], dict]:
+        def micro_batch(
+            index: jax.Array | int, rows: dict, pair_grads: Pair | None
+        ) -> tuple[dict[str, jax.Array], dict]:
             key_of_rows = jax.random.fold_in(key, index)
             grad = jax.value_and_grad(total_loss, has_aux=True)
-            (_, losses), grads = grad(params, frozen, rows, key_of_rows, counts, slopes)
+            (_, losses), grads = grad(params, frozen, rows, key_of_rows, counts, pair_grads)
             return losses, grads
 
         if accumulate == 1:
             return micro_batch(0, jax.tree.map(lambda x: x[0], micro), None)
-        across, grads, slopes = {}, jax.tree.map(jnp.zeros_like, params), None
+        contrastive, grads, pair_grads = {}, jax.tree.map(jnp.zeros_like, params), None
         if contrast:
-            across, grads, slopes = contrast_micro_batches(params, frozen, micro, key)
+            contrastive, grads, pair_grads = contrast_micro_batches(params, frozen, micro, key)
         zeros = {name: jnp.zeros(()) for name in counts}
         (losses, grads), _ = jax.lax.scan(
             lambda total, item: (jax.tree.map(jnp.add, total, micro_batch(*item)), None),
             (zeros, grads),
-            (jnp.arange(accumulate), micro, slopes),
+            (jnp.arange(accumulate), micro, pair_grads),
         )
-        return losses | across, grads
+        return losses | contrastive, grads
 
     def run(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

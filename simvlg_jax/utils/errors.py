@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard."""
+"""Errors that are shown to the user, and the exit status of a command."""
 
 import errno
 import sys
@@ -12,7 +12,7 @@ NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIS
 
 
 class UserError(Exception):
-    """Something the user can fix: the message says what is wrong and what to do.
+    """An error that the user can fix. The message states the problem and the fix.
 
     The command line prints it without a traceback and exits with `status` (1: failed, retrying will not help;
     2: invalid arguments or config; TRY_AGAIN: another process is missing, or has not released the workdir yet).
@@ -24,14 +24,14 @@ class UserError(Exception):
 
 
 def run_verb(main: Callable[[], int | None], before_failing: Callable[[str, int], None] | None = None) -> None:
-    """Runs a command-line verb and turns what it raises into an exit status.
+    """Runs a command-line verb and exits with a status that depends on the exception it raises.
 
-    A UserError gives its own; a full disk 1; SIGINT 130; anything else, with its traceback, UNEXPECTED.
+    UserError: its `status`. Full disk: 1. SIGINT: 130. Any other exception: UNEXPECTED, after its traceback.
 
     Args:
-      before_failing: called with the reason and the exit status before the process ends with an error.
+      before_failing: called with the reason and the exit status before the process exits with an error.
     """
-    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log much; what fails in them is raised too, and told below
+    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log a lot, and they also raise the errors that they log
     try:
         status = main() or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -50,7 +50,7 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error as "Type: first line of its message", without the notes that libraries add."""
+    """Returns "Type: first line of the message", without the notes that libraries append."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
@@ -62,7 +62,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, BrokenPipeError):
-        return "nobody reads its output any more", 1
+        return "standard output is closed", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on device ({error.filename or 'disk full'}): free some and run again", 1
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE and error.filename:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and lines of metrics."""
+"""Atomic file writes, and reading metrics.jsonl."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under; what stands there becomes `path`, unless an error ends the block."""
+    """Yields a temporary path next to `path` and renames it to `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -19,13 +19,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Indented UTF-8, with a line break at its end."""
+    """Writes indented UTF-8 JSON with a final line break, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; [] if there is none; lines that were cut off are left out."""
+    """Returns the records of a metrics.jsonl, or [] if the file does not exist. Truncated lines are skipped."""
     if not path.exists():
         return []
     records = []

