@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import struct
+import subprocess
 import sys
 import termios
 
@@ -80,3 +81,12 @@ def test_long_work_is_announced_before_and_after_and_quick_work_is_not(monkeypat
     work("d", 1)  # the last one was quick
     work("e", 8)  # quick by what is known, and yet long
     assert said == ["compiling c ...", "compiling c: 1.0 s", "compiling e: 8.0 s"]
+
+
+def test_training_imports_no_pytorch(tmp_path):
+    program = (
+        "import pathlib, sys; from simvlg_jax.training import loop; "
+        f"loop.MetricsLog(pathlib.Path({str(tmp_path)!r}), 1, 0).close(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert list((tmp_path / "tensorboard").iterdir())

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import jax
-import tensorboardX
 from tqdm import tqdm
 
 from simvlg_jax.utils import files
@@ -32,7 +31,7 @@ class MetricsLog:
         self._path = workdir / FILE
         self._path.touch()  # if it is missing later, the scores are lost, which `Checkpoints` warns about
         _drop_after(self._path, start)
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._board = _summary_writer(workdir / "tensorboard", start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=not shows_bars(), dynamic_ncols=True)
         self._started = time.monotonic()
 
@@ -59,6 +58,22 @@ class MetricsLog:
         if not self._quiet:
             self._bar.close()
             self._board.close()
+
+
+def _summary_writer(folder: Path, purge_step: int):
+    """Returns a tensorboardX.SummaryWriter without importing PyTorch.
+
+    tensorboardX imports PyTorch where it is installed, which takes seconds and is of no use here.
+    """
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # its import fails, which tensorboardX expects
+    try:
+        import tensorboardX
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def say(message: str) -> None:
