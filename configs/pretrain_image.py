@@ -17,10 +17,11 @@ Reported by the paper (arXiv 2310.03291, as quoted in public; none of these runs
 | llm=opt6.7b, llm=vicuna13b, any llm with vit=clip_l | no published result |
 
 As published: batch 1600 (OPT) and 160 (Vicuna), steps, warm-up, the staircase of the learning rate, weight decay, r,
-seed, OPT's start token as a target. Not as published: bfloat16 instead of float16, OPT's own dropout off
-(`llm.dropout=0.1` gives theirs), greedy validation instead of beam search, a folder of yours instead of the mixture of
-laion115M, ccs14M and coco (15 : 4 : 1; for Vicuna ccs14M and coco, 45 : 5). Sizes of mesh and micro-batches are chosen
-for 16 chips of TPU v5e with 16 GB each; neither changes the result.
+seed, OPT's start token as a target, captions cleaned by BLIP-2's processor ("blip_caption": lower case, no
+punctuation). Not as published: bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` gives theirs),
+greedy validation instead of beam search, a folder of yours instead of the mixture of laion115M, ccs14M and coco
+(15 : 4 : 1; for Vicuna ccs14M and coco, 45 : 5). Sizes of mesh and micro-batches are chosen for 16 chips of TPU v5e
+with 16 GB each; neither changes the result.
 """
 
 from ml_collections import ConfigDict
@@ -58,13 +59,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config.llm.start_is_target = not published_vicuna
     config.llm.max_text_tokens = 32
     config.data.name = "folder"
+    config.data.clean = "blip_caption"
     config.data.workers = 8
     config.data.read_threads = 16
     config.train.batch_size = 160 if published_vicuna else 1600
     config.train.accumulate = LLMS[llm]["accumulate"]
     config.train.steps = 60_000 if published_vicuna else 250_000
     config.train.log_every = 50
-    config.train.eval_every = 5000
+    config.evals.val.every = 5000
     config.train.save_every = 1000
     config.optimizer.warmup_steps = 2000 if published_vicuna else 5000
     config.optimizer.schedule = "staircase"
@@ -72,5 +74,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.mesh.tensor = LLMS[llm]["tensor"]
     config.mesh.split_trained = False  # 90 million: whole they take 1 GB, and are not gathered
     config.evaluate.min_new_tokens = 8
-    config.evaluate.max_examples = 1024
+    config.evals.val.max_examples = 1024
     return config.lock()

@@ -25,7 +25,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.train.batch_size = 8
     config.train.steps = 20
     config.train.log_every = 5
-    config.train.eval_every = 10
+    config.evals.val.every = 10
     config.train.save_every = 10
     config.optimizer.lr = 3e-3
     config.optimizer.min_lr = 3e-4
@@ -37,7 +37,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.connector.dropout = 0.0
         config.train.overfit_one_batch = True
         config.train.steps = 300
-        config.train.eval_every = config.train.save_every = 300
+        config.evals.val.every = config.train.save_every = 300
     elif mode == "vit":
         config.task = "contrastive"
     elif mode:

@@ -9,11 +9,12 @@
 #   logs/NAME.log      what the training of NAME prints, and when it was started and ended
 #   state/NAME.*       lock (held while a run goes on), process ids, the wish to stop, the result
 set -euo pipefail
-NAME=simvlg BUCKET='' SHARED='' CONFIG='' WORKDIR='' ARGS='' MAX_RESTARTS=20 PAUSE=10 WAIT=300 FOLLOW=yes
 # shellcheck source=launch/environment.sh
 source "$(dirname "$0")/environment.sh"
-verb=${1:-}
-read_keys 'NAME BUCKET SHARED CONFIG WORKDIR ARGS MAX_RESTARTS PAUSE WAIT FOLLOW' "${@:2}"
+# shellcheck source=launch/bucket.sh
+source launch/bucket.sh
+NAME=simvlg BUCKET='' SHARED='' CONFIG='' WORKDIR='' ARGS='' MAX_RESTARTS=20 PAUSE=10 WAIT=300 FOLLOW=yes
+for pair in "${@:2}"; do declare "$pair"; done
 
 requirements=(requirements-tpu.txt requirements.txt) # the pinned versions first: of others none is fetched
 home=$HOME/simvlg_jax
@@ -42,9 +43,8 @@ setup() {
 
 # The images of TPU VMs come with Python 3.10; uv brings a newer one without touching the system's.
 find_modern_python() {
-  local python
   if [ -x "$PYTHON" ]; then PYTHON_BASE=$PYTHON; return; fi
-  if python=$(find_python) && "$python" -c 'import ensurepip' 2>/dev/null; then return; fi
+  if "$(find_python 2>/dev/null)" -c 'import ensurepip' 2>/dev/null; then return; fi
   say "$HOSTNAME: installing Python 3.12"
   { python3 -m pip install --quiet --user uv && python3 -m uv --quiet python install 3.12; } ||
     fail "$HOSTNAME: could not install Python 3.12 with uv; the worker needs a way to the internet"
@@ -53,63 +53,10 @@ find_modern_python() {
 
 # Names the folder that all workers share "shared", in the revision's folder, where training runs.
 link_shared() {
-  local folder=$home/shared
-  if [ -n "$SHARED" ]; then folder=$SHARED; fi
-  if [ -n "$BUCKET" ]; then folder=$HOME/bucket; mount_bucket "$folder"; fi
+  local folder=${SHARED:-$home/shared}
+  if [ -n "$BUCKET" ]; then folder=$HOME/bucket; mount_bucket "${BUCKET#gs://}" "$folder"; fi
   mkdir -p "$folder" || fail "$HOSTNAME: cannot make the folder $folder"
   ln -sfn "$folder" shared
-}
-
-mount_bucket() {
-  local folder=$1 name=${BUCKET#gs://} mounted
-  mounted=$(cat "$home/state/bucket" 2>/dev/null || true)
-  if findmnt --mountpoint "$folder" >/dev/null; then
-    [ "$mounted" = "$name" ] || fail "$HOSTNAME: $folder holds another bucket, $mounted; fusermount -u $folder"
-    if ls "$folder" >/dev/null 2>&1; then return; fi
-    fusermount -u "$folder" # its gcsfuse is gone
-  fi
-  command -v gcsfuse >/dev/null || install_gcsfuse
-  mkdir -p "$folder"
-  # Nothing is cached: a worker must see at once what another one has written, or found missing a moment ago.
-  # Checkpoints need no folder renamed; what does is allowed to, file by file, up to this many.
-  set -- --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 \
-    --metadata-cache-negative-ttl-secs=0 "$name" "$folder"
-  if ! mount_as_unit "$@"; then
-    say "$HOSTNAME: note: gcsfuse is no systemd unit here; when the machine goes down it may end before training saves"
-    gcsfuse "$@" >&2 8>&- ||
-      fail "$HOSTNAME: cannot mount $BUCKET; may the workers' service account write to it (roles/storage.objectUser)?"
-  fi
-  printf '%s\n' "$name" >"$home/state/bucket"
-}
-
-# When the machine goes down, all that ssh sessions have started is told to end at once, training too, which saves then
-# and needs the bucket. Units end in the reverse order of their start: this one after the sessions, before the network.
-mount_as_unit() {
-  local folder=${*: -1} unit=simvlg-bucket
-  sudo -n systemctl stop "$unit" 2>/dev/null || true # as nothing is mounted, one that is still there is of no use
-  sudo -n systemd-run --quiet --collect --unit="$unit" --uid="$(id -u)" --gid="$(id -g)" \
-    --property=After=network-online.target --property=Before=systemd-user-sessions.service \
-    gcsfuse --foreground "$@" || return 1
-  for _ in $(seq 200); do
-    if findmnt --mountpoint "$folder" >/dev/null; then return; fi
-    systemctl is-active --quiet "$unit" || break
-    sleep 0.1
-  done
-  sudo -n systemctl stop "$unit" 2>/dev/null || true
-  return 1
-}
-
-install_gcsfuse() {
-  local keyring=/usr/share/keyrings/cloud.google.asc codename
-  local apt=(sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600) # new VMs update themselves
-  say "$HOSTNAME: installing gcsfuse"
-  codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-  {
-    curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$keyring" >/dev/null &&
-      printf 'deb [signed-by=%s] https://packages.cloud.google.com/apt gcsfuse-%s main\n' "$keyring" "$codename" |
-      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null &&
-      "${apt[@]}" update && "${apt[@]}" install --yes gcsfuse >/dev/null
-  } || fail "$HOSTNAME: could not install gcsfuse by apt"
 }
 
 idle() {
@@ -117,7 +64,6 @@ idle() {
 }
 
 start() {
-  local try
   alone
   if running; then say "$HOSTNAME: goes on"; return; fi
   installed "${requirements[@]}" || fail "$HOSTNAME: not installed, or not wholly; first: bash launch/tpu.sh setup"
@@ -125,11 +71,11 @@ start() {
   link_shared
   rm -f "$state.stop" "$state.result"
   setsid nohup bash launch/worker.sh loop "$@" >>"$log" 2>&1 </dev/null 8>&- &
-  for try in $(seq 100); do
+  for _ in $(seq 100); do
     if [ -e "$state.result" ] || running; then return; fi
     sleep 0.1
   done
-  fail "$HOSTNAME: the run did not start in $((try / 10)) s; see $log"
+  fail "$HOSTNAME: the run did not start in 10 s; see $log"
 }
 
 # Trains until it is done, stopped, restarted too often, or fails for a reason that stays (exit status 1: no weights, a
@@ -143,18 +89,13 @@ loop() {
   # JAX learns from the TPU VM's metadata which worker of which slice this is, also with several slices.
   export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} # named, the TPU must work: no silent training on the CPU
   read -r -d '' -a arguments <<<"$ARGS" || true
-  set -- "$PYTHON" -m simvlg_jax.train --distributed --config "$CONFIG" --workdir "shared/$WORKDIR" \
-    ${arguments[@]+"${arguments[@]}"}
+  set -- "$PYTHON" -m simvlg_jax.train --distributed --config "$CONFIG" --workdir "shared/$WORKDIR" "${arguments[@]}"
   while [ ! -e "$state.stop" ]; do
     begun=$SECONDS status=0
-    note "start $restarts: $(quote "$@")"
+    note "start $restarts: $*"
     train "$@" || status=$?
     note "exit status $status after $((SECONDS - begun)) s"
-    case $status in
-      0) finish 'done' ;;
-      1) finish failed ;;
-      2) finish wrong ;;
-    esac
+    case $status in 0) finish 'done' ;; 1) finish failed ;; 2) finish wrong ;; esac
     if [ -e "$state.stop" ]; then break; fi
     if [ -n "$terminated" ]; then finish terminated; fi
     if [ "$restarts" -ge "$MAX_RESTARTS" ]; then finish failed; fi
@@ -166,15 +107,15 @@ loop() {
 }
 
 train() {
-  local status=0 process
+  local status process
   "$@" &
   process=$!
   printf '%s\n' "$process" >"$state.training"
   if [ -e "$state.stop" ]; then signal; fi # asked for before there was a process to signal
-  wait "$process" || status=$?
-  while kill -0 "$process" 2>/dev/null; do # a signal to this script ends its wait early
+  while :; do # a signal to this script ends its wait early
     status=0
     wait "$process" || status=$?
+    kill -0 "$process" 2>/dev/null || break
   done
   rm -f "$state.training"
   return "$status"
@@ -204,27 +145,23 @@ result() {
 status() {
   local word line
   word=$(result)
-  if [ "$word" = none ]; then word='not running'; fi
   line=$(tail -n 1 "$log" 2>/dev/null | cut -c 1-300 || true)
-  printf '%s: %s | %s\n' "$HOSTNAME" "$word" "${line:-no log yet}"
+  printf '%s: %s | %s\n' "$HOSTNAME" "${word/none/not running}" "${line:-no log yet}"
 }
 
 show_log() {
-  local word
+  local word follow=()
   [ -e "$log" ] || fail "$HOSTNAME: no log yet"
-  if [ "$FOLLOW" = yes ] && running; then
-    tail -n 20 -F --pid "$(cat "$state.loop")" "$log" 2>/dev/null
-  else
-    tail -n 20 "$log"
-  fi
+  if [ "$FOLLOW" = yes ] && running; then follow=(-F --pid "$(cat "$state.loop")"); fi
+  tail -n 20 "${follow[@]}" "$log" 2>/dev/null
   word=$(result)
   say "$HOSTNAME: ${word/none/not running}"
   case $word in running | 'done') ;; *) [ "$FOLLOW" = no ] || exit 1 ;; esac
 }
 
-case $verb in
-  setup | idle | stop | result | status) "$verb" ;;
-  start | loop) "$verb" "${@:2}" ;;
+case ${1:-} in
+  setup | idle | stop | result | status) "$1" ;;
+  start | loop) "$1" "${@:2}" ;;
   log) show_log ;;
-  *) misuse "unknown verb '$verb'" ;;
+  *) fail "unknown verb '${1:-}'" ;;
 esac

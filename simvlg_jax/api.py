@@ -29,7 +29,7 @@ class CaptionModel:
 
     def __init__(self, config: ConfigDict, task: Task, params: dict):
         self.task, self.params = task, params
-        self._captioner = Captioner(task.model, task.text_encoder, **decoding_options(config))
+        self._captioner = Captioner(task.model, task.batch.texts["caption"].encoder, **decoding_options(config))
 
     def caption(self, picture: Picture, prompt: str | None = None) -> str:
         """One picture's caption. See `captions`."""
@@ -46,7 +46,7 @@ class CaptionModel:
         Raises:
           UserError: a picture that cannot be read, with its name.
         """
-        side, captions = self.task.image_size, []
+        side, captions = self.task.batch.pictures.side, []
         for start in range(0, len(pictures), batch_size):
             images = np.stack([read_picture(p, side) for p in pictures[start : start + batch_size]])
             filled = np.concatenate([images, np.zeros((batch_size - len(images), side, side, 3), np.uint8)])
@@ -93,7 +93,5 @@ def load(
     else:
         folder = EXAMPLE if name == "example" else Path(name)
         config = override(read_config(folder), overrides)
-        if config.task != "caption":
-            raise UserError(f"{folder} holds a run of the {config.task} task, which captions nothing")
-        run = restore.restore_run(config, folder, checkpoint)
+        run = restore.restore_run(config, folder, checkpoint, captions=True)
     return CaptionModel(config, run.task, run.params)

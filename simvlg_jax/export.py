@@ -34,9 +34,7 @@ def main() -> int:
         raise UserError(f"--output {arguments.output} is a file; name a folder")
     if arguments.output.resolve() == arguments.workdir.resolve():
         raise UserError("--output must be another folder than the run's")
-    if config.task != "caption":
-        raise UserError(f"{arguments.workdir} holds a run of the {config.task} task; export takes a caption run")
-    run = restore_run(config, arguments.workdir, arguments.checkpoint)
+    run = restore_run(config, arguments.workdir, arguments.checkpoint, captions=True)
     params = jax.device_get({n: p for n, p in run.params.items() if n != "llm" or not config.llm.weights})
     if not config.vit.scan:
         params["vit"] = stacking.stack_layers(params["vit"])

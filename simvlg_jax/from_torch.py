@@ -31,7 +31,7 @@ def main() -> None:
     import numpy as np
 
     from simvlg_jax.convert import own_files, stacking
-    from simvlg_jax.tasks.task import build_task
+    from simvlg_jax.tasks import build_task
 
     task = build_task(config)
     loaded = task.load_pretrained(nn.unbox(jax.eval_shape(task.init, jax.random.key(config.seed))))

@@ -1,9 +1,9 @@
-"""Look at the data as training sees it.
+"""Shows the data as training sees them.
 
     python -m simvlg_jax.data.inspect --config configs/openmoji.py [--split train] [--out DIR]
 
-Writes a contact sheet of one batch (augmented for train) with the captions as the model's tokens spell them, and
-prints the number of records, caption lengths in tokens and how fast the pipeline delivers.
+Writes a contact sheet of one batch (augmented if the split is train) with the captions decoded from their tokens.
+Prints the number of records, the caption lengths in tokens and the speed of the pipeline.
 """
 
 from pathlib import Path
@@ -16,31 +16,23 @@ from simvlg_jax.config.load import load_config
 from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.data.statistics import batches_per_second, contact_sheet, token_lengths
-from simvlg_jax.tasks.task import build_task
+from simvlg_jax.tasks import build_task
 from simvlg_jax.utils.errors import run_verb
 
 
 def inspect(config: ConfigDict, split: str, out: Path) -> Path:
-    """Prints the statistics of a split and writes OUT/SPLIT.png; returns its path."""
-    task = build_task(config)
-    encoder = task.text_encoder
+    """Prints the statistics of a split and writes its contact sheet; returns the path OUT/SPLIT.png."""
+    spec = build_task(config).batch
     source = load_source(config.data, split, training=split == "train")
-    lengths = token_lengths(source, encoder)
-    size = config.train.batch_size if split == "train" else config.evaluate.batch_size
+    lengths = token_lengths(source, spec.texts[spec.main_text].encoder)
+    limit = spec.texts[spec.main_text].max_tokens
     skipped = Skipped()
     if split == "train":
-        batches = make_train_iterator(
-            config.data,
-            source,
-            encoder,
-            image_size=task.image_size,
-            batch_size=size,
-            seed=config.seed,
-            skipped=skipped,
-        )
+        size = config.train.batch_size
+        batches = make_train_iterator(config.data, source, spec, batch_size=size, seed=config.seed, skipped=skipped)
     else:
-        batches = iter(make_eval_batches(source, encoder, image_size=task.image_size, batch_size=size))
-    sheet = contact_sheet(next(batches), encoder)
+        batches = iter(make_eval_batches(source, spec, batch_size=config.evaluate.batch_size))
+    sheet = contact_sheet(next(batches), spec)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{split}.png"
     sheet.save(path)
@@ -49,13 +41,12 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
     middle, high = np.percentile(lengths, [50, 99])
     print(
         f"caption tokens, start and end included: mean {lengths.mean():.1f}, median {middle:.0f}, "
-        f"99 % {high:.0f}, longest {lengths.max()}; {np.mean(lengths == encoder.max_tokens):.1%} fill the limit "
-        f"of {encoder.max_tokens}"
+        f"99 % {high:.0f}, longest {lengths.max()}; {np.mean(lengths == limit):.1%} fill the limit of {limit}"
     )
     if split == "train":
         speed = batches_per_second(batches)
         print(f"pipeline: {speed:.1f} batches/s of {size}, {speed * size:.0f} pictures/s")
-        print(f"unreadable pictures replaced so far: {skipped.count}")
+        print(f"unreadable pictures replaced: {skipped.count}")
         batches.close()
     print(f"contact sheet: {path}")
     return path
@@ -64,7 +55,7 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
 def main() -> None:
     parser = config_parser(__doc__, prog="python -m simvlg_jax.data.inspect")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--out", type=Path, default=Path("runs/inspect"), help="folder for the contact sheet")
+    parser.add_argument("--out", type=Path, default=Path("runs/inspect"), help="output folder of the contact sheet")
     args, overrides = parser.parse_known_args()
     inspect(load_config(args.config, overrides), args.split, args.out)
 

@@ -1,7 +1,7 @@
-"""Builds the example data: `python -m simvlg_jax.data.prepare [--data_dir data]`.
+"""Prepares the example data: `python -m simvlg_jax.data.prepare [--data_dir data]`.
 
-Renders the OpenMoji pictures of the installed packages and writes them, with their English names, as ArrayRecord
-files. Nothing is downloaded; what is already there is left alone.
+Renders the OpenMoji pictures of the installed packages and writes them with their English names to ArrayRecord files.
+Downloads nothing, and does nothing if the data are already prepared.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from simvlg_jax.utils.errors import run_verb
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m simvlg_jax.data.prepare", description=__doc__)
-    parser.add_argument("--data_dir", default="data", help="where the prepared data goes (default: data)")
+    parser.add_argument("--data_dir", default="data", help="output folder (default: data)")
     sizes = prepare_openmoji(parser.parse_args().data_dir)
 
     from simvlg_jax.data.openmoji.openmoji_dataset_builder import ATTRIBUTION, LICENCE

@@ -34,8 +34,6 @@ def main() -> None:
         raise UserError(f"--output {arguments.output}: the evlgen format is a .pth or a .safetensors file", 2)
     workdir = model_folder(arguments)
     config = read_config(workdir)
-    if config.task != "caption":
-        raise UserError(f"{workdir} holds a run of the {config.task} task; only caption runs have a PyTorch form")
 
     import jax
 
@@ -44,13 +42,14 @@ def main() -> None:
     from simvlg_jax.tasks import params as partition
     from simvlg_jax.training.restore import restore_run
 
-    run = restore_run(config, workdir, arguments.checkpoint)
+    run = restore_run(config, workdir, arguments.checkpoint, captions=True)
     params = jax.device_get(run.params)
     for name in ("vit", "llm"):
         if "blocks_0" in params[name]:
             params[name] = stacking.stack_layers(params[name])
     if arguments.format == "hf":
-        hf_export.write_hf(arguments.output, run.task.model, params, run.task.text_encoder, config)
+        text = run.task.batch.texts["caption"].encoder
+        hf_export.write_hf(arguments.output, run.task.model, params, text, config)
     else:
         chosen = params if arguments.all else partition.split(params, run.task.is_trained)[0]
         write_state_dict(arguments.output, evlgen.to_evlgen(run.task.model, chosen))
@@ -70,7 +69,7 @@ def write_state_dict(path: Path, tensors: dict) -> None:
         import torch
     except ImportError as error:
         raise UserError("writing .pth needs PyTorch (pip install torch); .safetensors does not") from error
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         torch.save({"model": {name: to_tensor(np.array(x, order="C")) for name, x in tensors.items()}}, partial)
 
 

@@ -52,9 +52,10 @@ def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast":
     from simvlg_jax.parallel import mesh as meshes
 
     def forecast_of(batch: int) -> ahead.Forecast:
-        with config.unlocked():
-            config.train.batch_size = batch
-        result = ahead.forecast(arguments.config, config, arguments.topology, arguments.slices, arguments.effort, say)
+        sized = config.copy_and_resolve_references()
+        with sized.unlocked():
+            sized.train.batch_size = batch
+        result = ahead.forecast(arguments.config, sized, arguments.topology, arguments.slices, arguments.effort, say)
         if arguments.search:
             say(f"batch {batch}: {'fits' if result.fits else 'does not fit'}")
         return result

@@ -50,6 +50,11 @@ def relative(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
     return float(distance / max(np.linalg.norm(theirs), floor, 1e-30)) if distance else 0.0
 
 
+def is_trained(path: tuple[str, ...]) -> bool:
+    """What the published recipe trains: all but ViT and language model, and video's parts of the ViT."""
+    return path[0] not in ("vit", "llm") or not partition.TEMPORAL.isdisjoint(path)
+
+
 def exact(equal: bool) -> float:
     return 0.0 if equal else float("inf")
 
@@ -89,7 +94,7 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
     table = tensors.get("opt_model.model.decoder.embed_positions.weight", np.zeros(0))
     model = build(sizes, max_positions=len(table) - POSITION_OFFSET, **options)
     params = jax.tree.map(jnp.asarray, evlgen.from_evlgen(model, tensors))
-    trained, frozen = partition.split(params, lambda path: partition.is_trained(path, ("vit", "llm")))
+    trained, frozen = partition.split(params, is_trained)
     images = jnp.asarray(np.moveaxis(arrays["image"], 1, -1))  # channels last: (B, [F,] H, W, 3)
     text = [jnp.asarray(arrays[key]) for key in ("ids", "mask")]
 
@@ -159,7 +164,7 @@ def check_keys(path: Path) -> Iterator[Check]:
     )
     params = nn.unbox(init)["params"]
     tensors = jax.eval_shape(lambda p: evlgen.to_evlgen(model, p), params)
-    trained = partition.split(params, lambda path: partition.is_trained(path, ("vit", "llm")))[0]
+    trained = partition.split(params, is_trained)[0]
     wanted = json.loads(path.read_text())
     shapes = {name: list(x.shape) for name, x in tensors.items()}
     yield f"{len(wanted['parameters'])} names and shapes", exact(shapes == wanted["parameters"])

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from simvlg_jax.config.load import load_config
+from simvlg_jax.parallel import collectives, processes
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.parallel import processes
 from simvlg_jax.training import loop
 
 
@@ -48,7 +48,7 @@ def check_scattered_rows() -> None:
     mesh = jax.sharding.Mesh(np.array(order).reshape(-1, 1, 1), meshes.AXES)
     batch = np.arange(24).reshape(8, 3)
     placed = meshes.put_batch({"x": batch[list(meshes.local_rows(mesh, 8))]}, mesh)["x"]
-    np.testing.assert_array_equal(processes.gather(placed), batch)
+    np.testing.assert_array_equal(collectives.gather(placed), batch)
 
 
 if __name__ == "__main__":

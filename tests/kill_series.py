@@ -31,7 +31,7 @@ SETTINGS = {
     "train.batch_size": 16,
     "train.log_every": 1,
     "train.save_every": 4,
-    "train.eval_every": 6,
+    "evals.val.every": 6,
     "data.flip": True,
     "data.length_window": 4,
     "data.synthetic_size.val": 48,
@@ -144,7 +144,7 @@ def assert_same_training(workdir: Path, reference: Path, steps: int) -> None:
 
     ours, theirs = lines_of(workdir), lines_of(reference)
     assert ours == theirs, [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]][:3]
-    assert len(ours) == steps + steps // SETTINGS["train.eval_every"]
+    assert len(ours) == steps + steps // SETTINGS["evals.val.every"]
     states = [read_state(folder, steps) for folder in (workdir, reference)]
     assert array_fingerprints(states[0]["state"]) == array_fingerprints(states[1]["state"])
     assert states[0]["data"] == states[1]["data"]

@@ -14,40 +14,32 @@ import pytest
 import standin_gcloud
 
 ROOT = Path(__file__).parent.parent
-PLACE = "--zone=z --project=p --quiet"
 TYPE = "TYPE=v5litepod-16"
 CONFIG = "CONFIG=configs/tiny.py"
 WAIT_SECONDS = 120
 TPU_REQUIREMENTS = ("requirements-tpu.txt", "requirements.txt")
 
-# In place of simvlg_jax.train: says where it resumes, counts steps into WORKDIR/step, saves on SIGTERM and SIGINT.
+# In place of simvlg_jax.train: says where it resumes, counts steps into WORKDIR/step_I, saves on SIGTERM and SIGINT.
 # ARGS: --steps=N ends it, --fail=I:STATUS makes process I fail at once, --deaf=I lets process I ignore the signals.
 FAKE_TRAINING = """
-import argparse, os, pathlib, signal, sys, time
-parser = argparse.ArgumentParser()
-parser.add_argument("-m")
-parser.add_argument("--distributed", action="store_true")
-parser.add_argument("--config")
-parser.add_argument("--workdir", type=pathlib.Path)
-parser.add_argument("--steps", type=int, default=10**9)
-parser.add_argument("--fail", default="-1:0")
-parser.add_argument("--deaf", type=int, default=-1)
-options = parser.parse_args()
+import os, pathlib, signal, sys, time
+values = dict(word[2:].split("=") for word in sys.argv if "=" in word)
 index = int(os.environ.get("JAX_PROCESS_ID", 0))
 received = []
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, signal.SIG_IGN if index == options.deaf else lambda number, _: received.append(number))
-options.workdir.mkdir(parents=True, exist_ok=True)
-saved = options.workdir / f"step_{index}"
+    deaf = values.get("deaf") == str(index)
+    signal.signal(number, signal.SIG_IGN if deaf else lambda number, _: received.append(number))
+saved = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1]) / f"step_{index}"
+saved.parent.mkdir(parents=True, exist_ok=True)
 step = int(saved.read_text()) if saved.exists() else 0
 how = f"resuming at step {step}" if step else "new run"
 print(f"process {index} of {os.environ.get('JAX_NUM_PROCESSES', 1)}, {how}")
 print("variables", {k: v for k, v in os.environ.items() if k.startswith("JAX_")}, flush=True)
-failing, status = options.fail.split(":")
+failing, status = values.get("fail", "-1:0").split(":")
 if index == int(failing):
     print("cannot go on", flush=True)
     sys.exit(int(status))
-while step < options.steps and not received:
+while step < int(values.get("steps", 10**9)) and not received:
     step += 1
     temporary = saved.with_suffix(f".{os.getpid()}")  # process 0 of another slice may write the same file
     temporary.write_text(str(step))
@@ -67,14 +59,11 @@ def executable(path: Path, text: str) -> Path:
 
 def make_environment(folder: Path, requirements: tuple[str, ...], program: str | None = None) -> None:
     """A .venv that need_environment finds complete; its Python is this one, or always runs `program`."""
-    program_words = ""
+    words = [sys.executable]
     if program is not None:
-        (folder / "program.py").parent.mkdir(parents=True, exist_ok=True)
-        (folder / "program.py").write_text(program)
-        program_words = f"{shlex.quote(str(folder / 'program.py'))} "
-    executable(folder / "bin" / "python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {program_words}"$@"\n')
-    wanted = "".join((ROOT / name).read_text() for name in requirements).rstrip("\n")
-    (folder / "installed").write_text(f"{wanted}\n")
+        words.append(str(executable(folder / "program.py", program)))
+    executable(folder / "bin" / "python", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    (folder / "installed").write_text("".join((ROOT / name).read_text() for name in requirements))
 
 
 def hear_interrupts() -> None:
@@ -82,9 +71,9 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def until(condition, seconds: float = WAIT_SECONDS):
+def until(condition):
     """The first true value of `condition`, asked again and again."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
@@ -113,10 +102,9 @@ def revision_folder(tmp_path_factory) -> Path:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    names = ["-c", "user.name=tester", "-c", "user.email=tester@example.com", "-c", "commit.gpgsign=false"]
-    return subprocess.run(
-        ["git", *names, *arguments], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    settings = ("user.name=tester", "user.email=tester@example.com", "commit.gpgsign=false")
+    command = ["git", *(word for setting in settings for word in ("-c", setting)), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Cloud:
@@ -164,8 +152,12 @@ class Cloud:
         return said
 
     @property
-    def calls(self) -> list[str]:
-        return [shlex.join(json.loads(line)) for line in read(self.folder / "calls.jsonl").splitlines()]
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in read(self.folder / "calls.jsonl").splitlines()]
+
+    @property
+    def created(self) -> list[list[str]]:
+        return [call for call in self.calls if "create" in call]
 
     def home(self, worker: int, node: str = "simvlg") -> Path:
         return self.folder / node / f"worker_{worker}" / "simvlg_jax"

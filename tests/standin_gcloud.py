@@ -4,8 +4,7 @@
 
 FOLDER holds everything: calls.jsonl (the arguments of each call), resources.json (what exists and in which state),
 settings.json (what the test wants) and NODE/worker_0, NODE/worker_1, ... (the home of each worker, a copy of the folder
-"home" if there is one). Unknown commands and flags are errors, as with the real one; the flags are those its --help
-names, some of them only as "alpha compute tpus ...".
+"home" if there is one). Unknown commands and flags are errors, as with the real one.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import sys
 from pathlib import Path
 
 COMMON = {"zone", "project", "quiet"}
-CREATE = {"accelerator-type", "spot", "reserved", "network", "subnetwork", "internal-ips", "service-account"}
+CREATE = {"accelerator-type", "spot", "reserved", "network", "internal-ips"}
 FLAGS = {
     "queued-resources create": {*CREATE, "runtime-version", "node-id", "node-count", "node-prefix"},
     "queued-resources describe": {"format"},
@@ -31,34 +30,43 @@ FLAGS = {
     "tpu-vm ssh": {"worker", "command", "internal-ip"},
     "tpu-vm scp": {"worker", "internal-ip"},
 }
-ALPHA = {
-    "queued-resources create": {"autocheckpoint-enabled"},
-    "tpu-vm create": {"autocheckpoint-enabled"},
-    "tpu-vm ssh": {"tunnel-through-iap"},
-    "tpu-vm scp": {"tunnel-through-iap"},
-}
+ALPHA = {"create": {"autocheckpoint-enabled"}, "ssh": {"tunnel-through-iap"}, "scp": {"tunnel-through-iap"}}
+
+
+class Refused(Exception):
+    """What gcloud reports as its own error."""
 
 
 def main(folder: Path, arguments: list[str]) -> int:
     with open(folder / "calls.jsonl", "a") as calls:
         calls.write(json.dumps(arguments) + "\n")
+    settings = _settings(folder)
     if arguments[:2] == ["config", "get-value"]:
-        value = _settings(folder).get(arguments[2])
-        print(value or "(unset)", file=sys.stdout if value else sys.stderr)
+        print(settings.get(arguments[2], ""))
         return 0
-    name, words, flags = _parse(arguments)
-    for part, message in _settings(folder).get("fail", {}).items():
-        if part in name:
-            return _error(name, message)
-    if name in ("tpu-vm ssh", "tpu-vm scp"):  # these take long and change no resource
-        return (_ssh if name == "tpu-vm ssh" else _scp)(folder, words, flags)
-    with changing(folder) as resources:
-        return _change(folder, name, words[0], flags, resources)
+    alpha = arguments[0] == "alpha"
+    kind, verb, *rest = arguments[2 + alpha :]
+    words = [word for word in rest if not word.startswith("--")]
+    flags = dict(word[2:].partition("=")[::2] for word in rest if word.startswith("--"))
+    unknown = flags.keys() - FLAGS[f"{kind} {verb}"] - COMMON - (ALPHA.get(verb, set()) if alpha else set())
+    assert not unknown, f"{kind} {verb} has no flags {unknown}"
+    assert {"zone", "project"} <= flags.keys() and len(words) == (2 if verb == "scp" else 1), arguments
+    try:
+        if message := settings.get("fail", {}).get(verb):
+            raise Refused(message)
+        if verb in ("ssh", "scp"):  # these take long and change no resource
+            return (_ssh if verb == "ssh" else _scp)(folder, words, flags)
+        with changing(folder) as resources:
+            _change(folder, kind, verb, words[0], flags, resources)
+    except Refused as error:
+        print(f"ERROR: (gcloud.compute.tpus.{kind}.{verb}) {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 @contextlib.contextmanager
 def changing(folder: Path):
-    """The resources, as {"tpu-vm NAME": {"state": ...}}, to read and to change."""
+    """The resources, as {"tpu-vm NAME": {"states": [...]}}, to read and to change."""
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = folder / "resources.json"
@@ -75,14 +83,13 @@ def preempt(folder: Path, name: str, noticed: bool = True) -> None:
     """
     with changing(folder) as resources:
         queued = resources.get(f"queued-resources {name}")
-        nodes = queued["nodes"] if queued else [name]
-        for node in nodes:
+        for node in queued["nodes"] if queued else [name]:
             resources[f"tpu-vm {node}"]["states"] = ["PREEMPTED"]
             kill_processes(folder, node)
+            if queued and noticed:
+                _remove_node(folder, node, resources)
         if queued and noticed:
             queued["states"] = ["SUSPENDED"]
-            for node in nodes:
-                _remove_node(folder, node, resources)
 
 
 def kill_processes(folder: Path, node: str, worker: str = "*") -> None:
@@ -98,72 +105,40 @@ def _settings(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _error(name: str, message: str) -> int:
-    print(f"ERROR: (gcloud.compute.tpus.{name.replace(' ', '.')}) {message}", file=sys.stderr)
-    return 1
-
-
-def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    alpha = arguments[0] == "alpha"
-    arguments = arguments[alpha:]
-    name = " ".join(arguments[2:4])
-    assert arguments[:2] == ["compute", "tpus"] and name in FLAGS, arguments
-    words = [a for a in arguments[4:] if not a.startswith("--")]
-    flags = dict(a[2:].partition("=")[::2] for a in arguments[4:] if a.startswith("--"))
-    unknown = flags.keys() - FLAGS[name] - COMMON - (ALPHA.get(name, set()) if alpha else set())
-    assert not unknown, f"{name} has no flags {unknown}"
-    assert {"zone", "project"} <= flags.keys() and len(words) == (2 if name == "tpu-vm scp" else 1), arguments
-    return name, words, flags
-
-
-def _change(folder: Path, name: str, resource: str, flags: dict[str, str], resources: dict) -> int:
-    kind, verb = name.split()
-    key = f"{kind} {resource}"
+def _change(folder: Path, kind: str, verb: str, name: str, flags: dict[str, str], resources: dict) -> None:
+    key = f"{kind} {name}"
+    if (key in resources) == (verb == "create"):
+        raise Refused(f"ALREADY_EXISTS: {name}" if verb == "create" else f"NOT_FOUND: {name} was not found")
     if verb == "create":
-        if key in resources:
-            return _error(name, f"ALREADY_EXISTS: Resource '{resource}' already exists")
-        nodes = [resource]
-        if "node-count" in flags:
-            nodes = [f"{flags['node-prefix']}-{i}" for i in range(int(flags["node-count"]))]
+        count = int(flags.get("node-count", 0))
+        nodes = [f"{flags['node-prefix']}-{i}" for i in range(count)] or [name]
         if kind == "queued-resources":
             states = _settings(folder).get("states", ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
             resources[key] = {"states": states, "nodes": nodes}
         for node in nodes:
             _add_node(folder, node, resources)
-        return 0
-    if key not in resources:
-        return _error(name, f"NOT_FOUND: Resource 'projects/p/locations/z/{resource}' was not found")
-    if verb == "describe":
-        states = resources[key]["states"]
-        said = {
-            "value(state)": states[0],
-            "value(state.state)": states[0],
-            "value(state.failedData.error.message)": _settings(folder).get("reason", ""),
-            "value(networkEndpoints.len())": resources[key].get("workers"),
-        }
-        print(said[flags["format"]])
-        if "state" in flags["format"] and len(states) > 1:
-            del states[0]
-        return 0
-    if kind == "queued-resources":
-        assert "force" in flags, "a queued resource with nodes is only deleted with --force"
-        for node in resources[key]["nodes"]:
-            _remove_node(folder, node, resources)
+    elif verb == "describe":
+        states, field = resources[key]["states"], flags["format"]
+        if "failedData" in field:
+            print(_settings(folder).get("reason", ""))
+        elif "networkEndpoints" in field:
+            print(resources[key]["workers"])
+        else:
+            assert field == ("value(state.state)" if kind == "queued-resources" else "value(state)")
+            print(states.pop(0) if len(states) > 1 else states[0])
     else:
-        _remove_node(folder, resource, resources)
-    resources.pop(key, None)
-    return 0
+        assert kind == "tpu-vm" or "force" in flags, "a queued resource with nodes is only deleted with --force"
+        for node in resources[key].get("nodes", [name]):
+            _remove_node(folder, node, resources)
+        resources.pop(key, None)
 
 
 def _add_node(folder: Path, node: str, resources: dict) -> None:
     workers = _settings(folder).get("workers", 2)
     resources[f"tpu-vm {node}"] = {"states": ["READY"], "workers": workers}
+    (folder / "home").mkdir(exist_ok=True)
     for i in range(workers):
-        home = folder / node / f"worker_{i}"
-        if (folder / "home").exists():
-            shutil.copytree(folder / "home", home, symlinks=True, dirs_exist_ok=True)
-        else:
-            home.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder / "home", folder / node / f"worker_{i}", symlinks=True, dirs_exist_ok=True)
 
 
 def _remove_node(folder: Path, node: str, resources: dict) -> None:
@@ -176,17 +151,18 @@ def _remove_node(folder: Path, node: str, resources: dict) -> None:
 def _homes(folder: Path, node: str, worker: str) -> list[Path]:
     with changing(folder) as resources:
         if f"tpu-vm {node}" not in resources:
-            return []
+            raise Refused(f"NOT_FOUND: {node} was not found")
+        if (state := resources[f"tpu-vm {node}"]["states"][0]) == "PREEMPTED":
+            raise Refused(f'This TPU has terminal state "{state}", so it cannot be used anymore.')
     homes = sorted((folder / node).glob("worker_*"))
     return homes if worker == "all" else [homes[int(worker)]]
 
 
 def _scp(folder: Path, words: list[str], flags: dict[str, str]) -> int:
     node, _, target = words[1].partition(":")
-    homes = _homes(folder, node, flags.get("worker", "0"))
-    for home in homes:
+    for home in _homes(folder, node, flags["worker"]):
         shutil.copy(words[0], home / target)
-    return 0 if homes else _error("tpu-vm scp", f"NOT_FOUND: Resource '{node}' was not found")
+    return 0
 
 
 def _ssh(folder: Path, words: list[str], flags: dict[str, str]) -> int:
@@ -194,36 +170,25 @@ def _ssh(folder: Path, words: list[str], flags: dict[str, str]) -> int:
 
     With the setting "runs" so many times, as when a connection breaks at the command's end.
     """
-    homes = _homes(folder, words[0], flags.get("worker", "0"))
-    if not homes:
-        return _error("tpu-vm ssh", f"NOT_FOUND: Resource '{words[0]}' was not found")
-    with changing(folder) as resources:
-        if (state := resources[f"tpu-vm {words[0]}"]["states"][0]) == "PREEMPTED":
-            return _error("tpu-vm ssh", f'This TPU has terminal state "{state}", so it cannot be used anymore.')
+    settings = _settings(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    count = len(list(homes[0].parent.glob("worker_*")))
     processes = []
-    for home in homes:
+    for home in _homes(folder, words[0], flags["worker"]):
         index = home.name.removeprefix("worker_")
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(home),
             "HOSTNAME": f"{words[0]}-w-{index}",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(count),
+            "JAX_NUM_PROCESSES": str(len(list(home.parent.glob("worker_*")))),
             "JAX_PROCESS_ID": index,
-            **_settings(folder).get("environment", {}),
+            **settings.get("environment", {}),
         }
-        command = ["bash", "-c", "; ".join([f"({flags['command']})"] * _settings(folder).get("runs", 1))]
+        command = ["bash", "-c", "; ".join([f"({flags['command']})"] * settings.get("runs", 1))]
         processes.append(subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL))
-    statuses = [process.wait() for process in processes]
-    for i, status in enumerate(statuses):
-        if status and len(statuses) > 1:
-            message = f"##### Command execution on worker {i} failed with exit status {status}. Continuing."
-            print(message, file=sys.stderr)
-    return next((status for status in statuses if status), 0)
+    return max([process.wait() for process in processes])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Configs: every number has a range, and a config file that is wrong is named in one line."""
 
+from fnmatch import fnmatch
+
 import pytest
 from verbs import call
 
 from simvlg_jax import train
 from simvlg_jax.config import defaults
-from simvlg_jax.config.check import RANGES, check_range, flat_keys
+from simvlg_jax.config.check import RANGES, check_range, flat_keys, range_of
 from simvlg_jax.config.load import load_config, override
 from simvlg_jax.utils.errors import UserError
 
@@ -16,15 +18,16 @@ def numbers():
 
 
 def test_every_number_has_a_range_that_holds_its_default():
-    groups = {key if key in RANGES else f"{key.rpartition('.')[0]}.*" for key in numbers()}
-    assert groups == set(RANGES)
+    matched = {key: [pattern for pattern in RANGES if fnmatch(key, pattern)] for key in numbers()}
+    assert all(len(patterns) == 1 for patterns in matched.values()), matched
+    assert {pattern for patterns in matched.values() for pattern in patterns} == set(RANGES)
     for key, value in numbers().items():
         check_range(key, value)
 
 
 @pytest.mark.parametrize("key", numbers())
 def test_numbers_out_of_range_are_refused(key):
-    low, high = RANGES.get(key) or RANGES[f"{key.rpartition('.')[0]}.*"]
+    low, high = range_of(key)
     for value in (low - 1, float("nan"), float("inf"), *([high + 1] if high < 1e300 else [])):
         with pytest.raises(
             UserError, match=rf"^{key.replace('.', '[.]')} is .*; it must be (at least|above)"

@@ -12,19 +12,18 @@ import torch
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
+from simvlg_jax import tasks
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import bert, evlgen
-from simvlg_jax.data.sources import load_source
-from simvlg_jax.evaluation import validation
+from simvlg_jax.evaluation.evaluators import make_evaluator
 from simvlg_jax.models.contrastive import matching_losses, unit
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import params as partition
-from simvlg_jax.tasks import task as tasks
 from simvlg_jax.training import loop
 from simvlg_jax.training.fingerprints import fingerprint
 from simvlg_jax.training.flops import count_flops
-from simvlg_jax.training.step import init_params, make_plan
+from simvlg_jax.training.plan import Plan
 
 
 def tiny(*overrides: str):
@@ -49,7 +48,7 @@ def test_loss_is_the_captions_plus_beta_times_the_contrast(tmp_path):
     batch = next(trainer.iterator)
     assert batch["sentence_ids"].shape == batch["sentence_mask"].shape == (8, 24)
     model, params = trainer.task.model, trainer.params
-    inputs = [batch[name] for name in ("image", "ids", "mask", "targets")]
+    inputs = [batch[name] for name in ("image", "caption_ids", "caption_mask", "caption_targets")]
     losses, counts = model.apply({"params": params}, *inputs, method="caption_losses")
     visual = model.apply({"params": params}, batch["image"], method="encode_image")
     sentences = SentenceEncoder(32, 2, 2, 98).apply(
@@ -108,16 +107,22 @@ def drawn_batch(size=16, length=12):
     ids = rng.integers(3, 98, (size, length)).astype(np.int32)
     mask = (np.arange(length) < rng.integers(2, length + 1, (size, 1))).astype(np.int32)
     image = rng.integers(0, 256, (size, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
-    text = {"ids": ids, "mask": mask, "targets": np.where(mask > 0, ids, -100)}
-    return {"image": image, **text, "sentence_ids": ids[:, ::-1].copy(), "sentence_mask": np.ones_like(mask)}
+    caption = {"caption_ids": ids, "caption_mask": mask, "caption_targets": np.where(mask > 0, ids, -100)}
+    return {"image": image, **caption, "sentence_ids": ids[:, ::-1].copy(), "sentence_mask": np.ones_like(mask)}
+
+
+def batch_of(task):
+    """Those arrays of `drawn_batch` that a task takes."""
+    batch = drawn_batch()
+    return {name: batch[name] for name in task.batch.shapes(16)}
 
 
 def first_step(config):
     """(loss, {top-level name: its gradient, flat}) of the first step on `drawn_batch`."""
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
-    plan = make_plan(task, config, mesh)
-    params, frozen = init_params(task, config, mesh)
-    state, metrics = plan.step.jit()(plan.init_state(params), frozen, meshes.put_batch(drawn_batch(), mesh))
+    plan = Plan(task, config, mesh)
+    params, frozen = plan.init_params()
+    state, metrics = plan.step(plan.init_state(params), frozen, meshes.put_batch(batch_of(task), mesh))
     moments = jax.device_get(optax.tree.get(state.opt_state, "mu"))
     return float(metrics["loss"]), flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
 
@@ -153,7 +158,7 @@ def test_both_passes_over_micro_batches_draw_the_same_dropout():
     dropout = ["train.beta=0.5", "connector.dropout=0.1", "llm.size=opt_tiny", "llm.dropout=0.1", "vit.train=True"]
     config = step_config(dropout, 2)
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
-    trained, frozen = init_params(task, config, mesh)
+    trained, frozen = Plan(task, config, mesh).init_params()
     step_key = jax.random.fold_in(jax.random.key(config.seed), 0)
 
     def loss(trained, batch):
@@ -162,7 +167,7 @@ def test_both_passes_over_micro_batches_draw_the_same_dropout():
         parts = [task.losses(params, rows, jax.random.fold_in(step_key, i)) for i, rows in enumerate(micro)]
         picture, text = (jnp.concatenate(x) for x in zip(*[part.pair for part in parts], strict=True))
         matching = matching_losses(picture, text, params["temperature"])
-        captions = sum(part.losses.sum() for part in parts) / sum(part.counts.sum() for part in parts)
+        captions = sum(part.values["caption"].sum() for part in parts) / task.counts(batch)["caption"].sum()
         return captions + 0.5 * matching.mean()
 
     wanted, gradient = jax.jit(jax.value_and_grad(loss))(trained, drawn_batch())
@@ -175,9 +180,9 @@ def test_first_pass_over_micro_batches_leaves_the_language_model_out():
     for accumulate in (1, 2):
         config = step_config(CAPTION, accumulate, EIGHT_DEVICES)
         task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
-        plan = make_plan(task, config, mesh)
-        batch = plan.abstract_batch(task, 16, mesh)
-        traced = plan.step.jit().trace(*plan.abstract, batch)
+        plan = Plan(task, config, mesh)
+        batch = plan.abstract_batch(16)
+        traced = plan.step.trace(*plan.abstract, batch)
         traced.lower().compile()
         work.append(count_flops(traced.jaxpr))
     params = partition.join(plan.abstract[1], plan.abstract[0].params)
@@ -191,16 +196,17 @@ def test_validation_loss_is_of_each_example_once():
     flags = ["data.synthetic_size.val=11", "mesh.data=1"]
     config = load_config("configs/tiny.py:vit", [f"--config.{flag}" for flag in flags])
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
-    params = partition.join(*init_params(task, config, mesh))
-    source = load_source(config.data, "val")
-    batches = [batch for batch, _ in validation.eval_batches(task, config, source, mesh)]
+    params = partition.join(*Plan(task, config, mesh).init_params())
+    retrieval = make_evaluator("val", config.evals.val, task, config, mesh)
+    batches = list(retrieval.data)
     assert [len(batch["image"]) for batch in batches] == [8, 8]
     total = 0.0
     for batch, real in zip(batches, (8, 3), strict=True):
-        pair = task.model.apply({"params": params}, *(batch[name][:real] for name in ("image", "ids", "mask")))
+        pair = task.model.apply(
+            {"params": params}, *(batch[name][:real] for name in ("image", "sentence_ids", "sentence_mask"))
+        )
         total += matching_losses(*pair, jnp.exp(params["log_temperature"])).sum()
-    found = validation.retrieval(task, config, params, mesh, source)
-    assert found["loss"] == pytest.approx(float(total) / 11, rel=1e-5)
+    assert retrieval(params).metrics["loss"] == pytest.approx(float(total) / 11, rel=1e-5)
 
 
 def test_published_names_of_the_contrastive_part():

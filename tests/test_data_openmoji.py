@@ -1,6 +1,7 @@
-"""The OpenMoji example: captions, families, and what the built splits promise."""
+"""The OpenMoji example: captions, families of variants, and the properties of its splits."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -77,17 +78,9 @@ def test_base_drops_tone_gender_and_hair(codes, base):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    prepare.prepare_openmoji(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def splits(data_dir):
+def splits(openmoji_data):
     """Split -> records, with the base emoji added."""
-    config = ConfigDict({"name": "openmoji", "dir": str(data_dir)})
-    records = {split: list(load_source(config, split)) for split in SPLITS}
+    records = {split: list(load_source(openmoji_data, split)) for split in SPLITS}
     for record in (record for split in records.values() for record in split):
         record["base"] = base_of(record["id"].upper().split("-"))
     return records
@@ -105,7 +98,7 @@ def test_split_sizes(splits):
     assert 100 <= sizes["novel"] <= 150
 
 
-def test_no_picture_caption_or_id_stands_in_two_places(splits):
+def test_no_picture_caption_or_id_occurs_twice(splits):
     everything = [record for records in splits.values() for record in records]
     for key in ("image", "caption", "id"):
         assert len(_values(everything, key)) == len(everything), key
@@ -125,19 +118,30 @@ def test_captions_are_ascii_and_tidy(splits):
         assert not set(text) & set("_:()&!#*"), text
 
 
-def test_pictures_are_64_namespace_on_white(splits):
+def test_pictures_have_64_pixels_on_white(splits):
     for record in splits["val"]:
         picture = decode(record["image"])
         assert picture.size == (64, 64)
         assert picture.getpixel((0, 0)) == (255, 255, 255), record["id"]
 
 
-def test_prepare_again_changes_nothing(data_dir):
+def test_ids_and_references_are_read_once_and_without_decoding(openmoji_data, splits, monkeypatch):
+    monkeypatch.setattr("PIL.Image.open", None)
+    source = load_source(openmoji_data, "val")
+    expected = [(record["id"], record["references"]) for record in splits["val"]]
+    assert source.info(0) == expected[0]
+    monkeypatch.setattr(source.source, "_records", None)
+    with pytest.raises(TypeError):
+        source[0]
+    assert [source.info(i) for i in range(len(expected))] == expected
+
+
+def test_prepare_again_changes_nothing(openmoji_data):
     def state():
-        return {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
+        return {path: path.stat().st_mtime_ns for path in Path(openmoji_data.dir).rglob("*")}
 
     before = state()
-    sizes = prepare.prepare_openmoji(data_dir)
+    sizes = prepare.prepare_openmoji(openmoji_data.dir)
     assert state() == before
     assert set(sizes) == set(SPLITS)
 
@@ -177,7 +181,7 @@ def _picture(name, base, text, shade):
     return Picture(name, base, text, _render(svg))
 
 
-def test_pictures_nobody_can_tell_apart_are_dropped():
+def test_pictures_that_look_the_same_are_dropped():
     pictures = [
         _picture("a", "x", "man farmer", "#808080"),
         _picture("b", "x", "farmer", "#808080"),

@@ -7,13 +7,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
+from simvlg_jax.config.load import load_config
+from simvlg_jax.data.batch import BatchSpec, Pictures, TextSpec
 from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
 from simvlg_jax.data.sources import load_source
-from simvlg_jax.data.text import IGNORE, CaptionText, character_tokenizer
+from simvlg_jax.data.text import IGNORE, CaptionText, SentenceText, character_tokenizer
 from simvlg_jax.utils.errors import UserError
 
 TEXT = CaptionText(character_tokenizer(), start_id=1, end_id=2, pad_id=0, max_tokens=24, start_is_target=False)
+CAPTION = {"caption": TextSpec(24, predicted=True, load=lambda: TEXT)}
+SENTENCE = {"sentence": TextSpec(12, predicted=False, load=lambda: SentenceText(character_tokenizer(), 12))}
+
+
+def spec(side=16, texts=CAPTION) -> BatchSpec:
+    return BatchSpec(Pictures(side), texts)
 
 
 def config(train=40, **fields) -> ConfigDict:
@@ -32,10 +41,10 @@ def config(train=40, **fields) -> ConfigDict:
     )
 
 
-def train(data=None, source=None, **options):
+def train(data=None, source=None, layout=None, **options):
     data = data or config()
-    settings = {"image_size": 16, "batch_size": 8, "seed": 3}
-    return make_train_iterator(data, source or load_source(data, "train"), TEXT, **(settings | options))
+    settings = {"batch_size": 8, "seed": 3}
+    return make_train_iterator(data, source or load_source(data, "train"), layout or spec(), **(settings | options))
 
 
 def take(iterator, count):
@@ -65,39 +74,81 @@ class Numbered:
         return {"image": image, "caption": str(index), "references": [str(index)], "id": f"picture {index}"}
 
 
+def captions(batch) -> list[str]:
+    rows = zip(batch["caption_ids"], batch["caption_mask"], strict=True)
+    return [TEXT.tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=True) for ids, mask in rows]
+
+
 def numbers(batch) -> list[int]:
-    rows = zip(batch["ids"], batch["mask"], strict=True)
-    return [int(TEXT.tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=True)) for ids, mask in rows]
+    return list(map(int, captions(batch)))
 
 
 def drawn(iterator, count) -> list[int]:
     return [number for batch in take(iterator, count) for number in numbers(batch)]
 
 
-def test_batch_layout():
-    batch = next(train())
-    length = batch["ids"].shape[1]
-    assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].dtype == np.uint8
-    for key in ("ids", "mask", "targets"):
-        assert batch[key].shape == (8, length) and batch[key].dtype == np.int32
-    assert set(batch) == {"image", "ids", "mask", "targets"}
-    # As short as the longest caption allows.
-    assert length % 4 == 0 and batch["mask"].sum(1).max() > length - 4
-    for ids, mask, targets in zip(batch["ids"], batch["mask"], batch["targets"], strict=True):
+def layout_of(batch):
+    return {name: (array.shape, array.dtype) for name, array in batch.items()}
+
+
+def test_batches_have_the_layout_of_their_spec():
+    layout = spec(texts=CAPTION | SENTENCE)
+    assert layout_of(next(train(config(pad_multiple=0), layout=layout))) == layout.shapes(8)
+    (batch,) = make_eval_batches(Numbered(8), layout, batch_size=8)
+    assert layout_of(batch) == layout.shapes(8) | {"weight": ((8,), np.float32), "index": ((8,), np.int32)}
+
+
+def test_first_text_is_padded_to_the_longest_and_the_others_to_their_limit():
+    batch = next(train(layout=spec(texts=CAPTION | SENTENCE)))
+    length = batch["caption_ids"].shape[1]
+    assert length % 4 == 0 and batch["caption_mask"].sum(1).max() > length - 4
+    for ids, mask, targets in zip(batch["caption_ids"], batch["caption_mask"], batch["caption_targets"], strict=True):
         n = mask.sum()
         assert mask.tolist() == [1] * n + [0] * (length - n)
         assert ids[0] == 1 and ids[n - 1] == 2 and (ids[n:] == 0).all()
         assert targets[0] == IGNORE and (targets[1:n] == ids[1:n]).all() and (targets[n:] == IGNORE).all()
+    assert batch["sentence_ids"].shape == (8, 12)
+    for caption, sentence in zip(batch["caption_ids"], batch["sentence_ids"], strict=True):
+        assert sentence.tolist() == [*caption[:11], 2]  # cut, but the end stays
+
+
+RAW = ['A "Red" Dog!', "It's 1 DOG."]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"), [([], ["a red dog", "it's 1 dog"]), (["--config.data.clean="], RAW)]
+)
+def test_published_recipe_cleans_captions_in_training_and_loss_but_not_references(tmp_path, overrides, expected):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "caption": RAW, "split": split} for split in ("train", "val")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    overrides = [f"--config.data.path={tmp_path}", "--config.data.workers=0", *overrides]
+    data = load_config("configs/pretrain_image.py", overrides).data
+    batch = next(train(data, load_source(data, "train", training=True), batch_size=2))
+    assert sorted(captions(batch)) == sorted(expected)
+    source = load_source(data, "val")
+    (batch,) = make_eval_batches(source, spec(), batch_size=1)
+    assert captions(batch) == expected[:1]
+    assert source[0]["references"] == source.info(0).references == RAW
+
+
+def test_tasks_without_pictures_read_texts_only():
+    layout = BatchSpec(None, CAPTION)
+    source = Numbered(8, damaged=range(8))
+    assert sorted(numbers(next(train(config(pad_multiple=0), source, layout)))) == list(range(8))
+    (batch,) = make_eval_batches(source, layout, batch_size=8)
+    assert numbers(batch) == list(range(8)) and batch["weight"].all()
+    assert batch.keys() - layout.shapes(8).keys() == {"weight", "index"}
 
 
 def test_length_groups_save_padding_resume_and_lose_no_example():
     grouped = config(train=64, length_window=4)
     batches = take(train(grouped), 8)
     plain = take(train(config(train=64)), 8)
-    assert sum(b["ids"].size for b in batches) < sum(b["ids"].size for b in plain)
+    assert sum(b["caption_ids"].size for b in batches) < sum(b["caption_ids"].size for b in plain)
 
     def epoch(some):
-        return sorted(ids[mask == 1].tolist() for b in some for ids, mask in zip(b["ids"], b["mask"], strict=True))
+        return sorted(caption for batch in some for caption in captions(batch))
 
     assert epoch(batches) == epoch(plain)
     iterator = train(grouped)
@@ -110,8 +161,8 @@ def test_length_groups_save_padding_resume_and_lose_no_example():
 
 
 def test_pad_multiple_zero_pads_to_max_tokens_and_several_processes_agree():
-    assert next(train(config(pad_multiple=0)))["ids"].shape == (8, 24)
-    assert next(train(rows=range(4)))["ids"].shape == (4, 24)
+    assert next(train(config(pad_multiple=0)))["caption_ids"].shape == (8, 24)
+    assert next(train(rows=range(4)))["caption_ids"].shape == (4, 24)
 
 
 def test_each_epoch_is_a_new_permutation():
@@ -200,16 +251,19 @@ def test_evaluation_sees_each_example_once(count, processes):
     seen, lengths = [], set()
     for index in range(processes):
         rows = range(4)[index::processes]
-        batches = list(make_eval_batches(Numbered(count), TEXT, image_size=8, batch_size=4, rows=rows))
+        batches = list(make_eval_batches(Numbered(count), spec(side=8), batch_size=4, rows=rows))
         lengths.add(len(batches))
         for batch in batches:
             assert batch["image"].shape == (4 // processes, 8, 8, 3)
-            assert batch["ids"].shape == (4 // processes, 24)
+            assert batch["caption_ids"].shape == (4 // processes, 24)
             assert batch["weight"].dtype == np.float32 and batch["index"].dtype == np.int32
             real = batch["weight"] == 1
             assert (batch["weight"][~real] == 0).all() and (batch["index"][~real] == -1).all()
-            assert (batch["targets"][~real] == IGNORE).all() and (batch["image"][~real] == 0).all()
-            assert numbers({key: batch[key][real] for key in ("ids", "mask")}) == batch["index"][real].tolist()
+            assert (batch["caption_targets"][~real] == IGNORE).all() and (batch["image"][~real] == 0).all()
+            assert (
+                numbers({key: batch[key][real] for key in ("caption_ids", "caption_mask")})
+                == batch["index"][real].tolist()
+            )
             assert (batch["image"][real] == batch["index"][real][:, None, None, None]).all()
             seen += batch["index"][real].tolist()
     assert sorted(seen) == list(range(count))
@@ -217,18 +271,28 @@ def test_evaluation_sees_each_example_once(count, processes):
 
 
 def test_evaluation_can_pad_less_and_be_repeated():
-    batches = make_eval_batches(Numbered(11), TEXT, image_size=8, batch_size=4, pad_multiple=4)
+    batches = make_eval_batches(Numbered(11), spec(side=8), batch_size=4, pad_multiple=4)
     first = list(batches)
-    assert [batch["ids"].shape[1] for batch in first] == [4, 4, 4]
+    assert [batch["caption_ids"].shape[1] for batch in first] == [4, 4, 4]
     assert_equal(first, list(batches))
 
 
 def test_damaged_picture_has_no_weight_and_keeps_its_index():
-    first, second, third = make_eval_batches(Numbered(11, damaged={5, 10}), TEXT, image_size=8, batch_size=4)
+    first, second, third = make_eval_batches(Numbered(11, damaged={5, 10}), spec(side=8), batch_size=4)
     assert first["weight"].tolist() == [1, 1, 1, 1]
     assert second["weight"].tolist() == [1, 0, 1, 1] and second["index"].tolist() == [4, 5, 6, 7]
     assert third["weight"].tolist() == [1, 1, 0, 0] and third["index"].tolist() == [8, 9, 10, -1]
-    assert (second["targets"][1] == IGNORE).all() and (second["image"][1] == 0).all()
+    assert (second["caption_targets"][1] == IGNORE).all() and (second["image"][1] == 0).all()
+
+
+def test_tokenizers_are_read_before_the_first_batch():
+    def absent():
+        raise UserError("no tokenizer")
+
+    layout = spec(texts={"caption": TextSpec(24, predicted=True, load=absent)})
+    for make in (lambda: train(layout=layout), lambda: make_eval_batches(Numbered(4), layout, batch_size=4)):
+        with pytest.raises(UserError, match="no tokenizer"):
+            make()
 
 
 def test_impossible_batch_sizes_are_refused():

@@ -1,4 +1,4 @@
-"""Record sources: the user's folder, drawn shapes, and what is said when data is wrong."""
+"""Sources: the user's folder, drawn shapes, and the messages about malformed data."""
 
 import json
 import pickle
@@ -9,8 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simvlg_jax.data import transforms
-from simvlg_jax.data.sources import check_unique_ids, load_source
+from simvlg_jax.data import sources, transforms
+from simvlg_jax.data.sources import SOURCES, check_unique_ids, load_source
 from simvlg_jax.data.sources.folder import split_of
 from simvlg_jax.utils.errors import UserError
 
@@ -20,7 +20,7 @@ def synthetic(**sizes) -> ConfigDict:
 
 
 def folder(path, lines, name="captions.jsonl") -> ConfigDict:
-    """Writes `lines` (dicts, or text as it is) and every picture that they name."""
+    """Writes `lines` (dicts, or raw text) and every picture that they name."""
     for line in lines:
         if isinstance(line, dict):
             picture = path / line.get("image", line.get("file_name"))
@@ -111,7 +111,7 @@ def test_half_characters_in_captions_are_replaced_and_counted(tmp_path, capsys):
     (record,) = load_source(config, "val")
     assert record["references"] == ["a \ufffd", "\U0001f600", "\ufffd b", "fine"]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "2 of the captions for val hold half a character" in warning
+    assert "2 captions for val hold half a character" in warning
 
 
 @pytest.mark.parametrize("name", ["../a.png", "sub/../../a.png", "{}/a.png"])
@@ -128,20 +128,34 @@ def test_pictures_outside_of_the_folder_are_refused_unless_allowed(tmp_path, nam
     assert link["image"] == outside["image"] == (tmp_path / "a.png").read_bytes()
 
 
+def test_folder_gives_ids_and_references_without_its_pictures(tmp_path):
+    lines = [{"image": f"{i}.png", "caption": [f"{i} one", f"{i} two"], "split": "val"} for i in range(3)]
+    config = folder(tmp_path, lines)
+    for training in (False, True):
+        source = load_source(config, "val", training=training)
+        records = [(record["id"], record["references"]) for record in source]
+        for i in range(3):
+            (tmp_path / f"{i}.png").unlink()
+        with pytest.raises(FileNotFoundError):
+            source[0]
+        assert [source.info(i) for i in range(len(source))] == records
+        folder(tmp_path, lines)
+
+
 def test_too_large_files_are_skipped_as_unreadable(tmp_path, monkeypatch):
     config = folder(tmp_path, [{"image": "a.png", "caption": "x", "split": "val"}])
     source = load_source(config, "val")
     assert source[0]["id"] == "a.png"
     monkeypatch.setattr(transforms, "MAX_BYTES", 10)
-    with pytest.raises(transforms.UNREADABLE, match="more than the 10 that are read"):
+    with pytest.raises(transforms.UNREADABLE, match="more than the limit of 10"):
         source[0]
 
 
 def test_shared_ids_are_refused():
     check_unique_ids(["a", "b"])
-    with pytest.raises(UserError, match="two pictures of this split have the id 'b': "):
+    with pytest.raises(UserError, match="two pictures of this split have the id 'b'; "):
         check_unique_ids(["a", "b", "b", "b"])
-    with pytest.raises(UserError, match="have the id 'a', and so have the pictures of 1 other ids"):
+    with pytest.raises(UserError, match="have the id 'a', and 1 more ids are shared"):
         check_unique_ids(["a", "b", "b", "a"])
 
 
@@ -190,7 +204,7 @@ def test_absent_folder_file_path_and_split(tmp_path):
     with pytest.raises(UserError, match=r"has no captions\.jsonl"):
         load_source(ConfigDict({"name": "folder", "path": str(tmp_path)}), "train")
     for none in ("none", "a" * 5000):
-        with pytest.raises(UserError, match="is no folder"):
+        with pytest.raises(UserError, match="is not a folder"):
             load_source(ConfigDict({"name": "folder", "path": str(tmp_path / none)}), "train")
     with pytest.raises(UserError, match=r"data\.path"):
         load_source(ConfigDict({"name": "folder", "path": ""}), "train")
@@ -206,7 +220,7 @@ def test_unreadable_captions(tmp_path):
         load_source(ConfigDict({"name": "folder", "path": str(tmp_path)}), "train")
 
 
-@pytest.mark.parametrize("name", ["openmoji", "folder", "synthetic"])
+@pytest.mark.parametrize("name", SOURCES)
 def test_unknown_split(name, tmp_path):
     config = ConfigDict({"name": name, "path": str(tmp_path), "dir": str(tmp_path), "synthetic_size": {"train": 1}})
     with pytest.raises(UserError, match='no split "dev"; it has train, val, test'):
@@ -214,8 +228,25 @@ def test_unknown_split(name, tmp_path):
 
 
 def test_unknown_data_set():
-    with pytest.raises(UserError, match='unknown data set "coco"; there are openmoji, folder, synthetic'):
-        load_source(ConfigDict({"name": "coco"}), "train")
+    config = ConfigDict({"name": "coco"})
+    for function in (lambda: load_source(config, "train"), lambda: sources.test_splits(config)):
+        with pytest.raises(UserError, match=r"data\.name is 'coco'; it takes 'openmoji', 'folder', 'synthetic'"):
+            function()
+
+
+def test_unknown_cleaning():
+    config = synthetic()
+    config.clean = "blip"
+    with pytest.raises(UserError, match=r"data\.clean is 'blip'; it takes '', 'blip_caption'"):
+        load_source(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "scored"), [("openmoji", ["test", "novel"]), ("folder", ["test"]), ("synthetic", ["test"])]
+)
+def test_splits_that_are_scored_by_default(name, scored):
+    assert sources.test_splits(ConfigDict({"name": name})) == scored
+    assert set(scored) <= set(SOURCES[name].SPLITS)
 
 
 def test_absent_openmoji_names_the_command(tmp_path):
@@ -235,3 +266,13 @@ def test_synthetic_pictures_are_deterministic_and_show_what_they_say():
     assert len({r["caption"] for r in first}) > 5
     train, val = (load_source(synthetic(val=20), split) for split in ("train", "val"))
     assert any((train[i]["image"] != val[i]["image"]).any() for i in range(20))
+
+
+def test_synthetic_ids_and_references_are_given_without_drawing(monkeypatch):
+    source = load_source(synthetic(), "test")
+    records = [(record["id"], record["references"]) for record in source]
+    assert records[3][0] == "test-3"
+    monkeypatch.delattr("PIL.Image.new")
+    with pytest.raises(AttributeError):
+        source[0]
+    assert [source.info(i) for i in range(6)] == records

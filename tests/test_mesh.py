@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from simvlg_jax.config.load import load_config
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.tasks.task import build_task
-from simvlg_jax.training import step as steps
+from simvlg_jax.tasks import build_task
 from simvlg_jax.training.fingerprints import fingerprint
+from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
 
 GOLDEN = "tests/golden/shardings"
@@ -75,8 +75,7 @@ def test_rows_of_the_batch_follow_from_the_devices(monkeypatch, shape, owners, r
 def test_frozen_and_trained_weights_have_their_own_placement():
     config = load_config("configs/tiny.py", ["--config.mesh.preset=fsdp+tensor", "--config.mesh.split_frozen=False"])
     mesh = meshes.make_mesh(config.mesh)
-    plan = steps.make_plan(build_task(config), config, mesh)
-    state, frozen = plan.abstract
+    state, frozen = Plan(build_task(config), config, mesh).abstract
     assert all(x.sharding.spec == PartitionSpec(*[None] * x.ndim) for x in jax.tree.leaves(frozen))
     kernel = state.params["connector"]["layer_0"]["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
@@ -107,8 +106,8 @@ def test_fingerprint_changes_with_any_bit_and_not_with_the_placement():
 
 def places(config, mesh):
     """{path: (dtype and shape, mesh axes of each dimension)}"""
-    shapes, shardings = steps.placements(build_task(config), config, mesh)
-    shapes, shardings = (traverse_util.flatten_dict(tree, sep="/") for tree in (shapes, shardings))
+    plan = Plan(build_task(config), config, mesh)
+    shapes, shardings = (traverse_util.flatten_dict(tree, sep="/") for tree in (plan.shapes, plan.shardings))
     return {
         path: (f"{x.dtype} {list(x.shape)}", ", ".join(axis or "-" for axis in shardings[path].spec))
         for path, x in sorted(shapes.items())
@@ -141,13 +140,13 @@ def test_every_parameter_of_a_published_config_lives_where_it_is_written(name):
 def test_only_small_parameters_are_left_whole():
     """What no axis splits is norms, biases and scalars: all of it together is within a hundredth of the model."""
     for name in CONFIGS:
-        task = build_task(load_config(name))
-        shapes = traverse_util.flatten_dict(jax.eval_shape(task.init, jax.random.key(0)))
-        total = sum(np.prod(x.value.shape if hasattr(x, "value") else x.shape) for x in shapes.values())
-        with open(golden_file(name)) as file:
-            whole = [line for line in json.load(file).values() if not set(line.split("; ")[1]) & set("fst")]
-        left = sum(np.prod(json.loads(line.split(" ", 1)[1].split(" ->")[0])) for line in whole)
-        assert left < total / 100, name
+        config = load_config(name, ["--config.mesh.split_trained=True"])
+        total = left = 0
+        for what, where in places(config, AbstractMesh((2, 2, 2), meshes.AXES)).values():
+            size = np.prod(json.loads(what.split(" ", 1)[1]))
+            total += size
+            left += size * (not set(where.split(", ")) & set(meshes.AXES))
+        assert 0 < left < total / 100, name
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import simvlg_jax
-from simvlg_jax import from_torch, to_torch
+from simvlg_jax import from_torch, tasks, to_torch
 from simvlg_jax.config.load import load_config
-from simvlg_jax.convert import evlgen, tokenizers
+from simvlg_jax.convert import evlgen, stacking, tokenizers
 from simvlg_jax.convert import llama as hf_llama
 from simvlg_jax.convert import opt as hf_opt
 from simvlg_jax.models.llms.llama import LLAMA_SIZES
 from simvlg_jax.models.llms.vicuna import VICUNA_SIZES
-from simvlg_jax.tasks import task as tasks
 from simvlg_jax.utils.errors import UserError
 
 WORDS = ["<s>", "<pad>", "</s>", "\n", *[f"w{i}" for i in range(60)]]
@@ -88,11 +87,11 @@ def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 def test_opt_from_a_folder(folders, scan):
     task = task_of("llm.size=opt_tiny", f"llm.weights={folders['opt']}", f"llm.scan={scan}", "llm.start_is_target=True")
     loaded = task.load_pretrained(abstract(task))["llm"]
-    stacked = loaded if scan else tasks.pretrained.stacking.stack_layers(loaded)
+    stacked = loaded if scan else stacking.stack_layers(loaded)
     tensors = state(folders["opt_model"])
     back = hf_opt.to_hf(task.model.llm, stacked)
     assert set(back) == set(tensors) and all(np.array_equal(back[name], tensors[name]) for name in back)
-    ids, targets = task.text_encoder("w1 w2")
+    ids, targets = task.batch.texts["caption"].encoder("w1 w2")
     assert ids == targets == [2, 5, 6, 3]  # </s> w1 w2 and the line break, the start a target too
 
 
@@ -101,7 +100,7 @@ def test_llama_from_a_folder(folders):
     tensors = state(folders["llama_model"])
     back = hf_llama.to_hf(task.model.llm, task.load_pretrained(abstract(task))["llm"])
     assert set(back) == set(tensors) and all(np.array_equal(back[name], tensors[name]) for name in back)
-    ids, targets = task.text_encoder("w1 w2")
+    ids, targets = task.batch.texts["caption"].encoder("w1 w2")
     assert ids == [0, 5, 6, 2] and targets == [-100, 5, 6, 2]
 
 
@@ -114,7 +113,9 @@ def test_vicuna_starts_with_its_end_and_gains_a_pad_row(folders, monkeypatch):
     np.testing.assert_array_equal(loaded["embedding"][:64], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(loaded["lm_head"][:, :64], tensors["lm_head.weight"].T)
     assert not np.any(loaded["embedding"][64]) and not np.any(loaded["lm_head"][:, 64])
-    assert task.text_encoder("w1")[0] == [2, 5, 2] and task.text_encoder.pad_id == 64
+    assert (
+        task.batch.texts["caption"].encoder("w1")[0] == [2, 5, 2] and task.batch.texts["caption"].encoder.pad_id == 64
+    )
 
 
 def test_sentencepiece_tokenizer_is_read_as_vicuna_ships_it(tmp_path):
@@ -169,7 +170,7 @@ def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             task.load_pretrained(abstract(task))
     with pytest.raises(UserError, match="no tokenizer of a known kind"):
-        task_of(f"llm.weights={tmp_path}").text_encoder  # noqa: B018
+        task_of(f"llm.weights={tmp_path}").batch.texts["caption"].encoder  # noqa: B018
     with pytest.raises(UserError, match=r"llm\.size is 'opt'; it takes .*'opt_125m'.*'vicuna_7b'"):
         task_of("llm.size=opt")
     with pytest.raises(UserError, match="no dropout"):
@@ -188,7 +189,7 @@ def test_converted_once_is_the_same(folders, tmp_path, capsys):
     converted = task_of("llm.size=opt_tiny", *[flag.removeprefix("--config.") for flag in printed])
     trees = [task.load_pretrained(abstract(task))["llm"] for task in (direct, converted)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
-    assert converted.text_encoder("w1 w2") == direct.text_encoder("w1 w2")
+    assert converted.batch.texts["caption"].encoder("w1 w2") == direct.batch.texts["caption"].encoder("w1 w2")
     nothing = with_arguments(["--config", "configs/tiny.py", "--output", str(tmp_path / "none")])
     with nothing, pytest.raises(UserError, match="names no weights"):
         from_torch.main()

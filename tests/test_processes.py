@@ -19,10 +19,10 @@ import quick_compile
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import own_files
 from simvlg_jax.parallel.mesh import make_mesh
-from simvlg_jax.tasks.task import build_task
+from simvlg_jax.tasks import build_task
 from simvlg_jax.training import loop, restore
-from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import TRY_AGAIN
 
 CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")  # the same program is run again and again
@@ -35,8 +35,8 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.log_every": 1,
     "train.save_every": SAVED,
-    "train.eval_every": STEPS,
-    "evaluate.max_examples": 5,
+    "evals.val.every": STEPS,
+    "evals.val.max_examples": 5,
     "evaluate.batch_size": 6,
     "evaluate.max_new_tokens": 4,
     "evaluate.min_new_tokens": 4,
@@ -118,7 +118,7 @@ def preset_overrides(preset):
     """Validation takes as long to compile as training: it is run in one preset, with tensors across processes."""
     if preset == "fsdp+tensor":
         return overrides(mesh__preset=preset)
-    return overrides(mesh__preset=preset, train__eval_every=0, train__save_every=STEPS)
+    return overrides(mesh__preset=preset, evals__val__every=0, train__save_every=STEPS)
 
 
 def cut_back(workdir, copy):
@@ -131,7 +131,7 @@ def cut_back(workdir, copy):
 @pytest.fixture(scope="module", autouse=True)
 def start_weights():
     config = load_config("configs/tiny.py", ["--config.mesh.data=1"])
-    trained, frozen = steps.init_params(build_task(config), config, make_mesh(config.mesh))
+    trained, frozen = Plan(build_task(config), config, make_mesh(config.mesh)).init_params()
     own_files.write_tree(START, trained | frozen)
 
 
@@ -201,7 +201,7 @@ def test_evaluation_by_two_processes_counts_each_example_once(runs, tmp_path):
     assert len({tuple(e["source_map"]) for e in one["examples"]}) > 8
 
 
-LONG = overrides(train__steps=40, train__save_every=40, train__eval_every=40)
+LONG = overrides(train__steps=40, train__save_every=40, evals__val__every=40)
 
 
 def train_long(workdir, *flags):

@@ -17,7 +17,7 @@ from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import families
 from simvlg_jax.decoding.generate import greedy_decode
 from simvlg_jax.models.llms.llama import Llama
-from simvlg_jax.tasks.task import Task, build_task
+from simvlg_jax.tasks import Task, build_task
 
 SIZES = {
     "qwen2.5": dict(width=24, depth=2, num_heads=6, num_kv_heads=2, ffn=40, vocab_size=50),
@@ -178,7 +178,7 @@ def test_from_a_folder(name, size, eos_token, tmp_path, monkeypatch):
     assert set(tensors) == set(theirs)
     assert all(np.array_equal(tensors[parameter], theirs[parameter]) for parameter in theirs)
 
-    text = task.text_encoder
+    text = task.batch.texts["caption"].encoder
     end, pad = map(published.token_to_id, (eos_token, "<|endoftext|>"))
     wanted = published.encode("two cats, 42 caf\u00e9s in the park").ids
     ids, targets = text("two cats, 42 cafe\u0301s in the park")

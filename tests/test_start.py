@@ -10,7 +10,7 @@ from simvlg_jax import train
 from simvlg_jax.training import loop
 from simvlg_jax.utils.errors import UserError
 
-TINY = ["--config", "configs/tiny.py", "--config.mesh.data=1", "--config.train.steps=1", "--config.train.eval_every=1"]
+TINY = ["--config", "configs/tiny.py", "--config.mesh.data=1", "--config.train.steps=1", "--config.evals.val.every=1"]
 FOLDER = [*TINY, "--config.data.name=folder"]
 
 
@@ -59,7 +59,7 @@ def test_missing_validation_data_is_found_before_the_first_step(tmp_path, capsys
     write(folder, [line for line in read(folder) if line["split"] != "val"])
     assert call(train, *FOLDER, f"--config.data.path={folder}", "--workdir", tmp_path / "run") == 1
     message = capsys.readouterr().err
-    assert 'is in the split "val"' in message and "--config.train.eval_every=0" in message
+    assert 'is in the split "val"' in message and "--config.evals.val.every=0" in message
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -57,7 +57,7 @@ def several(monkeypatch):
     monkeypatch.setattr(
         stopping.multihost_utils, "reached_preemption_sync_point", lambda step: bool(heard) and step == 7
     )
-    monkeypatch.setattr(stopping.processes, "numbers_of_all", lambda known: np.array([[known]]))
+    monkeypatch.setattr(stopping.collectives, "numbers_of_all", lambda known: np.array([[known]]))
     return index, heard
 
 

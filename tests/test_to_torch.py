@@ -23,8 +23,8 @@ from simvlg_jax.data.text import CaptionText, character_tokenizer
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.huggingface import export as hf_export
 from simvlg_jax.models.encoders.vit import normalize_images
+from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
-from simvlg_jax.tasks.task import build_model, build_task
 from simvlg_jax.training import loop
 from simvlg_jax.training.checkpoint import Checkpoints
 
@@ -82,7 +82,7 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     exported = load_exported(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
-    captioner = Captioner(task.model, task.text_encoder, config.evaluate.max_new_tokens)
+    captioner = Captioner(task.model, task.batch.texts["caption"].encoder, config.evaluate.max_new_tokens)
     ours = captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))
     pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
     theirs = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in exported.generate(pixels)]
@@ -100,11 +100,11 @@ def test_captions_are_the_same_whatever_the_family(size, tmp_path):
     abstract = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
     params = {path: rng.normal(path[-1] == "scale", 0.3, x.shape).astype(np.float32) for path, x in abstract.items()}
     params = traverse_util.unflatten_dict(params)
-    hf_export.write_hf(tmp_path, task.model, params, task.text_encoder, config)
+    hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
     back = evlgen.from_evlgen(task.model, load_file(tmp_path / "model.safetensors"))
     jax.tree.map(np.testing.assert_array_equal, back, params)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    ours = np.asarray(Captioner(task.model, task.text_encoder, 12)(params, jnp.asarray(images)).ids)
+    ours = np.asarray(Captioner(task.model, task.batch.texts["caption"].encoder, 12)(params, jnp.asarray(images)).ids)
     pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
     theirs = load_exported(tmp_path).generate(pixels).numpy()
     assert np.array_equal(ours[:, : theirs.shape[1]], theirs)
@@ -115,7 +115,7 @@ def test_start_before_the_prompt_gives_the_same_loss(tiny_run, tmp_path):
     workdir, _, params, task = tiny_run
     assert call(to_torch, "--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    ids, targets = (np.array([x] * 2) for x in task.text_encoder("red square"))
+    ids, targets = (np.array([x] * 2) for x in task.batch.texts["caption"].encoder("red square"))
     losses, counts = task.model.apply(
         {"params": params}, images, ids, np.ones_like(ids), targets, method="caption_losses"
     )
@@ -136,7 +136,7 @@ def test_state_dict_comes_back_bit_equal(tiny_run, tmp_path, suffix):
             tensors = {n: x.numpy() for n, x in torch.load(path, weights_only=True)["model"].items()}
         else:
             tensors = load_file(path)
-        back = evlgen.from_evlgen(build_model(config), tensors)
+        back = evlgen.from_evlgen(build_task(config).model, tensors)
         assert set(back) == (set(params) if everything else set(params) - {"vit", "llm"})
         wanted = jax.device_get({n: params[n] for n in back})
         if everything:

@@ -3,16 +3,10 @@
 import os
 import signal
 
+import pytest
 import quick_compile
 import standin_gcloud
-from launching import (
-    CONFIG,
-    FAKE_TRAINING,
-    TYPE,
-    WAIT_SECONDS,
-    read,
-    until,
-)
+from launching import CONFIG, FAKE_TRAINING, TYPE, WAIT_SECONDS, read, until
 
 
 def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
@@ -26,7 +20,7 @@ def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
     shared = tmp_path / "shared"
     checkpoints = shared / "runs" / "simvlg" / "checkpoints"
     saved = checkpoints / "5" / "commit_success.txt"
-    overrides = "ARGS=--config.train.steps=30 --config.train.save_every=5 --config.train.eval_every=30"
+    overrides = "ARGS=--config.train.steps=30 --config.train.save_every=5 --config.evals.val.every=30"
     run = ["run", f"{CONFIG}:vit", f"SHARED={shared}", overrides]
     cloud("create", TYPE)
     cloud("setup", f"SHARED={shared}")
@@ -49,14 +43,19 @@ def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
     assert not (cloud.folder / "simvlg").exists()
 
 
-def test_watch_makes_a_preempted_slice_again(cloud, tmp_path):
+@pytest.fixture
+def ready(cloud, tmp_path):
+    """The arguments of `run` on a slice that is set up, where training is faked."""
     cloud.prepare_homes(FAKE_TRAINING)
-    shared = tmp_path / "shared"
-    keys = [TYPE, f"SHARED={shared}"]
+    keys = [TYPE, f"SHARED={tmp_path / 'shared'}"]
     cloud("create", *keys)
     cloud("setup", *keys)
-    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes", "ARGS=--steps=120")
-    until(lambda: int(read(shared / "runs" / "simvlg" / "step_1") or 0) > 5)
+    return ["run", CONFIG, *keys]
+
+
+def test_watch_makes_a_preempted_slice_again(cloud, ready, tmp_path):
+    watch = cloud.start(*ready, "WATCH=yes", "ARGS=--steps=120")
+    until(lambda: int(read(tmp_path / "shared" / "runs" / "simvlg" / "step_1") or 0) > 5)
     standin_gcloud.preempt(cloud.folder, "simvlg")
     said = watch.communicate(timeout=WAIT_SECONDS)[0]
     assert watch.returncode == 0, said
@@ -68,13 +67,9 @@ def test_watch_makes_a_preempted_slice_again(cloud, tmp_path):
     assert "resuming at step" in cloud.log(1)
 
 
-def test_watch_gives_up_when_nothing_helps(cloud, tmp_path):
-    cloud.prepare_homes(FAKE_TRAINING)
-    keys = [TYPE, f"SHARED={tmp_path / 'shared'}"]
-    cloud("create", *keys)
-    cloud("setup", *keys)
+def test_watch_gives_up_when_nothing_helps(cloud, ready):
     cloud.set(states=["FAILED"], reason="Quota limit reached in zone z")
-    watch = cloud.start("run", CONFIG, *keys, "WATCH=yes", "POLL=0")
+    watch = cloud.start(*ready, "WATCH=yes", "POLL=0")
     assert any("watching" in line for line in watch.stdout)
     standin_gcloud.preempt(cloud.folder, "simvlg", noticed=False)
     said = watch.communicate(timeout=WAIT_SECONDS)[0]
@@ -116,19 +111,15 @@ def test_watch_starts_what_was_rebooted_and_makes_nothing_but_spot_slices_again(
     assert rest.splitlines()[-1].startswith("error: simvlg is PREEMPTED: it was preempted or stopped")
 
 
-def test_watch_ends_when_the_run_is_stopped_or_the_slice_deleted(cloud, tmp_path):
-    cloud.prepare_homes(FAKE_TRAINING)
-    keys = [TYPE, f"SHARED={tmp_path / 'shared'}"]
-    cloud("create", *keys)
-    cloud("setup", *keys)
+def test_watch_ends_when_the_run_is_stopped_or_the_slice_deleted(cloud, ready):
     for verb, message in (("stop", "the run ended: stopped"), ("delete", "simvlg is not there any more")):
-        watch = cloud.start("run", CONFIG, *keys, "WATCH=yes")
+        watch = cloud.start(*ready, "WATCH=yes")
         assert any("watching" in line for line in watch.stdout)
         cloud(verb)
         said = watch.communicate(timeout=WAIT_SECONDS)[0]
         assert watch.returncode == 1
         assert message in said
-    assert len([call for call in cloud.calls if " create " in call]) == 1
+    assert len(cloud.created) == 1
 
 
 def test_several_slices_start_together(cloud, tmp_path):
@@ -137,7 +128,7 @@ def test_several_slices_start_together(cloud, tmp_path):
     keys = ["SLICES=2", f"SHARED={tmp_path / 'shared'}", "SSH_FLAGS=--tunnel-through-iap"]
     cloud("create", TYPE, *keys)
     cloud("setup", *keys)
-    assert [call for call in cloud.calls if call.startswith("alpha compute tpus tpu-vm scp ")]
+    assert any("scp" in call and call[0] == "alpha" for call in cloud.calls)
     cloud("run", CONFIG, *keys, "ARGS=--steps=3", "FOLLOW=no")
     for node in ("simvlg-0", "simvlg-1"):
         log = cloud.home(0, node) / "logs" / "simvlg.log"
@@ -145,21 +136,13 @@ def test_several_slices_start_together(cloud, tmp_path):
     assert "simvlg-0-w-0: done" in cloud("status", *keys)
 
 
-def test_ctrl_c_leaves_the_run_going(cloud, tmp_path):
-    cloud.prepare_homes(FAKE_TRAINING)
-    keys = [TYPE, f"SHARED={tmp_path / 'shared'}"]
-    cloud("create", *keys)
-    cloud("setup", *keys)
-    process = cloud.start("run", CONFIG, *keys)
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "new run" in line:
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    said += process.communicate(timeout=WAIT_SECONDS)[0].splitlines()
-    assert process.returncode == 130, said
-    assert any("the run goes on" in line for line in said)
+def test_ctrl_c_leaves_the_run_going(cloud, ready):
+    process = cloud.start(*ready)
+    assert any("new run" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=WAIT_SECONDS)[0]
+    assert process.returncode == 130
+    assert "the run goes on" in said and "Traceback" not in said
     assert "simvlg-w-0: running" in cloud("status")
     cloud("stop")
     assert "simvlg-w-1: stopped" in cloud("status")

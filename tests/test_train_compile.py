@@ -19,9 +19,9 @@ from simvlg_jax.forecast.chips import parse_topology
 from simvlg_jax.forecast.forecast import Forecast, forecast, largest_batch
 from simvlg_jax.forecast.hlo_flops import matrix_flops
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.tasks.task import build_task
+from simvlg_jax.tasks import build_task
 from simvlg_jax.training.flops import count_flops
-from simvlg_jax.training.step import make_plan
+from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
 
 REDUCED = ["--config.dtype=bfloat16", "--config.frozen_dtype=bfloat16", "--config.train.batch_size=64"]
@@ -61,9 +61,8 @@ def test_merge_adds_no_collective(replicated):
 
 def test_work_is_the_models_and_what_chips_share_is_counted_on_each(replicated):
     config = load_config("configs/tiny.py", REDUCED)
-    task, mesh = build_task(config), meshes.make_mesh(config.mesh)
-    plan = make_plan(task, config, mesh)
-    traced = plan.step.jit().trace(*plan.abstract, plan.abstract_batch(task, config.train.batch_size, mesh))
+    plan = Plan(build_task(config), config, meshes.make_mesh(config.mesh))
+    traced = plan.step.trace(*plan.abstract, plan.abstract_batch(config.train.batch_size))
     work = replicated["v5e:4x4"].tflop_per_step
     assert work == pytest.approx(count_flops(traced.jaxpr) / 16e12, rel=1e-12)
     assert work < reduced("v5e:4x4", "--config.mesh.tensor=2", effort="O0").tflop_per_step < 2 * work

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from simvlg_jax.config.load import load_config
-from simvlg_jax.evaluation.validation import Validation
+from simvlg_jax.evaluation.captioning import Captioning
+from simvlg_jax.evaluation.evaluator import Result
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import checkpoint, loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
@@ -24,7 +25,7 @@ from simvlg_jax.utils.errors import UserError
 
 def tiny(mode="", mesh=(1, 1, 1), **overrides):
     """configs/tiny.py with `train__steps=3` for train.steps, on mesh (data, fsdp, tensor)."""
-    overrides = {"train__log_every": 1, "evaluate__max_examples": 4, **overrides}
+    overrides = {"train__log_every": 1, "evals__val__max_examples": 4, **overrides}
     overrides |= dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
     flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in overrides.items()]
     return load_config(f"configs/tiny.py{':' + mode if mode else ''}", flags)
@@ -64,7 +65,7 @@ def interrupt_at(monkeypatch, step):
 
 @pytest.mark.parametrize("mode", ["", "vit"])
 def test_interrupted_and_resumed_run_is_bit_equal(tmp_path, monkeypatch, mode):
-    config = tiny(mode, train__steps=9, train__eval_every=9, train__save_every=9)
+    config = tiny(mode, train__steps=9, evals__val__every=9, train__save_every=9)
     assert loop.train(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
@@ -92,7 +93,7 @@ def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
     for _ in range(3):
         trainer.run_step(meshes.put_batch(next(trainer.iterator), trainer.mesh))
     assert set(trainer.frozen) == {"vit", "llm"}
-    assert set(before) == {"ln_vision", "vl_proj", "connector", "llm_proj"}
+    assert set(before) == {"ln_vision", "connector", "llm_proj"}
     assert fingerprint(trainer.frozen) == before_frozen
     moments = moments_of(trainer)
     assert jax.tree.structure(moments) == jax.tree.structure(before)
@@ -110,7 +111,7 @@ def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
     """One process and all axes at once; each preset, in several processes, with validation: test_processes.py."""
     for name, mesh in (("one", (1, 1, 1)), ("many", (2, 2, 2))):
-        loop.train(tiny(mesh=mesh, train__steps=4, train__eval_every=0), tmp_path / name)
+        loop.train(tiny(mesh=mesh, train__steps=4, evals__val__every=0), tmp_path / name)
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
     np.testing.assert_allclose(list(many.values()), list(one.values()), rtol=1e-5)
 
@@ -150,8 +151,8 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_saves_nothing_bad(tmp_p
 
 def test_best_checkpoint_survives_and_is_the_one_used(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(Validation, "__call__", lambda *_: {"split": "val", "score": next(scores), "loss": 1.0})
-    config = tiny(train__steps=5, train__eval_every=1, train__save_every=1, train__keep_last=2)
+    monkeypatch.setattr(Captioning, "__call__", lambda *_: Result(next(scores), {"loss": 1.0}, dict))
+    config = tiny(train__steps=5, evals__val__every=1, train__save_every=1, train__keep_last=2)
     loop.train(config, tmp_path)
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [2, 4, 5]
@@ -200,14 +201,14 @@ def test_frozen_weights_that_cannot_be_checked_are_a_warning(tmp_path, capsys, t
 
 def test_step_that_was_saved_but_not_evaluated_is_evaluated_when_it_is_resumed(tmp_path, monkeypatch):
     """Saving comes first: what ends the run while it evaluates loses no step."""
-    config = tiny(train__steps=4, train__eval_every=2, train__save_every=2)
+    config = tiny(train__steps=4, evals__val__every=2, train__save_every=2)
     loop.train(config, tmp_path / "whole")
 
     def fail(*_):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Validation, "__call__", fail)
+        patch.setattr(Captioning, "__call__", fail)
         with pytest.raises(MemoryError):
             loop.train(config, tmp_path / "parts")
     assert Checkpoints(tmp_path / "parts", read_only=True).latest() == 2

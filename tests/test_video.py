@@ -2,18 +2,13 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from simvlg_jax.config.load import load_config
-from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.connectors.token_merging import merge_schedule
-from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
-from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
-from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
 from simvlg_jax.training.fingerprints import fingerprint
@@ -83,16 +78,11 @@ def test_published_model_cannot_tell_a_clip_from_its_reverse_and_temporal_positi
 
 
 def test_published_video_model_trains_what_was_published():
-    connector = TomeFormer(**BERT_SIZES["base"], merges=merge_schedule(12, 19))
     counts = {}
     for temporal in (False, True):
-        model = SimVLG(ViT(**VIT_SIZES["eva_g"], temporal=temporal), connector, Opt(**OPT_SIZES["opt_2.7b"]))
-        image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        boxed = jax.eval_shape(
-            lambda *x, model=model: model.init(jax.random.key(0), *x, method="caption_losses"),
-            *(image, token, token, token),
-        )
-        trained, _ = partition.split(nn.unbox(boxed)["params"], lambda path: partition.is_trained(path, ("vit", "llm")))
+        config = load_config("configs/pretrain_image.py:llm=opt2.7b", [f"--config.vit.temporal={temporal}"])
+        task = build_task(config)
+        trained, _ = partition.split(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))), task.is_trained)
         counts[temporal] = sum(x.size for x in jax.tree.leaves(trained))
     assert counts == {False: 88_504_320, True: 116_639_271}
 

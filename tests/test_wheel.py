@@ -58,7 +58,7 @@ def test_example_captions(installed, tmp_path):
 
 def test_config_of_ones_own_trains_and_recipes_are_found(installed, tmp_path):
     (tmp_path / "mine.py").write_text(OWN_CONFIG)
-    small = ["--config.train.eval_every=0", "--config.data.synthetic_size.train=8"]
+    small = ["--config.evals.val.every=0", "--config.data.synthetic_size.train=8"]
     output = python(installed, tmp_path, "-m", "simvlg_jax.train", "--config", "mine.py", "--workdir", "run", *small)
     assert "done: 2 steps" in output
     program = "from simvlg_jax.config.load import load_config; print(load_config('configs/openmoji.py:vit').task)"

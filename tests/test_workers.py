@@ -1,4 +1,4 @@
-"""Data worker processes: Ctrl-C on a terminal reaches them too, and they must not outlive the process that trains."""
+"""Data worker processes: they receive Ctrl-C on a terminal too, and must not outlive the training process."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
 
 
 def start(workdir, *flags):
-    """A run with two data workers, in a process group of its own, as a terminal starts it."""
+    """Starts a run with two data workers in its own process group, as a terminal does."""
     command = [sys.executable, "-m", "simvlg_jax.train", "--config", "configs/tiny.py", "--workdir", str(workdir)]
-    settings = {"data.workers": 2, "train.steps": 100_000, "train.eval_every": 0, "train.save_every": 100_000}
+    settings = {"data.workers": 2, "train.steps": 100_000, "evals.val.every": 0, "train.save_every": 100_000}
     environment = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [*command, "--config.mesh.data=1", *(f"--config.{key}={value}" for key, value in settings.items()), *flags],
@@ -29,7 +29,7 @@ def start(workdir, *flags):
 
 
 def wait_for(process, words):
-    """Reads what the process says until a line holds the words; returns the lines."""
+    """Reads stderr up to a line with the words; returns the lines."""
     said = []
     for line in process.stderr:
         said.append(line)
@@ -39,7 +39,7 @@ def wait_for(process, words):
 
 
 def blocked_or_ignored(pid):
-    """Whether a process cannot be ended by SIGINT or SIGTERM, by what the kernel says of it."""
+    """Whether the process blocks or ignores both SIGINT and SIGTERM."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     mask = int(fields["SigBlk"], 16) | int(fields["SigIgn"], 16)
     return all(mask >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
@@ -74,7 +74,7 @@ def test_signal_to_all_processes_of_a_terminal_saves(run, tmp_path, number):
 
 
 def test_signal_while_workers_start_is_survived_too(run, tmp_path):
-    """From the first moment on: a worker takes seconds until it runs code of ours."""
+    """A worker takes seconds until it runs our code, and must survive signals before that."""
     said = wait_for(run, "trained and")
     while len(workers_of(run)) < 2:
         time.sleep(0.001)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from typing import TypeVar
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ Value = TypeVar("Value")
 
 POSITIVE, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 ONE_UP, ZERO_UP, SHARE = (1, math.inf), (0, math.inf), (0, BELOW_1)
-RANGES = {  # smallest and greatest value of each number; ".*" stands for all keys of a group
+RANGES = {  # smallest and greatest value of each number; "*" stands for any name
     "seed": (0, 2**32 - 1),
     "vit.max_frames": ZERO_UP,
     "connector.r": ZERO_UP,
@@ -32,7 +33,6 @@ RANGES = {  # smallest and greatest value of each number; ".*" stands for all ke
     "train.steps": ONE_UP,
     "train.max_minutes": ZERO_UP,
     "train.log_every": ONE_UP,
-    "train.eval_every": ZERO_UP,
     "train.save_every": ONE_UP,
     "train.keep_best": ZERO_UP,
     "train.keep_last": ONE_UP,
@@ -50,11 +50,12 @@ RANGES = {  # smallest and greatest value of each number; ".*" stands for all ke
     "mesh.data": (-1, math.inf),
     "mesh.fsdp": (-1, math.inf),
     "mesh.tensor": (-1, math.inf),
+    "evals.*.every": ZERO_UP,
+    "evals.*.max_examples": ZERO_UP,
     "evaluate.batch_size": ONE_UP,
     "evaluate.max_new_tokens": ONE_UP,
     "evaluate.min_new_tokens": ZERO_UP,
     "evaluate.repetition_penalty": (POSITIVE, math.inf),
-    "evaluate.max_examples": ZERO_UP,
 }
 
 CHOICES = {
@@ -116,12 +117,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def range_of(key: str) -> tuple[float, float]:
+    """The smallest and greatest value of a number; a config may have keys of its own, which take any."""
+    return next((limits for pattern, limits in RANGES.items() if fnmatch(key, pattern)), (-math.inf, math.inf))
+
+
 def check_range(key: str, value: object) -> None:
     """Raises UserError (status 2) if a number of the config is outside of its range in RANGES."""
     if not is_number(value):
         return
-    group = key.rpartition(".")[0] + ".*"
-    low, high = RANGES.get(key) or RANGES.get(group) or (-math.inf, math.inf)  # a config may have keys of its own
+    low, high = range_of(key)
     if low <= value <= high and math.isfinite(value):
         return
     least = "above 0" if low == POSITIVE else f"at least {low}"

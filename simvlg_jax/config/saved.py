@@ -15,10 +15,10 @@ EXAMPLE = Path(__file__).parent.parent / "example"  # the trained example: an ex
 FREE = (  # prefixes of keys that may change when a run resumes: how long, how often, on how many devices
     "train.max_minutes",
     "train.log_every",
-    "train.eval_every",
     "train.save_every",
     "train.keep_",
     "mesh.",
+    "evals.",
     "evaluate.",
     "data.read_threads",
     "data.allow_outside",
@@ -69,7 +69,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     if not any((workdir / "checkpoints").glob("*/commit_success.txt")):
         return
     if not (workdir / "config.json").exists():
-        warn(f"{workdir / 'config.json'} is missing, so whether this config is the one that the run was started with is not checked")
+        path = workdir / "config.json"
+        warn(f"{path} is missing, so whether this config is the one that the run was started with is not checked")
         return
     if changed := differences(read_config(workdir), config, lambda key: not key.startswith(FREE)):
         raise UserError(

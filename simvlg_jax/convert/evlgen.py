@@ -29,7 +29,7 @@ def projections(model: SimVLG) -> list[Row]:
     """The small trained modules around the connector."""
     return [
         *weight_map.layer_norm("ln_vision", "ln_vision"),
-        *weight_map.linear("vl_proj", "VL_proj"),
+        *weight_map.linear("connector/vl_proj", "VL_proj"),
         *weight_map.linear("llm_proj", f"{families.of_model(model.llm).evlgen}_proj"),
         *(CONTRAST if model.sentence_encoder is not None else []),
     ]
@@ -49,7 +49,7 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
     rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
     params = weight_map.from_torch(projections(model), rest, 1)
-    params["connector"] = weight_map.from_torch(
+    params["connector"] |= weight_map.from_torch(
         bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
     )
     if vit := vision_from_evlgen(model, within[VISION]):

@@ -20,10 +20,15 @@ def write_tree(path: Path, tree: dict, dtype: np.dtype | None = None, metadata: 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file of named arrays; it appears whole or not at all, and readable to all."""
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         # safetensors writes an array's memory as it lies, whatever its strides.
         save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, partial, metadata)
         partial.chmod(0o644)
+
+
+def current_name(name: str) -> str:
+    """Today's name of a parameter in a file that an older version wrote: vl_proj is in the connector now."""
+    return f"connector/{name}" if name.startswith("vl_proj/") else name
 
 
 def read_flat(path: Path) -> dict[str, np.ndarray]:
@@ -34,7 +39,7 @@ def read_flat(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {current_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
             f"no weights at {path}: train them first (configs/openmoji.py says how), or correct the config"

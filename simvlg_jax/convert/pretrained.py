@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.convert import bert, evlgen, families, stacking
 from simvlg_jax.convert import vit as vision
+from simvlg_jax.convert.own_files import current_name
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -25,7 +27,7 @@ def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
     """The nested tree of a file that `weights.write_tree` wrote, known by the "/" in its names; None of another."""
     if not any("/" in name for name in tensors):
         return None
-    return traverse_util.unflatten_dict({name: tensors[name] for name in tensors}, sep="/")
+    return traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
 
 
 def load_vit(name: str, model: ViT) -> dict:
@@ -35,11 +37,10 @@ def load_vit(name: str, model: ViT) -> dict:
     return params if model.scan else stacking.unstack_layers(params)
 
 
-def load_bert(name: str, size_name: str) -> dict:
-    """A BERT's parameters for the connector."""
-    size = BERT_SIZES[size_name]
+def load_bert(name: str, connector: Connector) -> dict:
+    """A BERT's parameters for a connector of its depth and heads."""
     path = minilm_folder() if name == "minilm" else resolve(name)
-    return own_tree(open_tensors(path)) or bert.load_bert(path, size["depth"], size["num_heads"], words=False)
+    return own_tree(open_tensors(path)) or bert.load_bert(path, connector.depth, connector.num_heads, words=False)
 
 
 def load_sentence_encoder(sentence: ConfigDict) -> dict:

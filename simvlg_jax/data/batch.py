@@ -1,4 +1,4 @@
-"""The layout of a batch: one truth for the pipeline, initialisation, compiling ahead of time and the tests.
+"""The layout of a batch, defined once for the pipeline, initialisation, AOT compilation and the tests.
 
 A batch is a dict of arrays of B examples:
 
@@ -7,10 +7,10 @@ A batch is a dict of arrays of B examples:
     NAME_mask       int32 (B, L), 1 where there is a token
     NAME_targets    int32 (B, L), -100 where there is no loss; only of texts that are predicted
 
-with three arrays for each text of the task ("caption", "sentence"). In evaluation also
+NAME is a text of the task: "caption", "sentence". Evaluation batches also have
 
-    weight   float32 (B,), 1 for each example that counts; 0 for unreadable pictures and for blanks in the last batch
-    index    int32 (B,), position of the example in its source, -1 for those blanks
+    weight          float32 (B,), 1 for examples that count; 0 for unreadable pictures and for padding of the last batch
+    index           int32 (B,), position of the example in its source; -1 for that padding
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is seen: pictures of `side` x `side` pixels, or clips of so many `frames` (0: pictures)."""
+    """The visual input: pictures of `side` x `side` pixels, or clips of `frames` such pictures (0: pictures)."""
 
     side: int
     frames: int = 0
@@ -41,9 +41,9 @@ class TextSpec:
     """One text of each example.
 
     Attributes:
-      max_tokens: greatest length.
+      max_tokens: maximum length.
       predicted: whether it has targets.
-      load: reads the tokenizer, which initialising and compiling do not need.
+      load: reads the tokenizer. Initialisation and AOT compilation do not call it.
     """
 
     max_tokens: int
@@ -55,6 +55,10 @@ class TextSpec:
         """Text -> token ids and targets."""
         return self.load()
 
+    def __getstate__(self) -> dict:
+        """Pickles the encoder for data workers, instead of `load`, which may be a closure."""
+        return self.__dict__ | {"encoder": self.encoder, "load": None}
+
     @property
     def arrays(self) -> tuple[str, ...]:
         return ("ids", "mask", "targets") if self.predicted else ("ids", "mask")
@@ -62,7 +66,12 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """pictures: None for a task without any; texts: by name, the first is the one that batches are grouped by."""
+    """The inputs of a task.
+
+    Attributes:
+      pictures: None for a task without pictures.
+      texts: by name. Batches are padded to and grouped by the length of the first.
+    """
 
     pictures: Pictures | None
     texts: Mapping[str, TextSpec]
@@ -71,11 +80,15 @@ class BatchSpec:
     def main_text(self) -> str:
         return next(iter(self.texts))
 
+    def encode(self, caption: str) -> dict[str, tuple[list[int], list[int]]]:
+        """Name -> (ids, targets). Every text of a task encodes the record's caption."""
+        return {name: text.encoder(caption) for name, text in self.texts.items()}
+
     def shapes(self, batch_size: int, lengths: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name -> (shape, dtype) of each array of a training batch.
 
         Args:
-          lengths: of all texts; by default each has its greatest.
+          lengths: length of every text; default: its max_tokens.
         """
         shapes = {}
         if self.pictures:

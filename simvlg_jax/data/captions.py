@@ -1,4 +1,4 @@
-"""Caption processing shared by data sets."""
+"""Cleaning of captions, shared by all sources."""
 
 import re
 
@@ -6,10 +6,10 @@ MAX_WORDS = 50
 
 
 def blip_caption(text: str) -> str:
-    """Caption as BLIP-2, LAVIS and SimVLG train on it (their processor "blip_caption").
+    """Cleans as the processor "blip_caption" of BLIP-2, LAVIS and SimVLG does for training.
 
-    Lower case; each of . ! " ( ) * # : ; ~ becomes a space; runs of white space become one space; trailing newlines
-    and outer spaces go; at most MAX_WORDS words stay.
+    The text becomes lower case, and each of . ! " ( ) * # : ; ~ a space. Runs of white space shrink to one space,
+    trailing newlines and outer spaces are stripped, and words after the first MAX_WORDS are dropped.
     """
     text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
     text = re.sub(r"\s{2,}", " ", text)
@@ -17,9 +17,14 @@ def blip_caption(text: str) -> str:
     return " ".join(text.split(" ")[:MAX_WORDS])
 
 
-def well_formed(text: str) -> str:
-    """The text with surrogate pairs joined and each lone surrogate, half a character, replaced by U+FFFD.
+# Choices of `data.clean`; str leaves a caption as it is.
+CLEANERS = {"": str, "blip_caption": blip_caption}
 
-    JSON may hold such halves ("\\ud83d", an emoji that was cut in two); neither tokenizers nor UTF-8 take them.
+
+def well_formed(text: str) -> str:
+    """Joins surrogate pairs, and replaces each lone surrogate (half a character) by U+FFFD.
+
+    JSON may contain lone surrogates ("\\ud83d", an emoji that was cut in two), which neither tokenizers nor UTF-8
+    accept.
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

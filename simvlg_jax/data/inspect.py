@@ -1,4 +1,4 @@
-"""Another name of `simvlg_jax.inspect_data`, which is where the other verbs are."""
+"""Alias of the verb `simvlg_jax.inspect_data`."""
 
 from simvlg_jax.inspect_data import main
 from simvlg_jax.utils.errors import run_verb

@@ -1,4 +1,4 @@
-"""Another name of `simvlg_jax.prepare`, which is where the other verbs are."""
+"""Alias of the verb `simvlg_jax.prepare`."""
 
 from simvlg_jax.prepare import main
 from simvlg_jax.utils.errors import run_verb

@@ -1,4 +1,4 @@
-"""What the data look like to the model: a contact sheet of a batch, caption lengths, the speed of the pipeline."""
+"""Looks at data as the model sees them: a contact sheet of a batch, caption lengths, the speed of the pipeline."""
 
 import time
 from collections.abc import Iterator
@@ -6,20 +6,22 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
-from simvlg_jax.data.pipeline import Batch
+from simvlg_jax.data.batch import Batch, BatchSpec
 from simvlg_jax.data.sources import Source
 from simvlg_jax.data.text import TextEncoder
 
-TILE, LINE, COLUMNS = 160, 14, 8  # pixels, pixels, pictures a row
-SECONDS = 3  # how long speed is measured
-MAX_RECORDS = 10_000  # of which caption lengths are counted
+TILE, LINE, COLUMNS = 160, 14, 8  # pixels, pixels, pictures per row
+SECONDS = 3  # of measuring the speed
+MAX_RECORDS = 10_000  # whose caption lengths are counted
 
 
-def contact_sheet(batch: Batch, encoder: TextEncoder, columns: int = COLUMNS) -> Image.Image:
-    """The pictures of a batch with their texts, decoded from the ids, below."""
+def contact_sheet(batch: Batch, spec: BatchSpec, columns: int = COLUMNS) -> Image.Image:
+    """Draws the pictures of a batch, each above its first text, which is decoded from the ids."""
+    name = spec.main_text
+    tokenizer = spec.texts[name].encoder.tokenizer
     texts = [
-        encoder.tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=True)
-        for ids, mask in zip(batch["ids"], batch["mask"], strict=True)
+        tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=True)
+        for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True)
     ]
     rows = -(-len(texts) // columns)
     sheet = Image.new("RGB", (columns * TILE, rows * (TILE + 3 * LINE)), "white")
@@ -34,16 +36,18 @@ def contact_sheet(batch: Batch, encoder: TextEncoder, columns: int = COLUMNS) ->
 
 
 def token_lengths(source: Source, encoder: TextEncoder) -> np.ndarray:
-    """Tokens of each caption, start and end included, before padding and after cutting: int (N,)."""
+    """Number of tokens of each caption after cutting, start and end included: int (N,).
+
+    Of a large source, MAX_RECORDS captions at equal distances are counted.
+    """
     count = min(len(source), MAX_RECORDS)
-    # Spread over the whole source if it is large.
     indices = np.linspace(0, len(source) - 1, count).astype(int)
     return np.array([len(encoder(source[int(i)]["caption"])[0]) for i in indices])
 
 
 def batches_per_second(batches: Iterator[Batch]) -> float:
-    """How many batches come out in about SECONDS seconds, per second."""
-    next(batches)  # starting up is not counted
+    """Measures the iterator for about SECONDS seconds."""
+    next(batches)  # leaves the start-up out
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < SECONDS and next(batches, None) is not None:
         count += 1

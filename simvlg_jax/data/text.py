@@ -1,7 +1,7 @@
-"""From captions to token ids and targets.
+"""Encodes captions as token ids and targets.
 
-A `TextEncoder` is a small picklable value that the data pipeline calls on each caption: `CaptionText` for the language
-model, `SentenceText` for the sentence encoder of the contrastive task.
+The data pipeline calls a picklable `TextEncoder` on each caption: `CaptionText` for the language model, `SentenceText`
+for the sentence encoder of the contrastive loss.
 """
 
 import string
@@ -12,23 +12,23 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from simvlg_jax.utils.errors import UserError
 
-IGNORE = -100  # target of a position without loss
+IGNORE = -100  # target at positions without loss
 PAD, START, END = "<pad>", "<s>", "</s>"  # of the character tokenizer
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encodes one text as `prefix` + tokens + `end`, cut to `max_tokens`.
+    """Encodes a text as `prefix` + tokens + `end`, truncated to `max_tokens`.
 
     Attributes:
       tokenizer: a `tokenizers.Tokenizer` that neither pads nor truncates.
       prefix: ids before the text (start token, prompt).
       end: id after the text.
-      pad_id: id that fills a batch up; the mask hides it.
-      max_tokens: greatest length, prefix and end included.
-      prefix_targets: which ids of the prefix are trained, one flag each.
-      text_is_target: whether the text and its end are trained.
-      keep_end: a text that is too long loses its last tokens and keeps the end (else it loses the end).
+      pad_id: id that pads a batch; it is masked.
+      max_tokens: maximum length, including prefix and end.
+      prefix_targets: for each id of the prefix, whether it is a target.
+      text_is_target: whether the text and the end are targets.
+      keep_end: whether a text that is too long keeps its end and loses its last tokens instead.
     """
 
     tokenizer: Tokenizer
@@ -41,7 +41,7 @@ class TextEncoder:
     keep_end: bool
 
     def __call__(self, text: str) -> tuple[list[int], list[int]]:
-        """Returns ids and targets, equally long; a target is the position's own id, or IGNORE."""
+        """Returns ids and targets of equal length; each target is the id at its own position, or IGNORE."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
         if self.keep_end:
             tokens = tokens[: max(0, self.max_tokens - len(self.prefix) - 1)]
@@ -52,7 +52,7 @@ class TextEncoder:
 
 
 def _plain(tokenizer: Any) -> Tokenizer:
-    """A copy that neither pads nor truncates, of a `Tokenizer` or of transformers' fast wrapper of one."""
+    """Copies a `Tokenizer`, or the one in a fast tokenizer of transformers, without padding and truncation."""
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.no_padding()
@@ -63,7 +63,7 @@ def _plain(tokenizer: Any) -> Tokenizer:
 class CaptionText(TextEncoder):
     """Text of the language model: start, prompt, caption, end.
 
-    A caption that is too long loses its end, so the model is not taught to stop in mid-sentence.
+    A truncated caption has no end token, so that the model does not learn to stop in mid-sentence.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class CaptionText(TextEncoder):
     ):
         """Args:
         tokenizer: `tokenizers.Tokenizer`, or a fast tokenizer of transformers.
-        start_id: token before the text, or None for models without one.
+        start_id: token before the text; None if the model has none.
         end_id: token after the caption; always a target.
-        pad_id: fills a batch up.
-        max_tokens: greatest length, start included.
-        start_is_target: whether the last visual token is trained to predict the start token (published for OPT,
-          not for Vicuna). With a prompt it never is, as published.
+        pad_id: pads a batch.
+        max_tokens: maximum length, including the start.
+        start_is_target: whether the last visual token is trained to predict the start token. Published: for OPT, not
+          for Vicuna, and never with a prompt.
         prompt: fixed text before each caption; never a target.
 
         Raises UserError if `max_tokens` leaves no room for a caption.
@@ -101,10 +101,10 @@ class CaptionText(TextEncoder):
 
 
 class SentenceText(TextEncoder):
-    """Input of a sentence encoder, [CLS] text [SEP]; nothing is a target and a long text keeps its [SEP]."""
+    """Input of a sentence encoder, [CLS] text [SEP], without targets; a truncated text keeps its [SEP]."""
 
     def __init__(self, tokenizer: Any, max_tokens: int):
-        """Takes a tokenizer that knows [CLS], [SEP], [PAD], as BERT's, or else <s>, </s>, <pad>."""
+        """The tokenizer has the tokens [CLS], [SEP] and [PAD], as BERT's, or <s>, </s> and <pad>."""
         plain = _plain(tokenizer)
         known = [
             [plain.token_to_id(token) for token in tokens]
@@ -115,9 +115,9 @@ class SentenceText(TextEncoder):
 
 
 def character_tokenizer() -> Tokenizer:
-    """One token for each printable ASCII character, after <pad> 0, <s> 1, </s> 2; needs no files.
+    """A tokenizer without files: <pad> 0, <s> 1, </s> 2, then one token for each printable ASCII character.
 
-    Any other character becomes "?".
+    Other characters become "?".
     """
     printable = string.digits + string.ascii_letters + string.punctuation + " "
     vocabulary = {token: i for i, token in enumerate([PAD, START, END, *printable])}

@@ -1,6 +1,6 @@
-"""Pictures: decoding, and the published image processors (all on PIL, uint8 in and out).
+"""Decodes pictures and applies the published image processors, with Pillow and in uint8.
 
-Normalisation is not here: it runs on the device.
+Normalisation runs on the device instead.
 """
 
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-# What Pillow raises on a damaged file, besides OSError.
+# Errors that Pillow raises for damaged files.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -25,35 +25,35 @@ UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-MAX_PIXELS = 50 * 2**20  # in a decoded picture: 4 bytes each, and up to five times that while it is decoded
-MAX_BYTES = 2**28  # in a picture's file
-BAND = 2**20  # pixels that are converted at once
-# Of Pillow's formats the ones that hold photographs and drawings as pixels: others run programs, as EPS does.
+MAX_PIXELS = 50 * 2**20  # of a decoded picture: 4 bytes each, and up to five times that during decoding
+MAX_BYTES = 2**28  # of a picture's file
+BAND = 2**20  # pixels converted at a time
+# The raster formats of Pillow. Others are unsafe: EPS, for example, runs a program.
 FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA")
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 
-# Pillow's limit is higher than MAX_PIXELS, so it has nothing to add.
+# MAX_PIXELS is below Pillow's own limit, whose warning is therefore redundant.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read(path: Path) -> bytes:
-    """Reads a picture's file, for `decode`. Raises OSError if it is not there or has more than MAX_BYTES."""
+    """Reads a picture's file for `decode`. Raises OSError if it is absent or larger than MAX_BYTES."""
     _check_bytes(path.stat().st_size)
     return path.read_bytes()
 
 
 def decode(image: bytes | np.ndarray) -> Image.Image:
-    """Encoded bytes, or uint8 (H, W, 3), to an upright RGB picture; what is transparent becomes white.
+    """Decodes encoded bytes, or wraps uint8 (H, W, 3), as an upright RGB picture on white.
 
-    16-bit grey keeps the upper 8 of its bits. 32-bit grey, whose full scale no file names, is taken to have the
-    smallest of 1 (for floats only), 255, 65535, 2^31 - 1 and 2^32 - 1 that holds the picture's largest finite value;
-    NaN and negative values become black, infinity white.
+    16-bit grey keeps its upper 8 bits. Files do not name the full scale of 32-bit grey. It is assumed to be the
+    smallest of 1 (floats only), 255, 65535, 2^31 - 1 and 2^32 - 1 that is not below the largest finite value. NaN and
+    negative values become black, infinity becomes white.
 
-    A JPEG of more than MAX_PIXELS is decoded at a half, a quarter or an eighth of its size, to fit. Any other picture
-    of so many is refused before it is decoded, a progressive JPEG too, which takes the memory of its full size.
+    A JPEG with more than MAX_PIXELS is decoded at 1/2, 1/4 or 1/8 of its size. Other pictures of that size are refused
+    before decoding; so are progressive JPEGs, whose decoder always needs the memory of the full size.
 
-    Raises one of UNREADABLE if the bytes are no picture or too large a one.
+    Raises one of UNREADABLE if the bytes are not a picture, or if it is too large.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image, "RGB") if image.ndim == 3 else Image.fromarray(image).convert("RGB")
@@ -63,7 +63,7 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
             _fit(picture)
             ImageOps.exif_transpose(picture, in_place=True)
     except UnidentifiedImageError:
-        raise UnidentifiedImageError("not a picture of a known format") from None  # Pillow names the buffer instead
+        raise UnidentifiedImageError("not a picture of a known format") from None  # Pillow's message names the buffer
     # convert() would clip more than 8 bits of grey to white.
     if picture.mode.startswith("I;16"):
         return _in_bands(picture, lambda band: Image.fromarray((np.asarray(band) >> 8).astype(np.uint8)))
@@ -74,36 +74,36 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         return _in_bands(picture, _on_white)
     if picture.mode == "RGB" and picture.format in ("JPEG", "PNG"):
-        return picture  # convert() would copy it; of other formats, the copy leaves a decoder behind
+        return picture  # convert() would copy it; for other formats, the copy releases the decoder
     return picture.convert("RGB")
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """FORMATS, but for those that this build of Pillow lacks."""
+    """The FORMATS that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_bytes(count: int) -> None:
     if count > MAX_BYTES:
-        raise OSError(f"the file has {count:,} bytes, more than the {MAX_BYTES:,} that are read")
+        raise OSError(f"the file has {count:,} bytes, more than the limit of {MAX_BYTES:,}")
 
 
 def _fit(picture: Image.Image) -> None:
-    """Has a picture of more than MAX_PIXELS decoded at a smaller scale; raises DecompressionBombError if it cannot."""
+    """Makes Pillow decode a picture at a scale within MAX_PIXELS; raises DecompressionBombError if it cannot."""
     width, height = picture.size
     scale = next((s for s in (1, 2, 4, 8) if -(-width // s) * -(-height // s) <= MAX_PIXELS), 8)
     if scale > 1 and not picture.info.get("progressive"):
         picture.draft(None, (width // scale, height // scale))
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError(
-            f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded; make it smaller"
+            f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}; scale the picture down"
         )
 
 
 def _bands(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
-    """A picture's horizontal bands of about BAND pixels, each with its box."""
+    """Yields (box, band) for horizontal bands of about BAND pixels."""
     rows = max(1, BAND // max(1, picture.width))
     for top in range(0, picture.height, rows):
         box = (0, top, picture.width, min(top + rows, picture.height))
@@ -111,7 +111,7 @@ def _bands(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Im
 
 
 def _in_bands(picture: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Converts a picture to RGB band by band: the whole at once would take several copies of it."""
+    """Converts a picture to RGB band by band, which avoids several copies of the whole picture in memory."""
     result = Image.new("RGB", picture.size)
     for box, band in _bands(picture):
         result.paste(convert(band).convert("RGB"), box)
@@ -123,8 +123,8 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def _from_int32(picture: Image.Image) -> Image.Image:
-    """Mode "I" to RGB, see `decode`."""
-    # TIFF's samples are unsigned (1) unless it says otherwise; Pillow holds their bits as int32 all the same.
+    """Converts mode "I" to RGB, see `decode`."""
+    # TIFF's samples are unsigned (1) by default, but Pillow reads their bits as int32.
     tiff = isinstance(picture, TiffImagePlugin.TiffImageFile)
     unsigned = tiff and picture.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,)
 
@@ -137,7 +137,7 @@ def _from_int32(picture: Image.Image) -> Image.Image:
 
 
 def _from_float32(picture: Image.Image) -> Image.Image:
-    """Mode "F" to RGB, see `decode`."""
+    """Converts mode "F" to RGB, see `decode`."""
 
     def values(band: Image.Image) -> np.ndarray:
         return np.nan_to_num(np.asarray(band), nan=0, posinf=np.inf, neginf=0).clip(min=0)
@@ -153,10 +153,10 @@ def _from_float32(picture: Image.Image) -> Image.Image:
 def crop_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Random crop as torchvision's RandomResizedCrop draws it: (left, top, right, bottom) in pixels.
+    """Draws a random crop like torchvision's RandomResizedCrop: (left, top, right, bottom) in pixels.
 
     Args:
-      scale: smallest and largest share of the picture's area.
+      scale: minimum and maximum share of the picture's area.
     """
     for _ in range(ATTEMPTS):
         area = rng.uniform(*scale) * width * height
@@ -165,7 +165,7 @@ def crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # Very long pictures: the largest centred crop whose shape is allowed.
+    # No draw fits very long pictures: take the largest centred crop with an allowed aspect ratio.
     w = min(width, round(height * RATIO[1]))
     h = min(height, round(width / RATIO[0]))
     left, top = (width - w) // 2, (height - h) // 2
@@ -175,7 +175,7 @@ def crop_box(
 def augment(
     picture: Image.Image, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """Training view: random resized crop, bicubic, and if `flip` a mirror image half of the time.
+    """Training view: a random crop with bicubic resizing, mirrored with probability 1/2 if `flip`.
 
     Returns uint8 (size, size, 3).
     """
@@ -186,5 +186,5 @@ def augment(
 
 
 def squash(picture: Image.Image, size: int) -> np.ndarray:
-    """Evaluation view: bicubic resize to a square whatever the shape was. Returns uint8 (size, size, 3)."""
+    """Evaluation view: bicubic resizing to a square without keeping the aspect ratio. Returns uint8 (size, size, 3)."""
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Data worker processes: they leave signals to the process that trains, and end when it ends."""
+"""Data worker processes ignore signals, which the training process handles, and end when it ends."""
 
 import contextlib
 import multiprocessing
@@ -8,16 +8,16 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal, SIGTERM all of a job
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C is sent to all processes of a terminal, SIGTERM to all of a job
 
 
 def start_worker(index: int, count: int) -> None:
-    """Prepares a worker process before it reads data; the function that Grain calls with its number and their count.
+    """Prepares a worker process before it reads data.
 
-    The worker ignores SIGINT and SIGTERM: the parent saves first and then stops its workers. It ends when its parent
-    has ended, however that happened.
+    The worker ignores SIGINT and SIGTERM, since the parent first saves and then stops its workers. It exits when the
+    parent has ended for any reason.
     """
-    del index, count
+    del index, count  # Grain passes them
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -31,19 +31,19 @@ def _end_with_parent() -> None:
 
 
 def start_tracker() -> None:
-    """Starts multiprocessing's tracker of shared memory, if it is not up.
+    """Starts multiprocessing's tracker of shared memory unless it runs.
 
-    It unblocks the signals in the thread that starts it, so it must be up before `signals_blocked`.
+    Starting it unblocks the signals in the calling thread, so it must run before `signals_blocked`.
     """
     resource_tracker.ensure_running()
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks SIGINT and SIGTERM in this thread; processes and threads that are started meanwhile inherit the block.
+    """Blocks SIGINT and SIGTERM in this thread, and in the processes and threads that start meanwhile.
 
-    A new worker takes seconds to reach `start_worker`, and a signal would kill it before. This process still receives
-    the signal, in another thread or at the end of the block.
+    A new worker needs seconds to reach `start_worker`, and until then a signal would kill it. This process still
+    receives the signal, in another thread or after the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -14,10 +14,10 @@ from simvlg_jax.models.simvlg import SimVLG
 
 @struct.dataclass
 class CaptionOutput:
-    """ids (B, T) int32, padded after the end token; source_map (B, N) int32, see `VisualOutput`."""
+    """ids (B, T) int32, padded after the end token; source_map (B, N) int32 or None, see `VisualOutput`."""
 
     ids: jax.Array
-    source_map: jax.Array
+    source_map: jax.Array | None
 
 
 class Captioner:

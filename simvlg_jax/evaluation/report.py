@@ -55,7 +55,7 @@ def write_report(workdir: Path) -> Path:
         chart=charts,
     )
     path = workdir / "report.html"
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 
@@ -134,7 +134,7 @@ def _row(example: dict) -> dict:
 def _card(example: dict) -> dict:
     """What a card of the gallery shows: `_row` with the picture, its merge map and the token counts."""
     card = {**_row(example), "image": example["image"], "merged": None}
-    if "source_map" in example:
+    if example.get("source_map"):
         source_map = np.asarray(example["source_map"])  # (N,)
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(example["image"]))).convert("RGB"))
         buffer = io.BytesIO()

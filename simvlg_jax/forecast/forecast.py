@@ -1,6 +1,6 @@
 """Compiling the training step for TPU chips that are not there, and what the result says about a run on them.
 
-The environment must hold `parallel.chips.COMPILE_ONLY` before jax is imported.
+The environment must hold `forecast.chips.COMPILE_ONLY` before jax is imported.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ from simvlg_jax.forecast import hlo
 from simvlg_jax.forecast.chips import Topology, parse_topology
 from simvlg_jax.forecast.hlo_flops import matrix_flops
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.tasks.task import build_task
-from simvlg_jax.training.step import make_plan
+from simvlg_jax.tasks import build_task
+from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
 
 
@@ -38,7 +38,7 @@ class Forecast:
       fits: peak_bytes is within hbm_bytes.
       tflop_per_step: of the compiled matrix products, with what is computed again and what several chips each compute.
       compute_s, memory_s, communication_s: the step's TFLOP, its traffic to memory and its collectives at the chip's
-        full speed; see `parallel.chips`.
+        full speed; see `forecast.chips`.
       roofline_step_s: the longest of these three: no run is faster.
       images_per_s: of all chips, at the roofline.
       collectives: op, count, bytes and chips in a group.
@@ -101,10 +101,8 @@ def forecast(
     topology = parse_topology(topology_name)
     chip = topology.chip
     mesh = topology_mesh(config, topology, slices)
-    task = build_task(config)
-    plan = make_plan(task, config, mesh)
-    batch = plan.abstract_batch(task, config.train.batch_size, mesh)
-    lowered = plan.step.jit().lower(*plan.abstract, batch)
+    plan = Plan(build_task(config), config, mesh)
+    lowered = plan.step.lower(*plan.abstract, plan.abstract_batch(config.train.batch_size))
     known = dict(
         config=name,
         topology=topology_name,

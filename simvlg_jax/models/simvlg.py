@@ -7,7 +7,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
-from simvlg_jax.models.connectors.tomeformer import TomeFormerOutput
+from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders import vit
 from simvlg_jax.models.losses import token_cross_entropy
 
@@ -17,14 +17,14 @@ class VisualOutput:
     """What the picture becomes on its way to the language model.
 
     Attributes:
-      connector: (B, P, D) the TomeFormer's last hidden state.
+      connector: (B, P, D) the connector's tokens.
       prefix: (B, P, E) the soft prompt.
-      source_map: (B, N) int32, which prefix token each ViT token became part of.
+      source_map: (B, N) int32, which prefix token each ViT token became part of, or None.
     """
 
     connector: jax.Array
     prefix: jax.Array
-    source_map: jax.Array
+    source_map: jax.Array | None
 
 
 @struct.dataclass
@@ -39,13 +39,13 @@ CONTRAST_WIDTH = 256  # of the space that pictures and sentences are compared in
 
 
 class SimVLG(nn.Module):
-    """The whole captioner. Parameters: vit, ln_vision, vl_proj, connector, llm_proj, llm.
+    """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
 
     With a sentence encoder also sentence_encoder, vision_proj, text_proj, temperature: the auxiliary contrastive loss.
 
     Attributes:
       vit: a `ViT`.
-      connector: a `TomeFormer`.
+      connector: a `Connector`.
       llm: a language model with `width`, `embed`, `logits` and `__call__` as `Llama` has.
       dtype: compute dtype of the projections.
       start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
@@ -66,7 +66,6 @@ class SimVLG(nn.Module):
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
         width, axes, dtype = self.connector.width, ("embed", "mlp"), self.dtype
-        self.vl_proj = layers.torch_dense(self.vit.width, width, ("mlp", "embed"), dtype=dtype)
         self.llm_proj = layers.torch_dense(width, self.llm.width, axes, dtype=dtype)
         if self.sentence_encoder is not None:
             self.vision_proj = layers.torch_dense(width, CONTRAST_WIDTH, axes, dtype=dtype)
@@ -78,7 +77,7 @@ class SimVLG(nn.Module):
         merged = self._connect(images)
         return VisualOutput(merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
 
-    def _connect(self, images: jax.Array) -> TomeFormerOutput:
+    def _connect(self, images: jax.Array) -> ConnectorOutput:
         """`encode_image` as far as the connector."""
         if images.dtype == jnp.uint8:
             images = vit.normalize_images(images, self.dtype)
@@ -88,7 +87,7 @@ class SimVLG(nn.Module):
         if not self.vit_grad:
             tokens = jax.lax.stop_gradient(tokens)
         tokens = tokens.mean(1) if images.ndim == 5 else tokens
-        return self.connector(self.vl_proj(self.ln_vision(tokens)))
+        return self.connector(self.ln_vision(tokens))
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """ids (B, L) int32 -> (B, L, E)."""

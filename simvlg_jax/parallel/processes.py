@@ -5,7 +5,6 @@ looks there. What dies without a word is noticed by its broken connections, or b
 """
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import sys
@@ -14,17 +13,15 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax._src import distributed  # the only way to the run's key-value store
-from jax.experimental import multihost_utils
 
+from simvlg_jax.parallel.collectives import DONE_SECONDS
 from simvlg_jax.utils.errors import TRY_AGAIN, UserError, run_verb
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long is given up
 LOOK_SECONDS = 0.5
 LOOKS = 3  # in vain, until process 0 is given up
 FAREWELL_SECONDS = 5 * LOOK_SECONDS  # process 0 keeps the store until the others have looked
-DONE_SECONDS = 24 * 3600  # the others may wait so long for the one that still writes
 FAILED, DONE = "simvlg_jax/failed", "simvlg_jax/done"
 # What the runtime says when a process cannot be reached any more.
 LOST = ("Gloo", "gloo", "heartbeat", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "coordination service")
@@ -99,34 +96,6 @@ def start(preemptible: bool) -> None:
     threading.Thread(target=_watch, daemon=True).start()
 
 
-def sync(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def wait_for_all(name: str) -> None:
-    """Waits until every process is here, for a day if need be; `sync`, being a collective, gives up sooner."""
-    if jax.process_count() > 1:
-        distributed.global_state.client.wait_at_barrier(f"simvlg_jax/{name}/{next(_barriers)}", 1000 * DONE_SECONDS)
-
-
-def gather(array: jax.Array) -> np.ndarray:
-    """A global array as numpy on every process."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def gather_each(array: np.ndarray) -> np.ndarray:
-    """(P, ...): each process's array (...), of equal shape and at most 32 bits."""
-    return array[None] if jax.process_count() == 1 else multihost_utils.process_allgather(array[None], tiled=True)
-
-
-def numbers_of_all(*numbers: float) -> np.ndarray:
-    """(P, n) float32: each process's n numbers."""
-    return gather_each(np.array(numbers, np.float32))
-
-
-_barriers = itertools.count()  # a barrier's name serves once
 _finished = threading.Event()  # nothing to watch any more
 _ending = threading.Event()  # another process has failed
 

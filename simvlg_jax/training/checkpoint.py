@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from simvlg_jax.parallel import processes
+from simvlg_jax.parallel import collectives
 from simvlg_jax.training.fingerprints import array_fingerprints
 from simvlg_jax.training.metrics_log import FILE, read_scores
 from simvlg_jax.training.step import TrainState
@@ -142,10 +142,6 @@ class Checkpoints:
         """Tells how good a checkpoint is; the metrics log remembers it."""
         self._scores[step] = score
 
-    def is_scored(self, step: int) -> bool:
-        """Whether the score at a step is known; what process 0 knows counts."""
-        return bool(processes.numbers_of_all(step in self._scores)[0, 0])
-
     def restore_newest(self, abstract: TrainState) -> Restored | None:
         """The newest whole checkpoint to go on from, in the shardings of `abstract`; None if there is none at all.
 
@@ -211,7 +207,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds, bare ones included
                 reason = first_line(error)
-            if not processes.numbers_of_all(reason is not None).any():
+            if not collectives.numbers_of_all(reason is not None).any():
                 break
             if last:
                 raise Damaged(reason or "another process cannot read its part")
@@ -241,7 +237,7 @@ class Checkpoints:
         wrong = [f"{name} is not as it was saved" for name in found if found[name] != saved.get(name)]
         if "data" in read and read.checks.get("data") != _digest(read.data):
             wrong.append("the position of the data is not as it was saved")
-        if processes.numbers_of_all(len(wrong)).any():
+        if collectives.numbers_of_all(len(wrong)).any():
             raise Damaged("; ".join(wrong[:2]) + "; ..." * (len(wrong) > 2) or "another process read something else")
 
     def _or_explain(self, step: int, restore: Callable[[int], Any]) -> Any:
@@ -271,7 +267,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             (self._folder / str(step)).rename(aside)
             warn(f"checkpoint {step} is damaged ({reason}) and now named {aside}; going on from checkpoint {whole}")
-        processes.sync(f"checkpoint {step} is set aside")
+        collectives.sync(f"checkpoint {step} is set aside")
         self._manager.reload()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simvlg_jax.parallel import processes
+from simvlg_jax.parallel import collectives
 from simvlg_jax.utils.hashing import element_numbers
 
 
@@ -23,7 +23,7 @@ def array_fingerprints(tree) -> dict[str, str]:
     with concurrent.futures.ThreadPoolExecutor() as pool:  # each shape compiles, on each device
         started = list(pool.map(_shard_sums, arrays.values()))
     here = np.array([np.sum([np.zeros(2), *sums], 0, np.uint64) for sums in started]).reshape(-1, 2) % 2**32
-    everywhere = processes.gather_each(here.astype(np.uint32)).sum(0, np.uint64) % 2**32  # (arrays, 2)
+    everywhere = collectives.gather_each(here.astype(np.uint32)).sum(0, np.uint64) % 2**32  # (arrays, 2)
     return {
         name: f"{array.dtype} {array.shape} {sums.tolist()}"
         for (name, array), sums in zip(arrays.items(), everywhere, strict=True)

@@ -1,4 +1,4 @@
-"""The training loop: resume; then per step maybe evaluate, maybe save, draw the batch, step, maybe log."""
+"""The training loop: resume; then per step maybe save, maybe evaluate, draw the batch, step, maybe log."""
 
 import contextlib
 import time
@@ -14,20 +14,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.config import saved
-from simvlg_jax.convert import own_files, stacking
 from simvlg_jax.data import pipeline, workers
 from simvlg_jax.data.sources import load_source
-from simvlg_jax.evaluation.validation import Validation
+from simvlg_jax.evaluation.evaluators import make_evaluators
+from simvlg_jax.parallel import collectives
 from simvlg_jax.parallel import mesh as meshes
-from simvlg_jax.parallel import processes
+from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
-from simvlg_jax.tasks.task import Task, build_task
+from simvlg_jax.tasks.task import Task
 from simvlg_jax.training import run_lock
-from simvlg_jax.training import step as steps
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.frozen import check_frozen, describe_frozen, write_frozen
-from simvlg_jax.training.metrics_log import MetricsLog, memory_gb, say
+from simvlg_jax.training.meter import Meter
+from simvlg_jax.training.metrics_log import MetricsLog, memory_gb, read_evaluated, say
+from simvlg_jax.training.plan import Plan
 from simvlg_jax.training.stopping import Stop
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer
@@ -44,8 +45,8 @@ class Trainer:
     """Everything a run needs, in place on the devices: made once, before the first step.
 
     Attributes:
-      task, mesh, step: see their modules.
-      validation: scores parameters, or None if the config asks for no validation.
+      task, mesh, plan: see their modules.
+      evaluators: those of the config that run while training.
       frozen: the frozen parameters.
       frozen_entries: what frozen.json holds of them.
       state: the TrainState, restored from the newest whole checkpoint if there is one.
@@ -62,18 +63,17 @@ class Trainer:
         self.config = config
         self.mesh = meshes.make_mesh(config.mesh)
         self.task = build_task(config)
-        plan = steps.make_plan(self.task, config, self.mesh)
+        self.plan = Plan(self.task, config, self.mesh)
         self.skipped = pipeline.Skipped()
         # What is wrong with the data shows before the weights are read, which may take minutes.
         self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
-        self.validation = Validation(self.task, config, self.mesh) if config.train.eval_every else None
+        self.evaluators = make_evaluators(self.task, config, self.mesh)
         rows = meshes.local_rows(self.mesh, config.train.batch_size)
         self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
         with announce.first("reading and initialising the weights"):
-            params, self.frozen = steps.init_params(self.task, config, self.mesh)
+            params, self.frozen = self.plan.init_params()
             self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
-            self.state = plan.init_state(params)
-        self.step = plan.step
+            self.state = self.plan.init_state(params)
         self._announce = announce
         if checkpoints and checkpoints.steps():
             check_frozen(workdir, self.frozen_entries)
@@ -81,8 +81,7 @@ class Trainer:
         if restored is not None:
             self.state = restored.state
             self.move_to(restored.position)
-        self._jitted = self.step.jit()
-        self._programs: dict[tuple[int, ...], Program] = {}
+        self._programs: dict[tuple, Program] = {}
 
     @property
     def params(self) -> dict:
@@ -114,12 +113,13 @@ class Trainer:
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
         """The step compiled for such a batch; each length of the texts needs one."""
-        shape = batch["ids"].shape
-        if shape not in self._programs:
-            with self._announce.first("compiling the training step", f"for texts of {shape[1]} tokens"):
-                traced = self._jitted.trace(self.state, self.frozen, batch)
-                self._programs[shape] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
-        return self._programs[shape]
+        shapes = tuple(x.shape for x in batch.values())
+        if shapes not in self._programs:
+            length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
+            with self._announce.first("compiling the training step", f"for texts of {length} tokens"):
+                traced = self.plan.step.trace(self.state, self.frozen, batch)
+                self._programs[shapes] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
+        return self._programs[shapes]
 
     def run_step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Takes one step; returns its metrics, scalars on the devices."""
@@ -133,13 +133,11 @@ def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.
     iterator = pipeline.make_train_iterator(
         config.data,
         load_source(config.data, "train", training=True),
-        task.text_encoder,
-        image_size=task.image_size,
+        task.batch,
         batch_size=config.train.batch_size,
         seed=config.seed,
         rows=meshes.local_rows(mesh, config.train.batch_size),
         skipped=skipped,
-        sentence_encoder=task.sentence_encoder,
     )
     if config.train.overfit_one_batch:
         with workers.signals_blocked():
@@ -166,7 +164,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             workdir.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(run_lock.hold(workdir))
             saved.check_workdir(config, workdir)
-        processes.wait_for_all("the workdir is ours")
+        collectives.wait_for_all("the workdir is ours")
         if not (workdir / run_lock.LOCK).exists():
             raise UserError(f"{workdir} is not the same folder on every machine: put it on a disk that all share")
         stop = stack.enter_context(Stop(config.train.max_minutes))
@@ -181,13 +179,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
             say(describe(trainer, start))
             check_lock = lock.check if lock else lambda: None
             with contextlib.closing(log):
-                outcome, signal = _steps(trainer, checkpoints, log, announce, stop, check_lock, start, total)
-        if config.task == "contrastive" and signal is None:
-            vit = jax.tree.map(processes.gather, trainer.state.params["vit"])
+                run = Run(trainer, checkpoints, log, announce, stop, check_lock, read_evaluated(workdir))
+                outcome, signal = run.steps(start, total)
+        if trainer.task.after_run is not None and signal is None:
+            params = jax.tree.map(collectives.gather, trainer.state.params)
             if jax.process_index() == 0:
-                own_files.write_tree(
-                    workdir / "vit.safetensors", vit if config.vit.scan else stacking.stack_layers(vit)
-                )
+                trainer.task.after_run(params, workdir)
     say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")
     return 128 + signal if signal else 0
 
@@ -205,90 +202,87 @@ def describe(trainer: Trainer, start: int) -> str:
     )
 
 
-def _steps(
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    announce: Announcer,
-    stop: Stop,
-    check_lock: Callable[[], None],
-    start: int,
-    total: int,
-) -> tuple[str, Signals | None]:
-    """What ended the training, in words, and the signal if it was one."""
-    train_config = trainer.config.train
-    pending: list[tuple[int, jax.Array]] = []  # losses not yet looked at
-    window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0
-    step = start
-    while True:
-        stopped = step < total and stop.reached(step)
-        signal = stop.reason() if stopped else None
-        last = step >= total or stopped
-        evaluate = (
-            trainer.validation is not None
-            and signal is None
-            and (last or step % train_config.eval_every == 0)
-            and step > 0
-            and not checkpoints.is_scored(step)  # a run that died before it evaluated does so when it is resumed
-        )
-        save = step > start and (last or step % train_config.save_every == 0)
-        if save or evaluate:
-            check_finite(pending)
-        if save:
-            check_lock()
-            checkpoints.save(step, trainer.state, trainer.position)
-        if evaluate:
+class Run:
+    """The steps of a start: what each takes part in.
+
+    Args:
+      check_lock: raises if another process has taken the workdir.
+      evaluated: (step, name) of the evaluations that are logged already.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        announce: Announcer,
+        stop: Stop,
+        check_lock: Callable[[], None],
+        evaluated: set[tuple[int, str]],
+    ):
+        self.trainer, self.checkpoints, self.log, self.announce = trainer, checkpoints, log, announce
+        self.stop, self.check_lock, self.evaluated = stop, check_lock, evaluated
+        self.meter = Meter()
+
+    def steps(self, start: int, total: int) -> tuple[str, Signals | None]:
+        """What ended the training, in words, and the signal if it was one."""
+        config, step = self.trainer.config.train, start
+        while True:
+            stopped = step < total and self.stop.reached(step)
+            signal = self.stop.reason() if stopped else None
+            last = step >= total or stopped
+            if step > start and (last or step % config.save_every == 0):
+                self.save(step)
+            if step and signal is None:
+                self.evaluate(step, last)
+            if stopped:
+                reason = f"stopped by {signal.name}" if signal else "out of time"
+                return f"{reason} at step {step} of {total}, run again to resume", signal
+            if last:
+                return f"done: {total} steps", None
+            metrics = self.step(step)
+            step += 1
+            self.log.advance()
+            if step == start + 1:
+                loss = float(metrics["loss"])
+                say(f"first step of this start: {step}/{total}, loss {loss:.4g}, memory {memory_gb():.2f} GB")
+            if step % config.log_every == 0:
+                values = self.meter.read(metrics, self.trainer.skipped.count)
+                self.check_lock()
+                self.log.write(step, "train", values)
+
+    def step(self, step: int) -> dict[str, jax.Array]:
+        """Takes the step after `step`."""
+        with self.meter.waiting():
+            local = self.trainer.next_batch()
+        batch = meshes.put_batch(local, self.trainer.mesh)
+        flops = self.trainer.program(batch).flops
+        metrics = self.trainer.run_step(batch)
+        self.meter.add(step + 1, metrics["loss"], len(next(iter(batch.values()))), flops)
+        return metrics
+
+    def save(self, step: int) -> None:
+        self.meter.check_finite()
+        self.check_lock()
+        self.checkpoints.save(step, self.trainer.state, self.trainer.position)
+
+    def evaluate(self, step: int, last: bool) -> None:
+        """Runs the evaluators that are due. A run that died before it evaluated does so when it is resumed."""
+        for number, evaluator in enumerate(self.trainer.evaluators):
+            if not (last or step % evaluator.every == 0):
+                continue
+            logged = (step, evaluator.name) in self.evaluated
+            if collectives.numbers_of_all(logged)[0, 0]:  # what process 0 has logged counts
+                continue
+            self.meter.check_finite()
             before = time.monotonic()
-            results = trainer.validation(trainer.params, announce)
-            check_lock()
-            log.write(step, "eval", results)
-            checkpoints.score(step, results["score"])
+            result = evaluator(self.trainer.params, self.announce)
+            score = {} if number else {"score": result.score}
+            self.check_lock()
+            self.log.write(step, "eval", {"split": evaluator.name, **score, **result.metrics})
+            self.evaluated.add((step, evaluator.name))
+            if not number:
+                self.checkpoints.score(step, result.score)
             pause = time.monotonic() - before
-            stop.grant(pause)
-            window_start += pause
-        if stopped:
-            reason = f"stopped by {signal.name}" if signal else "out of time"
-            return f"{reason} at step {step} of {total}, run again to resume", signal
-        if last:
-            return f"done: {total} steps", None
-
-        before = time.monotonic()
-        local = trainer.next_batch()
-        window_wait += time.monotonic() - before
-        batch = meshes.put_batch(local, trainer.mesh)
-        window_flops += trainer.program(batch).flops
-        metrics = trainer.run_step(batch)
-        step += 1
-        pending.append((step, metrics["loss"]))
-        window_images += batch["image"].shape[0]
-        log.advance()
-        if step == start + 1:
-            loss = float(metrics["loss"])
-            say(f"first step of this start: {step}/{total}, loss {loss:.4g}, memory {memory_gb():.2f} GB")
-        if step % train_config.log_every == 0:
-            check_finite(pending)
-            seconds = time.monotonic() - window_start
-            values = {name: float(value) for name, value in metrics.items()}
-            values["loss"] = float(np.mean(jax.device_get([loss for _, loss in pending])))
-            values["images_per_second"] = window_images / seconds
-            values["tflops"] = window_flops / seconds / 1e12
-            # Of the process that waits longest and of the fullest: the others wait for them.
-            everyones = processes.numbers_of_all(window_wait / seconds, memory_gb(), trainer.skipped.count)
-            values["data_wait"], values["memory_gb"] = map(float, everyones[:, :2].max(0))
-            if unreadable := float(everyones[:, 2].sum()):
-                values["unreadable"] = unreadable
-            check_lock()
-            log.write(step, "train", values)
-            pending.clear()
-            window_start, window_wait, window_images, window_flops = time.monotonic(), 0.0, 0, 0
-
-
-def check_finite(losses: list[tuple[int, jax.Array]]) -> None:
-    """Raises UserError naming the steps whose loss is not finite."""
-    values = jax.device_get([loss for _, loss in losses])
-    bad = [step for (step, _), value in zip(losses, values, strict=True) if not np.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"the loss is not finite at step {', '.join(map(str, bad[:5]))}: nothing after the last checkpoint is "
-            "saved. Lower optimizer.lr, set optimizer.clip_norm=1, or use dtype float32, in a new workdir"
-        )
+            self.stop.grant(pause)
+            self.meter.pause(pause)

@@ -69,14 +69,19 @@ def say(message: str) -> None:
 def _drop_after(path: Path, step: int) -> None:
     """Removes lines of steps that a resumed run will write again, and what is no record, such as a torn last line."""
     kept = [json.dumps(record) + "\n" for record in files.read_metrics(path) if record["step"] <= step]
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_text("".join(kept))
 
 
 def read_scores(workdir: Path) -> dict[int, float]:
-    """Step -> score, of each validation that the run has logged."""
+    """Step -> score, of each evaluation that checkpoints are chosen by."""
     records = files.read_metrics(workdir / FILE)
     return {r["step"]: r["score"] for r in records if r.get("kind") == "eval" and isinstance(r.get("score"), float)}
+
+
+def read_evaluated(workdir: Path) -> set[tuple[int, str]]:
+    """(step, name) of each evaluation that the run has logged."""
+    return {(r["step"], r.get("split")) for r in files.read_metrics(workdir / FILE) if r.get("kind") == "eval"}
 
 
 def shows_bars() -> bool:

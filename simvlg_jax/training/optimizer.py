@@ -1,12 +1,14 @@
 """AdamW with the published groups and schedules, over the trained parameters alone."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-NO_DECAY = ("bias", "scale", "log_temperature", "temperature", "alpha")
+from simvlg_jax.tasks.params import Rule
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -33,35 +35,29 @@ def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
     return staircase
 
 
-def decay_mask(params: dict) -> dict:
-    """True where weight decay applies: all but biases, LayerNorm scales, the contrastive temperature and video's alpha.
+def make_optimizer(
+    optimizer: ConfigDict, total_steps: int, rule: Callable[[tuple[str, ...]], Rule]
+) -> optax.GradientTransformation:
+    """AdamW on the schedule, clipped if asked for.
 
-    The published code goes by the number of dimensions, which decays the two 0-D ones; ours are not decayed.
+    Args:
+      rule: path of a parameter -> whether it is decayed, and the factor on its learning rate.
     """
-    flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict({path: path[-1] not in NO_DECAY for path in flat})
 
+    def decayed(params: dict) -> dict:
+        return traverse_util.path_aware_map(lambda path, _: rule(path).decay, params)
 
-def scale_by_module(multipliers: dict[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of top-level parameters by their own factor; 1 where none is given."""
-
-    def update(updates: dict, state: optax.EmptyState, params: dict | None = None) -> tuple[dict, optax.EmptyState]:
+    def scale(updates: dict, params: dict | None = None) -> dict:
         del params
-        scaled = {n: jax.tree.map(lambda u, n=n: u * multipliers.get(n, 1.0), tree) for n, tree in updates.items()}
-        return scaled, state
+        return traverse_util.path_aware_map(lambda path, update: update * rule(path).lr, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def make_optimizer(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """AdamW on the schedule, clipped if asked for, with the learning rate of each module multiplied as asked for."""
     adamw = optax.adamw(
         learning_rate(optimizer, total_steps),
         optimizer.b1,
         optimizer.b2,
         optimizer.eps,
         weight_decay=optimizer.weight_decay,
-        mask=decay_mask,
+        mask=decayed,
     )
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
-    return optax.chain(clip, adamw, scale_by_module(dict(optimizer.lr_multipliers)))
+    return optax.chain(clip, adamw, optax.stateless(scale))

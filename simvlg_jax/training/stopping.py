@@ -7,7 +7,7 @@ import time
 import jax
 from jax.experimental import multihost_utils
 
-from simvlg_jax.parallel import processes
+from simvlg_jax.parallel import collectives
 
 OUT_OF_TIME = 1  # what a process knows of the reason for a stop; a signal's number is greater
 
@@ -64,5 +64,5 @@ class Stop:
 
     def reason(self) -> signal.Signals | None:
         """The signal that stopped the run, or None if its time was out; the same on every process."""
-        known = int(processes.numbers_of_all(self._known).max())
+        known = int(collectives.numbers_of_all(self._known).max())
         return None if known == OUT_OF_TIME else signal.Signals(known or signal.SIGTERM)

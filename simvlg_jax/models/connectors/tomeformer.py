@@ -1,32 +1,19 @@
 """The TomeFormer: a BERT encoder over visual tokens that merges similar ones in every layer (SimVLG, 3.2)."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import bert
+from simvlg_jax.models import bert, layers
 from simvlg_jax.models.connectors import token_merging
-
-
-@struct.dataclass
-class TomeFormerOutput:
-    """What the connector gives.
-
-    Attributes:
-      tokens: (B, N', D), the class token first.
-      source_map: (B, N) int32, the output token that each input token became part of.
-      sizes: (B, N') float32, how many input tokens each output token is made of.
-    """
-
-    tokens: jax.Array
-    source_map: jax.Array
-    sizes: jax.Array
+from simvlg_jax.models.connectors.connector import ConnectorOutput
 
 
 class TomeFormer(nn.Module):
-    """BERT layers over visual tokens, unrolled because each has its own token count.
+    """A linear map (published as VL_proj) and BERT layers over visual tokens, unrolled since each has its token count.
 
     There is no attention mask: every input is a visual token. Visual tokens take BERT's own position rows
     0..N-1 and token type 0, as published.
@@ -49,10 +36,12 @@ class TomeFormer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> TomeFormerOutput:
-        """x: (B, N, D), N at most 512."""
-        source_map = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x.astype(self.dtype))
+    def __call__(self, visual: jax.Array) -> ConnectorOutput:
+        """visual: (B, N, C), N at most 512. The class token stays the first."""
+        source_map = jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2])
+        axes = ("mlp", "embed")
+        x = layers.torch_dense(visual.shape[-1], self.width, axes, dtype=self.dtype, name="vl_proj")(visual)
+        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x)
         for i, r in enumerate(self.merges):
             layer = bert.BertLayer(
                 self.num_heads,
@@ -67,4 +56,35 @@ class TomeFormer(nn.Module):
             x = out.tokens
             if out.slots is not None:
                 source_map = token_merging.compose(source_map, out.slots)
-        return TomeFormerOutput(x, source_map, token_merging.slot_sizes(source_map, x.shape[1]))
+        return ConnectorOutput(x, source_map)
+
+
+def build_tomeformer(connector: Mapping, num_tokens: int, dtype: DTypeLike) -> TomeFormer:
+    """The TomeFormer for `num_tokens` visual tokens, with the schedule that a config's `connector` asks for.
+
+    Raises:
+      ValueError: no such size, or a schedule that does not fit.
+    """
+    if connector.size not in bert.BERT_SIZES:
+        raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
+    size = bert.BERT_SIZES[connector.size]
+    if connector.r and connector.tokens:
+        raise ValueError("connector.r and connector.tokens are two ways to say one thing: set one of them to 0")
+    try:
+        if connector.tokens:
+            merges = token_merging.schedule_down_to(size["depth"], num_tokens, connector.tokens)
+        elif connector.r:
+            ramp = {"r": connector.r, "inflect": connector.inflect} if connector.inflect else connector.r
+            merges = token_merging.merge_schedule(size["depth"], ramp)
+        else:
+            merges = token_merging.merge_schedule(size["depth"], tuple(connector.merges))
+    except ValueError as error:
+        raise ValueError(f"connector.{'tokens' if connector.tokens else 'merges'}: {error}") from error
+    return TomeFormer(
+        **size,
+        merges=merges,
+        dropout=connector.dropout,
+        weighted_mean=connector.weighted_mean,
+        proportional_attention=connector.proportional_attention,
+        dtype=dtype,
+    )

@@ -1,0 +1,115 @@
+"""What evaluators share: the data of one evaluation, opened once, and the form of its result."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simvlg_jax.data import pipeline, transforms
+from simvlg_jax.data.sources import Source, load_source
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.tasks.task import Task
+from simvlg_jax.utils.errors import UserError, warn
+from simvlg_jax.utils.progress import Announcer
+
+
+class Result(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      score: what the best checkpoint is chosen by; the greater, the better.
+      metrics: numbers for the log.
+      details: makes everything that eval/NAME.json holds; needs no other process.
+    """
+
+    score: float
+    metrics: dict[str, float]
+    details: Callable[[], dict]
+
+
+class Evaluator(Protocol):
+    """Scores parameters. Made once, so compiled once; every process calls it at the same time."""
+
+    name: str
+    every: int  # steps; 0: not while training
+
+    def __call__(self, params: dict, announce: Announcer) -> Result: ...
+
+
+class EvalData:
+    """The examples of one entry of `config.evals`.
+
+    Making it opens the source and reads one batch, so what is wrong with the data shows before the first step.
+
+    Raises:
+      UserError: there is no such data set or split, or it cannot be read.
+    """
+
+    def __init__(self, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
+        data = config.data.copy_and_resolve_references()
+        with data.unlocked():
+            data.update(entry.data)
+        source = load_source(data, entry.split)
+        self.source: Source = FirstOf(source, entry.max_examples) if entry.max_examples else source
+        self._mesh = mesh
+        shards = meshes.batch_shards(mesh)
+        batch_size = -(-config.evaluate.batch_size // shards) * shards
+        self._batches = pipeline.make_eval_batches(
+            self.source,
+            task.batch,
+            batch_size=batch_size,
+            rows=meshes.local_rows(mesh, batch_size),
+            pad_multiple=data.pad_multiple,
+        )
+        next(iter(self._batches))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the devices, each example once."""
+        return (meshes.put_batch(batch, self._mesh) for batch in self._batches)
+
+    def report_unreadable(self, indices: list[int]) -> list[str]:
+        """Warns of pictures that are left out of a score, and returns their ids.
+
+        Raises:
+          UserError: no picture can be read.
+        """
+        names = [self.name_of(index) for index in indices]
+        first = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        if len(names) == len(self):
+            raise UserError(f"none of the {len(self)} pictures can be read, so there is nothing to score: {first}")
+        if names and jax.process_index() == 0:
+            warn(f"{len(names)} of {len(self)} pictures cannot be read and are left out of the score: {first}")
+        return names
+
+    def name_of(self, index: int) -> str:
+        """A record's id, or its number if not even that can be read."""
+        try:
+            return self.source.info(index).id
+        except transforms.UNREADABLE:
+            return f"record {index}"
+
+
+class FirstOf:
+    """The first `count` records of a source."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[index]
+
+    def info(self, index: int):
+        return self._source.info(index)
+
+
+def unreadable_metric(names: list[str]) -> dict[str, float]:
+    """How many pictures were left out, for the log; nothing if none was."""
+    return {"unreadable": float(len(names))} if names else {}

@@ -1,0 +1,36 @@
+"""The types of evaluation by name. A new one is a file with a class like `Captioning`, and a line here."""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simvlg_jax.config.check import lookup
+from simvlg_jax.evaluation.captioning import Captioning
+from simvlg_jax.evaluation.evaluator import Evaluator
+from simvlg_jax.evaluation.retrieval import Retrieval
+from simvlg_jax.tasks.task import Task
+from simvlg_jax.utils.errors import UserError
+
+EVALUATORS = {
+    "captioning": Captioning,
+    "retrieval": Retrieval,
+}
+
+
+def make_evaluator(name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh) -> Evaluator:
+    """The evaluator of an entry of `config.evals`.
+
+    Raises:
+      UserError: no such type, one that the task has no use for, or data that cannot be read.
+    """
+    kind = lookup(EVALUATORS, f"evals.{name}.type", entry.type or task.evaluator)
+    return kind(name, entry, task, config, mesh)
+
+
+def make_evaluators(task: Task, config: ConfigDict, mesh: Mesh) -> list[Evaluator]:
+    """The evaluators of `config.evals` that run while training; the first one's score chooses the best checkpoint."""
+    due = {name: entry for name, entry in config.evals.items() if entry.every}
+    try:
+        return [make_evaluator(name, entry, task, config, mesh) for name, entry in due.items()]
+    except UserError as error:
+        off = " ".join(f"--config.evals.{name}.every=0" for name in due)
+        raise UserError(f"{error}\nor train without evaluation: {off}", error.status) from error

@@ -1,0 +1,50 @@
+"""How often a picture's own sentence is the nearest of a split, and the contrastive loss."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simvlg_jax.evaluation.evaluator import EvalData, Result, unreadable_metric
+from simvlg_jax.parallel.collectives import gather
+from simvlg_jax.tasks.task import Task
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.progress import SILENT, Announcer
+
+
+class Retrieval:
+    """Ranks all sentences for each picture; the score is R@1."""
+
+    def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
+        if task.contrast is None:
+            raise UserError(f"evals.{name}: this task compares no sentences with pictures; it takes another type", 2)
+        self.name, self.every = name, entry.every
+        self.data = EvalData(entry, task, config, mesh)
+        self._batch_size = config.evaluate.batch_size
+        self._embed = jax.jit(lambda params, batch: task.contrast.embed(params, batch, None))
+        self._losses = jax.jit(task.contrast.losses)
+
+    def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
+        """The loss is in groups of evaluate.batch_size in the source's order."""
+        pictures, sentences = [], []
+        unreadable: list[int] = []
+        for batch in self.data:
+            with announce.first("compiling the evaluation", f"for texts of {batch['sentence_ids'].shape[1]} tokens"):
+                picture, sentence = map(gather, self._embed(params, batch))
+            index, real = gather(batch["index"]), gather(batch["weight"]) > 0
+            pictures.append(picture[real])
+            sentences.append(sentence[real])
+            unreadable += index[(index >= 0) & ~real].tolist()
+        left_out = self.data.report_unreadable(unreadable)
+        picture, sentence = np.concatenate(pictures), np.concatenate(sentences)  # (N, S)
+        groups = [slice(start, start + self._batch_size) for start in range(0, len(picture), self._batch_size)]
+        loss = float(sum(self._losses(params, picture[rows], sentence[rows]).sum() for rows in groups)) / len(picture)
+        numbers = {"loss": loss, **recall(picture @ sentence.T, (1, 5))}
+        details = {"score": numbers["R@1"], **numbers, "num_examples": len(picture), "unreadable": left_out}
+        return Result(numbers["R@1"], {**numbers, **unreadable_metric(left_out)}, lambda: details)
+
+
+def recall(similarity: np.ndarray, ranks: tuple[int, ...]) -> dict[str, float]:
+    """ "R@k": the share of rows of (N, N) whose diagonal element is among the k greatest; ties count for it."""
+    nearer = (similarity > np.diagonal(similarity)[:, None]).sum(1)  # (N,)
+    return {f"R@{k}": float((nearer < k).mean()) for k in ranks}

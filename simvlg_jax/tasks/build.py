@@ -1,0 +1,105 @@
+"""The parts of a model, and its texts, from a config."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from simvlg_jax.config.check import lookup
+from simvlg_jax.convert import families, tokenizers
+from simvlg_jax.convert.connectors import CONNECTORS
+from simvlg_jax.data import text
+from simvlg_jax.data.batch import TextSpec
+from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.connectors.connector import Connector
+from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.sentence_encoder import SentenceEncoder
+from simvlg_jax.tasks import params
+from simvlg_jax.utils.errors import UserError
+
+
+def build_vit(config: ConfigDict) -> ViT:
+    vit = config.vit
+    return ViT(
+        **lookup(VIT_SIZES, "vit.size", vit.size),
+        temporal=vit.temporal,
+        max_frames=vit.max_frames,
+        scan=vit.scan,
+        remat=vit.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def build_llm(config: ConfigDict) -> nn.Module:
+    llm = config.llm
+    family = families.of_size(llm.size)
+    options = dict(scan=llm.scan, remat=llm.remat, dtype=jnp.dtype(config.dtype))
+    if llm.dropout:
+        if not hasattr(family.module, "dropout"):
+            raise UserError(f"llm.dropout is {llm.dropout} and {llm.size} has no dropout: set it to 0", 2)
+        options["dropout"] = llm.dropout
+    return family.module(**family.sizes[llm.size], **options)
+
+
+def build_connector(config: ConfigDict, num_tokens: int) -> Connector:
+    """The connector for `num_tokens` visual tokens."""
+    kind = lookup(CONNECTORS, "connector.type", config.connector.type)
+    try:
+        return kind.build(config.connector, num_tokens, jnp.dtype(config.dtype))
+    except ValueError as error:
+        raise UserError(str(error), 2) from error
+
+
+def build_text_encoder(config: ConfigDict) -> text.TextEncoder:
+    """Captions as the language model's tokens."""
+    llm, (tokenizer, *ids) = config.llm, tokenizers.load_text(config)
+    return text.CaptionText(
+        tokenizer, *ids, max_tokens=llm.max_text_tokens, start_is_target=llm.start_is_target, prompt=llm.prompt
+    )
+
+
+def build_sentence_encoder(config: ConfigDict) -> SentenceEncoder:
+    """The frozen encoder of the contrastive losses; a tiny one, over the caption's own tokens, without weights."""
+    sentence, dtype = config.sentence_encoder, jnp.dtype(config.dtype)
+    if not sentence.weights:
+        vocab_size = build_text_encoder(config).tokenizer.get_vocab_size()
+        return SentenceEncoder(**BERT_SIZES["tiny"], vocab_size=vocab_size, dtype=dtype)
+    size = lookup(BERT_SIZES, "sentence_encoder.size", sentence.size)
+    return SentenceEncoder(**size, pooling=sentence.pooling, dtype=dtype)
+
+
+def build_sentence_text(config: ConfigDict) -> text.TextEncoder:
+    """Captions as the sentence encoder's tokens."""
+    if not config.sentence_encoder.weights:
+        return build_text_encoder(config)
+    return text.SentenceText(
+        tokenizers.load_sentence_tokenizer(config.sentence_encoder.weights), config.llm.max_text_tokens
+    )
+
+
+def caption_spec(config: ConfigDict) -> TextSpec:
+    """The captions that the language model learns to write."""
+    return TextSpec(config.llm.max_text_tokens, True, lambda: build_text_encoder(config))
+
+
+def sentence_spec(config: ConfigDict) -> TextSpec:
+    """The captions that the sentence encoder reads."""
+    return TextSpec(config.llm.max_text_tokens, False, lambda: build_sentence_text(config))
+
+
+def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
+    """Raises UserError with every loaded array whose shape is not the model's.
+
+    Of a loaded module only what video adds to an image model, and what no BERT has, may be missing.
+    """
+    wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
+    found = traverse_util.flatten_dict(loaded, sep="/")
+    wrong = [
+        f"{name}: model {getattr(wanted.get(name), 'shape', 'has none')}, weights {np.shape(found.get(name))}"
+        for name in sorted(set(wanted) | set(found))
+        if (name not in found and params.ADDED.isdisjoint(name.split("/")))
+        or (name in found and (name not in wanted or wanted[name].shape != np.shape(found[name])))
+    ]
+    if wrong:
+        raise UserError("the weights are of another architecture than the config:\n  " + "\n  ".join(wrong))

@@ -1,0 +1,118 @@
+"""SimVLG's one stage: captions teach the connector and its projections; ViT and language model are frozen."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from simvlg_jax.convert import pretrained
+from simvlg_jax.convert.connectors import CONNECTORS
+from simvlg_jax.data.batch import BatchSpec, Pictures
+from simvlg_jax.models.contrastive import Pair
+from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.tasks import build, params
+from simvlg_jax.tasks.params import Rule
+from simvlg_jax.tasks.task import CONTRAST, Arrays, Contrast, Losses, Params, Task
+
+PICTURE_AND_SENTENCE = ("image", "sentence_ids", "sentence_mask")
+PICTURE_AND_CAPTION = ("image", "caption_ids", "caption_mask", "caption_targets")
+
+
+def caption_task(config: ConfigDict) -> Task:
+    """Next-token cross-entropy of the captions; with `train.beta` also the auxiliary contrastive loss."""
+    beta = config.train.beta
+    vit = build.build_vit(config)
+    model = SimVLG(
+        vit,
+        build.build_connector(config, vit.num_tokens),
+        build.build_llm(config),
+        jnp.dtype(config.dtype),
+        start_first=config.llm.start_first,
+        vit_grad=config.vit.train or config.vit.temporal,
+        sentence_encoder=build.build_sentence_encoder(config) if beta else None,
+    )
+
+    def apply(method: str, params: Params, batch: Arrays, names: tuple[str, ...], key: jax.Array | None):
+        options = {} if key is None else dict(rngs={"dropout": key})
+        return model.apply({"params": params}, *(batch[name] for name in names), method=method, **options)
+
+    def losses(params: Params, batch: Arrays, key: jax.Array | None) -> Losses:
+        if key is None or not beta:
+            return Losses({"caption": apply("caption_losses", params, batch, PICTURE_AND_CAPTION, key)[0]})
+        names = (*PICTURE_AND_CAPTION, *PICTURE_AND_SENTENCE[1:])
+        values, _, pair = apply("losses_and_pair", params, batch, names, key)
+        return Losses({"caption": values}, pair)
+
+    def embed(params: Params, batch: Arrays, key: jax.Array | None) -> Pair:
+        return apply("embed_pair", params, batch, PICTURE_AND_SENTENCE, key)
+
+    def contrastive_losses(params: Params, picture: jax.Array, text: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, picture, text, method="contrastive_losses")
+
+    def counts(batch: Arrays) -> dict[str, jax.Array]:
+        return {"caption": jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)}
+
+    def initialize(key: jax.Array, batch: Arrays) -> Params:
+        names = (*PICTURE_AND_CAPTION, *PICTURE_AND_SENTENCE[1:] * bool(beta))
+        method = "losses_and_pair" if beta else "caption_losses"
+        return model.init(key, *(batch[name] for name in names), method=method)["params"]
+
+    texts = {"caption": build.caption_spec(config)} | ({"sentence": build.sentence_spec(config)} if beta else {})
+    frozen = [name for name in ("vit", "llm") if not config[name].train] + ["sentence_encoder"] * bool(beta)
+    return Task(
+        model=model,
+        batch=BatchSpec(Pictures(vit.image_size), texts),
+        rules=caption_rules(config),
+        initialize=initialize,
+        losses=losses,
+        counts=counts,
+        weights={"caption": 1.0} | ({CONTRAST: beta} if beta else {}),
+        load_pretrained=lambda abstract: load_pretrained(config, model, abstract),
+        sources={name: config[name].weights or config.train.init_from or "random" for name in frozen},
+        evaluator="captioning",
+        contrast=Contrast(embed, contrastive_losses) if beta else None,
+        captions=True,
+    )
+
+
+def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
+    """By default connector, ln_vision and projections are trained, as published, and in video the temporal merging."""
+    lr = config.optimizer.lr_multipliers
+    rules = []
+    for name in ("ln_vision", "llm_proj"):
+        rules += params.trained(name, lr[name])
+    rules += [
+        *params.trained("connector/vl_proj", lr.vl_proj),
+        *params.trained("connector/(?!vl_proj/).*", lr.connector),
+    ]
+    rules += params.trained("llm", lr.llm) if config.llm.train else params.frozen("llm/.*")
+    if config.vit.train:
+        rules += params.trained("vit", lr.vit)
+    else:
+        rules += params.frozen("vit/(?!(.*/)?temporal_(merge|position)).*")
+        rules += params.trained("vit/(.*/)?temporal_merge", lr.vit)
+        rules += [Rule("vit/temporal_position", trained=True, decay=True, lr=lr.vit)]
+    if config.train.beta:
+        rules += [*params.trained("vision_proj"), *params.trained("text_proj"), Rule("temperature", trained=True)]
+        rules += params.frozen("sentence_encoder/.*")
+    return tuple(rules)
+
+
+def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Params:
+    """{top-level name: arrays} of every part whose weights the config names; an EVLGen checkpoint replaces the parts.
+
+    Raises:
+      UserError: weights that cannot be read, or are of another architecture.
+    """
+    loaded = {}
+    if config.vit.weights:
+        loaded["vit"] = pretrained.load_vit(config.vit.weights, model.vit)
+    if config.connector.weights:
+        loaded["connector"] = CONNECTORS[config.connector.type].load(config.connector.weights, model.connector)
+    if config.llm.weights:
+        loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
+    if config.train.beta and config.sentence_encoder.weights:
+        loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
+    if config.train.init_from:
+        loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
+    build.check_shapes(loaded, abstract)
+    return loaded

@@ -1,0 +1,135 @@
+"""Everything about a run's step that is known before a single weight is: training and compiling ahead start here."""
+
+from functools import cached_property
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from simvlg_jax.parallel import lazy
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.task import Task
+from simvlg_jax.training.optimizer import learning_rate, make_optimizer
+from simvlg_jax.training.step import TrainState, make_step
+from simvlg_jax.utils.errors import UserError
+
+Path = tuple[str, ...]
+
+
+class Plan:
+    """The step of a config on a mesh of devices, which need not be there.
+
+    Attributes:
+      task, mesh: as given.
+      shapes: ShapeDtypeStructs of all parameters: trained ones float32, frozen ones as configured.
+      shardings: NamedShardings of all parameters.
+
+    Raises:
+      UserError (status 2): a batch that the mesh and the micro-batches do not divide.
+      UserError: a parameter that not exactly one of the task's rules matches.
+    """
+
+    def __init__(self, task: Task, config: ConfigDict, mesh: Mesh):
+        shards, size, micro = meshes.batch_shards(mesh), config.train.batch_size, config.train.accumulate
+        if size % (micro * shards):
+            raise UserError(
+                f"train.batch_size {size} does not divide over {shards} devices times {micro} micro-batches", 2
+            )
+        self.task, self.mesh = task, mesh
+        self._seed, self._steps, self._optimizer_config = config.seed, config.train.steps, config.optimizer
+        self._accumulate = micro
+        boxed = jax.eval_shape(task.init, jax.random.key(0))
+        flat = traverse_util.flatten_dict(nn.unbox(boxed))
+        partition.check_rules(task.rules, flat)
+        split = {True: config.mesh.split_trained, False: config.mesh.split_frozen}
+        dtypes = {True: jnp.float32, False: jnp.dtype(config.frozen_dtype)}
+        shapes = {path: jax.ShapeDtypeStruct(x.shape, dtypes[task.is_trained(path)]) for path, x in flat.items()}
+        self.shapes: dict = traverse_util.unflatten_dict(shapes)
+        self.shardings: dict = meshes.param_shardings(boxed, mesh, lambda path: split[task.is_trained(path)])
+
+    def init_params(self) -> tuple[dict, dict]:
+        """Trained and frozen parameters in place on the mesh: loaded where weights are named, else initialised.
+
+        Nothing is ever whole on one device that the mesh splits: loaded arrays go straight to their shards, and the
+        rest is initialised under jit into its own.
+        """
+        loaded = traverse_util.flatten_dict(self.task.load_pretrained(self.shapes))
+        dtypes = {path: x.dtype for path, x in traverse_util.flatten_dict(self.shapes).items()}
+        places: dict[Path, NamedSharding] = traverse_util.flatten_dict(self.shardings)
+        missing = [path for path in places if path not in loaded]
+        params = {path: lazy.put(x.astype(dtypes[path]), places[path]) for path, x in loaded.items()}
+        if missing:
+
+            def init_missing(key: jax.Array) -> dict[Path, jax.Array]:
+                fresh = traverse_util.flatten_dict(nn.unbox(self.task.init(key)))
+                return {path: fresh[path].astype(dtypes[path]) for path in missing}
+
+            key = jax.random.key(self._seed)
+            params |= jax.jit(init_missing, out_shardings={path: places[path] for path in missing})(key)
+        return self._split(traverse_util.unflatten_dict(params))
+
+    def init_state(self, params: dict) -> TrainState:
+        """The TrainState at step 0 of trained parameters, in place."""
+        return jax.jit(self._init_state, out_shardings=self._state_shardings)(params)
+
+    @cached_property
+    def step(self) -> jax.stages.Wrapped:
+        """`step.make_step`'s function, jitted with its placements; it takes over the state's memory."""
+        run = make_step(
+            self.task,
+            self._optimizer,
+            learning_rate(self._optimizer_config, self._steps),
+            self.mesh,
+            seed=self._seed,
+            accumulate=self._accumulate,
+        )
+        states, everywhere = self._state_shardings, meshes.replicated(self.mesh)
+        return jax.jit(
+            run,
+            in_shardings=(states, self._split(self.shardings)[1], meshes.batch_sharding(self.mesh)),
+            out_shardings=(states, everywhere),
+            donate_argnums=0,
+        )
+
+    @cached_property
+    def abstract(self) -> tuple[TrainState, dict]:
+        """(TrainState, frozen tree) of ShapeDtypeStructs with their shardings."""
+
+        def place(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        params, frozen = self._split(self.shapes)
+        state = jax.eval_shape(self._init_state, params)
+        return jax.tree.map(place, (state, frozen), (self._state_shardings, self._split(self.shardings)[1]))
+
+    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of the longest texts, as the pipeline makes them."""
+        sharding = meshes.batch_sharding(self.mesh)
+        shapes = self.task.batch.shapes(batch_size)
+        return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}
+
+    @cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self._optimizer_config, self._steps, self.task.rule)
+
+    def _init_state(self, params: dict) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, self._optimizer.init(params))
+
+    @cached_property
+    def _state_shardings(self) -> TrainState:
+        """Moments live where their parameters do, counters everywhere."""
+        everywhere = meshes.replicated(self.mesh)
+        state = jax.eval_shape(self._init_state, self._split(self.shapes)[0])
+        places = self._split(self.shardings)[0]
+        opt_state = optax.tree.map_params(
+            self._optimizer, lambda _, s: s, state.opt_state, places, transform_non_params=lambda _: everywhere
+        )
+        return TrainState(everywhere, places, opt_state)
+
+    def _split(self, tree: dict) -> tuple[dict, dict]:
+        return partition.split(tree, self.task.is_trained)
