@@ -158,7 +158,8 @@ def test_weights_missing_or_left_over():
 @pytest.mark.parametrize("variant", [dict(scan=False), dict(remat=True)])
 def test_scan_and_remat_change_nothing(variant):
     """Hidden states and gradients to embeddings and parameters."""
-    llm, other = Llama(**TINY), Llama(**TINY, **variant)
+    size = TINY | dict(qkv_bias=True, qk_norm=True)
+    llm, other = Llama(**size), Llama(**size, **variant)
     params = init(llm)
     embeddings, positions = inputs(2, 5, 24)
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

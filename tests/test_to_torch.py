@@ -92,7 +92,7 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     assert preprocessor["size"] == {"height": 32, "width": 32}
 
 
-@pytest.mark.parametrize("size", ["opt_tiny", "tiny"])
+@pytest.mark.parametrize("size", ["opt_tiny", "qwen2.5_tiny", "qwen3_tiny"])
 def test_captions_are_the_same_whatever_the_family(size, tmp_path):
     config = load_config("configs/tiny.py", [f"--config.llm.size={size}", "--config.evaluate.max_new_tokens=12"])
     task = build_task(config)
@@ -101,6 +101,8 @@ def test_captions_are_the_same_whatever_the_family(size, tmp_path):
     params = {path: rng.normal(path[-1] == "scale", 0.3, x.shape).astype(np.float32) for path, x in abstract.items()}
     params = traverse_util.unflatten_dict(params)
     hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
+    back = evlgen.from_evlgen(task.model, load_file(tmp_path / "model.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, back, params)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     ours = np.asarray(Captioner(task.model, task.batch.texts["caption"].encoder, 12)(params, jnp.asarray(images)).ids)
     pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))

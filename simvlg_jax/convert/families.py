@@ -12,6 +12,7 @@ from simvlg_jax.convert.gguf import SpecialIds
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
 from simvlg_jax.models.llms.opt import OPT_SIZES, Opt
+from simvlg_jax.models.llms.qwen import QWEN2_SIZES, QWEN3_SIZES, Qwen2, Qwen3
 from simvlg_jax.models.llms.vicuna import VICUNA_SIZES, Vicuna
 from simvlg_jax.utils.errors import UserError
 
@@ -74,6 +75,8 @@ FAMILIES = {
     "opt": Family(Opt, OPT_SIZES, opt.from_hf, opt.to_hf, opt.hf_config, "opt", opt_ids, evlgen="opt"),
     "llama": Family(Llama, LLAMA_SIZES, *LLAMA, "llama", from_gguf=gguf.load_llama),
     "vicuna": Family(Vicuna, VICUNA_SIZES, *LLAMA, "llama", vicuna_ids, gguf.load_llama, added_tokens=1),
+    "qwen2.5": Family(Qwen2, QWEN2_SIZES, *LLAMA, "qwen2"),
+    "qwen3": Family(Qwen3, QWEN3_SIZES, *LLAMA, "qwen3"),
 }
 
 

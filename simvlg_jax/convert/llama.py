@@ -1,4 +1,4 @@
-"""LLaMA weights between our scanned tree and Hugging Face names (LlamaForCausalLM)."""
+"""LLaMA and Qwen weights between our scanned tree and Hugging Face names (LlamaForCausalLM and its like)."""
 
 from collections.abc import Mapping
 
@@ -27,6 +27,10 @@ def rows(llm: Llama) -> list[Row]:
     for name, heads in (("query", llm.num_heads), ("key", llm.num_kv_heads), ("value", llm.num_kv_heads)):
         letter = f"{theirs}.self_attn.{name[0]}"
         layer.append(Row(f"{ours}/{name}/kernel", f"{letter}_proj.weight", "heads_out", heads))
+        if llm.qkv_bias:
+            layer.append(Row(f"{ours}/{name}/bias", f"{letter}_proj.bias", "heads_bias", heads))
+        if llm.qk_norm and name != "value":
+            layer.append(Row(f"{ours}/{name}_norm/scale", f"{letter}_norm.weight"))
     head = [] if llm.tie_embeddings else [Row("lm_head", HEAD, "linear")]
     return [
         Row("embedding", EMBEDDING),

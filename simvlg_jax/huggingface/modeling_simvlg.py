@@ -19,7 +19,7 @@ class SimVLGConfig(PretrainedConfig):
       vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
         input_norm, temporal.
       connector: width, depth, num_heads, merges (tokens merged away in each layer).
-      text_config: the language model's own config, OPT or LLaMA.
+      text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.
       max_new_tokens, min_new_tokens, repetition_penalty: of a caption, if `generate` is not told otherwise.

@@ -1,4 +1,4 @@
-"""LLaMA decoder (LLaMA, TinyLlama, SmolLM2; Vicuna in a file of its own), fed with embeddings."""
+"""LLaMA decoder (LLaMA, TinyLlama, SmolLM2; Vicuna and Qwen in files of their own), fed with embeddings."""
 
 from typing import NamedTuple
 
@@ -116,6 +116,8 @@ class Block(nn.Module):
     head_dim: int
     ffn: int
     norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
     dtype: DTypeLike
 
     @nn.compact
@@ -130,11 +132,16 @@ class Block(nn.Module):
         x, key_cache, value_cache = carry
         width, heads, kv_heads, head_dim = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim
         plain = dict(use_bias=False, dtype=self.dtype)
+        # A key's bias is turned by the key's position, so softmax does not take it out and it has a gradient.
+        split = dict(use_bias=self.qkv_bias, dtype=self.dtype)
 
         y = RMSNorm(self.norm_eps, name="attention_norm")(x)
-        query = rotate(layers.split_heads(width, heads, head_dim, **plain, name="query")(y), *rotary)
-        key = rotate(layers.split_heads(width, kv_heads, head_dim, "kv_heads", **plain, name="key")(y), *rotary)
-        value = layers.split_heads(width, kv_heads, head_dim, "kv_heads", **plain, name="value")(y)
+        query = layers.split_heads(width, heads, head_dim, **split, name="query")(y)
+        key = layers.split_heads(width, kv_heads, head_dim, "kv_heads", **split, name="key")(y)
+        value = layers.split_heads(width, kv_heads, head_dim, "kv_heads", **split, name="value")(y)
+        if self.qk_norm:
+            query, key = RMSNorm(self.norm_eps, name="query_norm")(query), RMSNorm(self.norm_eps, name="key_norm")(key)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
@@ -161,6 +168,8 @@ class Llama(nn.Module):
       norm_eps: of RMSNorm.
       tie_embeddings: the output matrix is the embedding's.
       head_dim: width of a head; width / num_heads when None.
+      qkv_bias: query, key and value have a bias.
+      qk_norm: RMSNorm over each head of query and key, before they are turned.
       scan: the blocks as one scanned block with stacked parameters ("blocks"), else unrolled ("blocks_0", ...).
       remat: recompute each block's activations in the backward pass.
       dtype: compute dtype; norms and softmax are float32 whatever it is.
@@ -177,6 +186,8 @@ class Llama(nn.Module):
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     scan: bool = True
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -192,7 +203,8 @@ class Llama(nn.Module):
     def setup(self) -> None:
         embedding_init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
         self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width))
-        fields = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn, self.norm_eps, self.dtype)
+        sizes = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn)
+        fields = (*sizes, self.norm_eps, self.qkv_bias, self.qk_norm, self.dtype)
         self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=1)
         self.norm = RMSNorm(self.norm_eps)
         if not self.tie_embeddings:
