@@ -21,7 +21,7 @@ def load(
     checkpoint: str = "best",
     overrides: "Sequence[str]" = (),
 ) -> "CaptionModel":
-    """A model from a workdir, an exported folder, "example", or a published checkpoint; see `simvlg_jax.api.load`."""
-    from simvlg_jax.api import load as load_model  # late: importing the package must not start jax
+    """Loads a model from a workdir, an exported folder, "example" or a published checkpoint: `simvlg_jax.api.load`."""
+    from simvlg_jax.api import load as load_model  # here, since importing the package must not import jax
 
     return load_model(name, config, checkpoint, overrides)

@@ -1,4 +1,4 @@
-"""A trained model in one line: `load("runs/openmoji").caption("picture.png")`."""
+"""Loads a trained model and captions pictures: `load("runs/openmoji").caption("picture.png")`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ Picture = str | Path | Image.Image | np.ndarray
 
 
 class CaptionModel:
-    """Names pictures.
+    """A model that captions pictures.
 
     Attributes:
-      task: the module and its text encoder.
+      task: the model and its text encoder.
       params: all parameters, on the devices.
     """
 
@@ -32,19 +32,19 @@ class CaptionModel:
         self._captioner = Captioner(task.model, task.batch.texts["caption"].encoder, **decoding_options(config))
 
     def caption(self, picture: Picture, prompt: str | None = None) -> str:
-        """One picture's caption. See `captions`."""
+        """Returns the caption of one picture. See `captions`."""
         return self.captions([picture], prompt, 1)[0]
 
     def captions(self, pictures: Sequence[Picture], prompt: str | None = None, batch_size: int = 16) -> list[str]:
-        """Greedy captions.
+        """Returns greedy captions.
 
         Args:
-          pictures: file names, PIL images, or uint8 arrays (H, W, 3); any size, squashed to the model's square.
-          prompt: words for the caption to go on from.
-          batch_size: pictures at a time; the last batch is filled up, so one program serves all.
+          pictures: file names, PIL images or uint8 arrays (H, W, 3) of any size, squashed to the model's square.
+          prompt: words that the captions continue.
+          batch_size: pictures per batch. The last batch is padded, so that the model compiles once.
 
         Raises:
-          UserError: a picture that cannot be read, with its name.
+          UserError: a picture cannot be read. The message names it.
         """
         side, captions = self.task.batch.pictures.side, []
         for start in range(0, len(pictures), batch_size):
@@ -56,7 +56,7 @@ class CaptionModel:
 
 
 def read_picture(picture: Picture, side: int) -> np.ndarray:
-    """(side, side, 3) uint8."""
+    """Returns the picture as (side, side, 3) uint8."""
     if isinstance(picture, str | Path):
         try:
             picture = transforms.decode(transforms.read(Path(picture)))
@@ -73,17 +73,17 @@ def load(
     checkpoint: str = "best",
     overrides: Sequence[str] = (),
 ) -> CaptionModel:
-    """A model from a run's workdir, an exported folder, "example", or a published checkpoint.
+    """Loads a model from a run's workdir, an exported folder, "example" or a published checkpoint.
 
     Args:
-      name: folder, "example", or, with a config, an EVLGen checkpoint: a file, or a name on the Hugging Face Hub.
-      config: for a published checkpoint: what it was trained with ("configs/X.py", or a config itself); names the
-        vision encoder's and the language model's weights, and the mesh.
-      checkpoint: of a workdir: "best" by validation score, "latest", or a step such as "2000".
+      name: a folder or "example". With a config: an EVLGen checkpoint, as a file or a name on the Hugging Face Hub.
+      config: only for a published checkpoint: the config of its training ("configs/X.py" or a ConfigDict). It names the
+        weights of the vision encoder and of the language model, and the mesh.
+      checkpoint: only for a workdir: "best" by validation score, "latest", or a step such as "2000".
       overrides: changes to the config, such as "--config.evaluate.max_new_tokens=40".
 
     Raises:
-      UserError: no model there, or weights it needs are absent.
+      UserError: the folder holds no model, or weights that it needs are missing.
     """
     if config is not None:
         config = override(load_config(config) if isinstance(config, str) else fill(config), overrides)

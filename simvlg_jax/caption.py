@@ -1,11 +1,11 @@
-"""Captions pictures: one JSON line each on standard output, in the order given.
+"""Captions pictures. Prints one JSON line per picture on standard output, in the given order.
 
     python -m simvlg_jax.caption --example picture.png folder/
     python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
     python -m simvlg_jax.caption --workdir runs/openmoji --config.evaluate.max_new_tokens=40 picture.png
 
-`--example` uses the checkpoint that comes with the package. A picture that cannot be read gets an "error" instead of
-a "caption"; the exit status is 1 only if there was none that could.
+`--example` uses the checkpoint that comes with the package. The line of an unreadable picture has an "error" instead of
+a "caption". The exit status is 1 only if no picture could be read.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> int:
     )
     add_model_arguments(parser)
     add_checkpoint_argument(parser)
-    parser.add_argument("--prompt", help="words for the caption to go on from")
+    parser.add_argument("--prompt", help="words that the captions continue")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
     arguments, rest = parser.parse_known_args()
@@ -59,14 +59,14 @@ def main() -> int:
 
 
 def expand(path: Path) -> list[Path]:
-    """A folder's pictures, at any depth, sorted; anything else as it is."""
+    """Returns the sorted pictures of a folder, including subfolders; any other path unchanged."""
     if path.is_dir():
         return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return [path]
 
 
 def caption_files(model, paths: list[Path], arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """{"caption": ...} or {"error": ...} for each path."""
+    """Returns {"caption": ...} or {"error": ...} for each path."""
     from simvlg_jax.data import transforms
 
     results: list[dict[str, str]] = [{} for _ in paths]

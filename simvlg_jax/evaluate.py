@@ -5,14 +5,15 @@
     python -m simvlg_jax.evaluate --workdir runs/openmoji --output runs/mine --config.data.name=folder \\
       --config.data.path=FOLDER
 
-The run's own config is used, with the values that are overridden; --config names another file for the same model. The
-run's folder keeps its config. Other data than the run's need --output, a folder for their results.
+The config is the run's own, with the given overrides. --config replaces it by another file for the same model. The
+config in the run's folder does not change. To evaluate on data other than the run's, give --output, a folder for the
+results.
 
-Without --split, the test splits of the data are scored, and every entry of the config's `evals` that does not run while
-training. Each gives eval/NAME.json with every caption; all together give report.html; both in the workdir or --output.
-Pictures that cannot be read are named there and left out.
-Captions are also scored against other pictures' references (the shuffled control): a model that does not look scores
-the same on both.
+Without --split, this scores the test splits of the data and every entry of the config's `evals` that does not run
+during training. It writes eval/NAME.json with every caption for each, and report.html for all of them, to the workdir
+or to --output. Unreadable pictures are listed there and not scored.
+Captions are also scored against the references of other pictures (the shuffled control). A model that ignores the
+pictures scores the same on both.
 """
 
 import json
@@ -50,14 +51,13 @@ def main() -> int:
     own = read_config(workdir)
     config = load_config(arguments.config, overrides) if arguments.config else override(own, overrides)
     if changed := differences(own, config, is_of_model):
-        raise UserError(f"{workdir} holds another model than this config:\n  " + "\n  ".join(changed), 2)
+        raise UserError(f"the model in {workdir} differs from this config:\n  " + "\n  ".join(changed), 2)
     elsewhere = output.resolve() != workdir.resolve()
     if elsewhere and (output / "checkpoints").exists():
-        raise UserError(f"--output {output} holds a run of its own; name another folder", 2)
+        raise UserError(f"--output {output} holds another run; name another folder", 2)
     if not elsewhere and (changed := differences(own, config, lambda key: key.startswith(WHICH_DATA))):
         raise UserError(
-            "these are other data than the run's; name a folder for their results with --output:\n  "
-            + "\n  ".join(changed),
+            "the data differ from the run's; name a folder for their results with --output:\n  " + "\n  ".join(changed),
             2,
         )
     from simvlg_jax.parallel import processes
@@ -67,15 +67,19 @@ def main() -> int:
 
 
 def evaluations(config: ConfigDict, splits: list[str]) -> dict[str, ConfigDict]:
-    """Name -> entry of each evaluation: of the splits, or by default of the data's test splits and the config's own."""
+    """Returns {name: entry} of the evaluations.
+
+    They are those of `splits`, or by default those of the test splits of the data and of the entries in `config.evals`
+    that do not run during training.
+    """
     from simvlg_jax.data.sources import test_splits
 
     own = {} if splits else {name: entry for name, entry in config.evals.items() if not entry.every and name != "val"}
-    found = {}
+    entries = {}
     for split in splits or test_splits(config.data):
-        found[split] = defaults.get_eval()
-        found[split].split = split
-    return found | own
+        entries[split] = defaults.get_eval()
+        entries[split].split = split
+    return entries | own
 
 
 def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, splits: list[str]) -> int:
@@ -91,7 +95,7 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
             print(message, file=sys.stderr, flush=True)
 
     run, announce = restore_run(config, workdir, checkpoint), Announcer(say)
-    # Before the weights are read, since wrong names of splits stop here.
+    # The evaluators come before the weights are read, so that a wrong split name fails at once.
     evaluators = [
         make_evaluator(name, entry, run.task, config, run.mesh) for name, entry in evaluations(config, splits).items()
     ]

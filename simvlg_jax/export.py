@@ -1,8 +1,8 @@
-"""Writes a run's best checkpoint as a small folder that `load` and `simvlg_jax.caption --workdir` take.
+"""Exports a checkpoint of a run to a small folder that `load` and `simvlg_jax.caption --workdir` take.
 
     python -m simvlg_jax.export --workdir runs/openmoji --output exported
 
-config.json and weights.safetensors (bfloat16) hold everything but what the config names by its package (the LLM).
+The folder holds config.json and weights.safetensors (bfloat16), without the LLM if the config names its weights.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Converts the published weights that a config names into our own files, once, and checks that they fit.
+"""Converts the published weights that a config names to our own files, and checks that they fit.
 
     python -m simvlg_jax.convert.from_torch --config configs/openmoji.py --output weights \\
       --config.vit.size=eva_g --config.vit.weights=eva_vit_g.pth --config.llm.size=opt_2.7b \\
       --config.llm.weights=facebook/opt-2.7b --config.connector.size=base \\
       --config.connector.weights=google-bert/bert-base-uncased
 
-Writes vit.safetensors, connector.safetensors and llm.safetensors into OUTPUT, and of a published SimVLG/EVLGen
-checkpoint (--config.train.init_from=...) trained.safetensors, and prints how to name them in a config.
-Training reads the published files directly too; converted ones need neither PyTorch nor a network.
+Writes vit.safetensors, connector.safetensors and llm.safetensors to OUTPUT, and trained.safetensors from a published
+SimVLG/EVLGen checkpoint (--config.train.init_from=...). Prints the config overrides that use these files.
+Training can also read the published files directly. The converted ones need neither PyTorch nor a network.
 """
 
 import sys
@@ -38,7 +38,7 @@ def main() -> None:
     if not loaded:
         raise UserError("this config names no weights: set vit.weights, connector.weights, llm.weights", 2)
     dtype = np.float32 if arguments.dtype == "float32" else ml_dtypes.bfloat16
-    # A published checkpoint's trained part goes into one file, as it came.
+    # The trained part of a published checkpoint goes into one file, as in the checkpoint.
     alone = ("vit", "llm") if config.train.init_from else ("vit", "llm", "connector")
     trained = {name: params for name, params in loaded.items() if name not in (*alone, "sentence_encoder")}
     files = {name: loaded[name] for name in alone if name in loaded} | ({"trained": trained} if trained else {})

@@ -1,9 +1,9 @@
-"""Shows the data as training sees them.
+"""Shows the data as training gets them.
 
     python -m simvlg_jax.data.inspect --config configs/openmoji.py [--split train] [--out DIR]
 
 Writes a contact sheet of one batch (augmented if the split is train) with the captions decoded from their tokens.
-Prints the number of records, the caption lengths in tokens and the speed of the pipeline.
+Prints the number of records and the caption lengths in tokens, and for the split train the speed of the pipeline.
 """
 
 from pathlib import Path

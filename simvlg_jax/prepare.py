@@ -1,7 +1,7 @@
 """Prepares the example data: `python -m simvlg_jax.data.prepare [--data_dir data]`.
 
 Renders the OpenMoji pictures of the installed packages and writes them with their English names to ArrayRecord files.
-Downloads nothing, and does nothing if the data are already prepared.
+It downloads nothing, and does nothing if the data are already prepared.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Writes report.html anew from what lies in a run's folder.
+"""Writes report.html again from the files in a run's folder.
 
 python -m simvlg_jax.report --workdir runs/openmoji
 """

@@ -1,4 +1,4 @@
-"""Prints a table of captions beside their references, the first of a seeded shuffle.
+"""Prints a table of captions and references of a seeded random sample.
 
 python -m simvlg_jax.samples --workdir runs/openmoji [--split test] [--count 10]
 """

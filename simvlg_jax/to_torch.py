@@ -3,9 +3,9 @@
     python -m simvlg_jax.convert.to_torch --workdir runs/openmoji --format evlgen --output simvlg.pth
     python -m simvlg_jax.convert.to_torch --example --format hf --output simvlg_hf
 
-evlgen: a state dict under the published checkpoint's names, {"model": ...} as the published code reads it (.pth), or
-plain safetensors (.safetensors): what was trained, or with --all everything. hf: a folder for transformers'
-`AutoModel.from_pretrained(DIR, trust_remote_code=True)`, whose `generate(pixel_values)` captions.
+evlgen: a state dict with the names of the published checkpoint, as {"model": ...} for the published code (.pth) or as
+plain safetensors (.safetensors). It holds the trained weights, or all weights with --all. hf: a folder for
+`AutoModel.from_pretrained(DIR, trust_remote_code=True)` of transformers; its `generate(pixel_values)` writes captions.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def write_state_dict(path: Path, tensors: dict) -> None:
-    """{"model": tensors} by torch.save, or safetensors; the file appears whole or not at all."""
+    """Writes {"model": tensors} by torch.save, or safetensors, atomically."""
     import numpy as np
 
     from simvlg_jax.convert import own_files
@@ -74,7 +74,7 @@ def write_state_dict(path: Path, tensors: dict) -> None:
 
 
 def to_tensor(x):
-    """A torch tensor over a host array's memory; NumPy's bfloat16 is not known to torch, its bits are."""
+    """Returns a torch tensor that shares memory with a host array. Torch reads NumPy's bfloat16 by way of int16."""
     import torch
 
     return torch.from_numpy(x.view("int16")).view(torch.bfloat16) if x.dtype == "bfloat16" else torch.from_numpy(x)

@@ -2,11 +2,12 @@
 
     python -m simvlg_jax.train --config configs/tiny.py --workdir runs/tiny [--config.train.steps=100] [--distributed]
 
-With several processes, start the same command in each; SIGTERM to any of them saves and stops all at the same step.
+With several processes, start the same command in each. SIGTERM to any of them saves the run and stops all processes at
+the same step.
 
-Exit status: 0 done or out of time, 130 or 143 after SIGINT or SIGTERM, and the run is saved in each case; 1 failed and
-would fail again, 2 invalid arguments or config, 70 failed unexpectedly, 75 another process of the run is missing or one
-still trains in the workdir. After each, the same command goes on from the newest whole checkpoint.
+Exit status: 0 done or out of time, 130 or 143 after SIGINT or SIGTERM; the run is saved in these cases. 1 failed and
+would fail again, 2 invalid arguments or config, 70 failed unexpectedly, 75 another process of the run is missing or
+still trains in the workdir. The same command resumes from the newest whole checkpoint.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ def main() -> int:
     add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
-    # After the config is known to be sound: importing jax takes seconds.
+    # The config is checked before jax is imported, which takes seconds.
     from simvlg_jax.parallel import processes
     from simvlg_jax.training.loop import train
 

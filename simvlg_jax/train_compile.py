@@ -1,14 +1,14 @@
-"""Compiles the training step for a TPU slice without having one: does it fit, and how fast can it be at most?
+"""Compiles the training step ahead of time (AOT) for a TPU slice: does it fit, and how fast could it be?
 
     pip install libtpu
     python -m simvlg_jax.train_compile --config configs/pretrain_image.py:llm=opt2.7b --topology v5e:4x4
     python -m simvlg_jax.train_compile --config configs/pretrain_image.py:llm=vicuna7b --topology v5p:2x2x2 --slices 2
 
-The step is the one that training runs, compiled by the real TPU compiler for the longest texts. Its memory is what the
-compiler says; its time is a roofline, which no run reaches. On few cores a full-size recipe takes many minutes, with
---effort O0 one or two, and nearly the same memory. Weights and data are not needed.
+No TPU is needed, and neither are weights or data. The real TPU compiler compiles the step that training runs, for the
+longest texts. The memory is the compiler's figure. The time is a roofline, a lower bound that no run reaches. On few
+cores a full-size recipe compiles for many minutes; with --effort O0 for one or two, with nearly the same memory.
 
-Exit status: 0 fits, 3 does not fit, 1 failed, 2 asked for wrongly.
+Exit status: 0 fits, 3 does not fit, 1 failed, 2 invalid arguments or config.
 """
 
 import argparse
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def main() -> int:
     parser = config_parser(__doc__, prog="python -m simvlg_jax.train_compile")
     parser.add_argument("--topology", required=True, help="chip and sides of the slice: v5e:4x4, v4:2x2x4, v5p:2x2x2")
-    parser.add_argument("--slices", type=int, default=1, help="how many such slices")
-    parser.add_argument("--effort", choices=("O0", "O1", "O2", "O3"), default="", help="the compiler's; default: full")
-    parser.add_argument("--search", choices=("batch",), help="the largest batch that fits, instead of the config's")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--slices", type=int, default=1, help="number of such slices")
+    parser.add_argument("--effort", choices=("O0", "O1", "O2", "O3"), default="", help="of the compiler; default: full")
+    parser.add_argument("--search", choices=("batch",), help="search the largest batch that fits")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     arguments, overrides = parser.parse_known_args()
     if arguments.slices < 1:
         raise UserError("--slices must be at least 1", 2)
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast":
-    """The forecast that was asked for."""
+    """Returns the forecast of the config, or with --search of the largest batch that fits."""
     topology = parse_topology(arguments.topology)
     os.environ.update(COMPILE_ONLY)
     from simvlg_jax.forecast import forecast as ahead
@@ -72,25 +72,25 @@ def say(message: str) -> None:
 
 
 def describe(f: "Forecast") -> str:
-    """A forecast in words, for a person."""
+    """Returns a forecast as readable text."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in f.mesh.items())
     slices = f"{f.slices} slices of " if f.slices > 1 else ""
     lines = [
         f"{f.config} on {slices}{f.topology}: {f.chips} chips ({mesh}), batch {f.global_batch} "
-        f"({f.global_batch / f.chips:g} a chip) in {f.micro_batches} micro-batch(es)"
+        f"({f.global_batch / f.chips:g} per chip) in {f.micro_batches} micro-batch(es)"
     ]
     if f.peak_bytes is None:
-        lines += [f"memory a chip: more than the {gb(f.hbm_bytes)} there are; fits: no"]
-        lines += ["try more micro-batches (--config.train.accumulate), a greater mesh.tensor, or --search batch"]
+        lines += [f"memory per chip: more than the available {gb(f.hbm_bytes)}; fits: no"]
+        lines += ["try more micro-batches (--config.train.accumulate), a larger mesh.tensor, or --search batch"]
     else:
         lines += [
-            f"memory a chip: arguments {gb(f.argument_bytes)}, temporaries {gb(f.temp_bytes)}, "
+            f"memory per chip: arguments {gb(f.argument_bytes)}, temporaries {gb(f.temp_bytes)}, "
             f"peak {gb(f.peak_bytes)} of {gb(f.hbm_bytes)}; fits: {'yes' if f.fits else 'no'}",
-            f"work a chip: {f.tflop_per_step:.4g} TFLOP in {f.compute_s:.4g} s, memory traffic {f.memory_s:.4g} s, "
+            f"work per chip: {f.tflop_per_step:.4g} TFLOP in {f.compute_s:.4g} s, memory traffic {f.memory_s:.4g} s, "
             f"communication {f.communication_s:.3g} s ({f.communication_s / f.roofline_step_s:.1%} of the step)",
-            f"roofline: {f.roofline_step_s:.4g} s a step, {f.images_per_s:.5g} images/s at most",
+            f"roofline: {f.roofline_step_s:.4g} s per step, {f.images_per_s:.5g} images/s at most",
             *(
-                f"collective: {c['op']} x {c['count']} over {c['group']} chips, {c['bytes'] / 1e6:.4g} MB a step"
+                f"collective: {c['op']} x {c['count']} over {c['group']} chips, {c['bytes'] / 1e6:.4g} MB per step"
                 for c in f.collectives
             ),
         ]

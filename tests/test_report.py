@@ -156,7 +156,7 @@ def test_report_is_replaced_whole(tmp_path):
     make_run(tmp_path / "run")
     first = write_report(tmp_path / "run").read_text(encoding="utf-8")
     (tmp_path / "run" / "eval" / "test.json").write_text('{"split": "te')
-    with pytest.raises(UserError, match=r"test\.json is no valid JSON"):
+    with pytest.raises(UserError, match=r"test\.json is not valid JSON"):
         write_report(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == first
     assert not list((tmp_path / "run").glob(".*"))

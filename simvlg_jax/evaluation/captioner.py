@@ -1,4 +1,4 @@
-"""Pictures to captions: the model, its tokenizer and greedy decoding, jitted together."""
+"""Captions pictures with the model, its tokenizer and jitted greedy decoding."""
 
 from collections.abc import Sequence
 
@@ -25,8 +25,8 @@ class Captioner:
 
     Args:
       model: the SimVLG module.
-      text: gives start, prompt, end and pad ids.
-      max_new_tokens, min_new_tokens: new tokens counted without start and prompt.
+      text: provides the start, prompt, end and pad ids.
+      max_new_tokens, min_new_tokens: lengths without start token and prompt.
       repetition_penalty: see `greedy_decode`.
     """
 
@@ -45,14 +45,20 @@ class Captioner:
         self._jitted = jax.jit(lambda params, images, prompt: _caption(model, params, images, prompt, text, **options))
 
     def __call__(self, params: dict, images: jax.Array, prompt: str | None = None) -> CaptionOutput:
-        """images: (B, S, S, 3) uint8; prompt: words to go on from instead of the config's."""
+        """Captions a batch.
+
+        Args:
+          params: all parameters of the model.
+          images: (B, S, S, 3) uint8.
+          prompt: words that the captions continue; default: the prompt of the config.
+        """
         prefix = self._text.prefix
         if prompt is not None:
             prefix = (*prefix[:1], *self._text.tokenizer.encode(prompt, add_special_tokens=False).ids)
         return self._jitted(params, images, np.asarray(prefix, np.int32))
 
     def decode(self, ids: np.ndarray) -> list[str]:
-        """(B, T) ids -> stripped texts, special tokens left out."""
+        """Decodes (B, T) ids to stripped texts without special tokens."""
         ends = (self._text.end, self._text.pad_id)
         rows: Sequence[list[int]] = [[int(i) for i in row if i not in ends] for row in ids]
         return [caption.strip() for caption in self._text.tokenizer.decode_batch(rows)]

@@ -1,4 +1,4 @@
-"""Captions of a split against references: BLEU, ROUGE-L, CIDEr, the loss, and a control with shuffled references."""
+"""Evaluates the captions of a split: BLEU, ROUGE-L, CIDEr, the loss, and a control with shuffled references."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ class Captioning:
 
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
         if not task.captions:
-            raise UserError(f"evals.{name}: a model of this task writes no captions; it takes another type", 2)
+            raise UserError(f"evals.{name}: a model of this task writes no captions; set another type", 2)
         self.name, self.every = name, entry.every
         self.data = EvalData(entry, task, config, mesh)
         self._side, self._seed = task.batch.pictures.side, config.seed
@@ -65,11 +65,11 @@ class Captioning:
         return Result(scores.as_dict()["CIDEr"], {**numbers, **unreadable_metric(unreadable)}, details)
 
     def caption(self, params: dict, announce: Announcer = SILENT) -> tuple[float, list[dict], list[str]]:
-        """Loss and greedy captions of every record that can be read.
+        """Computes the loss and the greedy captions of all readable records.
 
         Returns:
-          (mean nats per target token, [{"index", "id", "references", "caption", "source_map"}] in the source's order,
-          ids of the pictures that cannot be read), the same on every process.
+          (mean nats per target token, [{"index", "id", "references", "caption", "source_map"}] in the order of the
+          source, ids of unreadable pictures), the same on every process.
 
         Raises:
           UserError: no picture can be read.
@@ -104,7 +104,7 @@ class Captioning:
         return total / max(count, 1.0), [examples[index] for index in sorted(examples)], left_out
 
     def _illustrated(self, examples: list[dict]) -> list[dict]:
-        """A seeded choice of the examples with their picture (base64 PNG); the others without their source map."""
+        """Adds the picture (base64 PNG) to a seeded sample of the examples. Removes the source map of the others."""
         chosen = set(np.random.default_rng(self._seed).permutation(len(examples))[:GALLERY].tolist())
         illustrated = []
         for number, example in enumerate(examples):

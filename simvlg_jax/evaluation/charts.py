@@ -1,19 +1,19 @@
-"""Geometry of small line charts; the report's template draws it as SVG, so that colours follow its style sheet."""
+"""Geometry of small line charts. The template of the report draws them as SVG, styled by its style sheet."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 560, 230  # of the whole drawing, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 26  # margins, for the labels of the axes
-_MAX_POINTS = 300  # longer series are averaged down to so many
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 26  # margins for the labels of the axes
+_MAX_POINTS = 300  # longer series are averaged down to at most this many points
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `path` is an SVG path, `dots` its (x, y) if there are few; `last` is the last value, in words."""
+    """One line: `path` is its SVG path, `dots` its points (x, y) if there are few, `last` its last value as text."""
 
     name: str
     path: str
@@ -32,7 +32,7 @@ class Chart:
 
 
 def line_chart(title: str, lines: Mapping[str, Points], from_zero: bool = False) -> Chart | None:
-    """A chart of {name: [(step, value)]}; points that are not finite are left out; None if no point is left."""
+    """Returns a chart of {name: [(step, value)]} without the non-finite values, or None if no value is finite."""
     finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in lines.items()}
     finite = {name: _thinned(points) for name, points in finite.items() if points}
     if not finite:
@@ -63,7 +63,7 @@ def line_chart(title: str, lines: Mapping[str, Points], from_zero: bool = False)
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Exponential moving average of the finite values over about a thirtieth of them, corrected for its start."""
+    """Returns the bias-corrected exponential moving average of the finite values, over about 1/30 of the points."""
     weight = 1 - 1 / max(len(points) / 30, 1)
     result, total, norm = [], 0.0, 0.0
     for x, y in points:
@@ -74,7 +74,7 @@ def smoothed(points: Points) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values that span [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    """Returns about `count` round values that span [low, high], in steps of 1, 2 or 5 times a power of ten."""
     size = max(abs(low), abs(high))
     if high - low <= max(1e-9 * size, 1e-30):  # a flat line gets room around it
         low, high = low - (size * 0.1 or 0.5), high + (size * 0.1 or 0.5)

@@ -1,4 +1,4 @@
-"""What evaluators share: the data of one evaluation, opened once, and the form of its result."""
+"""Common parts of the evaluators: the data of an evaluation, its result and its interface."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
@@ -16,12 +16,12 @@ from simvlg_jax.utils.progress import Announcer
 
 
 class Result(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-      score: what the best checkpoint is chosen by; the greater, the better.
+      score: chooses the best checkpoint; higher is better.
       metrics: numbers for the log.
-      details: makes everything that eval/NAME.json holds; needs no other process.
+      details: returns the content of eval/NAME.json. It can be called on a single process.
     """
 
     score: float
@@ -30,10 +30,10 @@ class Result(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Scores parameters. Made once, so compiled once; every process calls it at the same time."""
+    """Scores parameters. It is created once, so that it compiles once. All processes call it together."""
 
     name: str
-    every: int  # steps; 0: not while training
+    every: int  # steps between evaluations; 0: not during training
 
     def __call__(self, params: dict, announce: Announcer) -> Result: ...
 
@@ -41,10 +41,10 @@ class Evaluator(Protocol):
 class EvalData:
     """The examples of one entry of `config.evals`.
 
-    Making it opens the source and reads one batch, so what is wrong with the data shows before the first step.
+    The constructor opens the source and reads one batch, so that errors in the data appear before the first step.
 
     Raises:
-      UserError: there is no such data set or split, or it cannot be read.
+      UserError: the data set or the split does not exist or cannot be read.
     """
 
     def __init__(self, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
@@ -69,11 +69,11 @@ class EvalData:
         return len(self.source)
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the devices, each example once."""
+        """Yields global batches on the devices. Each example occurs once."""
         return (meshes.put_batch(batch, self._mesh) for batch in self._batches)
 
     def report_unreadable(self, indices: list[int]) -> list[str]:
-        """Warns of pictures that are left out of a score, and returns their ids.
+        """Warns about unreadable pictures, which the score excludes, and returns their ids.
 
         Raises:
           UserError: no picture can be read.
@@ -87,7 +87,7 @@ class EvalData:
         return names
 
     def name_of(self, index: int) -> str:
-        """A record's id, or its number if not even that can be read."""
+        """Returns the id of a record, or its number if the id cannot be read either."""
         try:
             return self.source.info(index).id
         except transforms.UNREADABLE:
@@ -111,5 +111,5 @@ class FirstOf:
 
 
 def unreadable_metric(names: list[str]) -> dict[str, float]:
-    """How many pictures were left out, for the log; nothing if none was."""
+    """Returns the number of unreadable pictures for the log, or {} if there are none."""
     return {"unreadable": float(len(names))} if names else {}

@@ -1,4 +1,4 @@
-"""The types of evaluation by name. A new one is a file with a class like `Captioning`, and a line here."""
+"""The table of evaluators. To add one, write a file with a class like `Captioning` and add a line here."""
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,17 +17,17 @@ EVALUATORS = {
 
 
 def make_evaluator(name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh) -> Evaluator:
-    """The evaluator of an entry of `config.evals`.
+    """Returns the evaluator of an entry of `config.evals`.
 
     Raises:
-      UserError: no such type, one that the task has no use for, or data that cannot be read.
+      UserError: the type is unknown or does not fit the task, or the data cannot be read.
     """
     kind = lookup(EVALUATORS, f"evals.{name}.type", entry.type or task.evaluator)
     return kind(name, entry, task, config, mesh)
 
 
 def make_evaluators(task: Task, config: ConfigDict, mesh: Mesh) -> list[Evaluator]:
-    """The evaluators of `config.evals` that run while training.
+    """Returns the evaluators of `config.evals` that run during training.
 
     Raises:
       UserError: as `make_evaluator`, or `train.best_by` names none of them.

@@ -1,4 +1,4 @@
-"""Draws which patches of a picture ended in which token of the connector."""
+"""Draws which patches of a picture were merged into which token of the connector."""
 
 import colorsys
 import math
@@ -10,19 +10,19 @@ _INK = (38, 44, 58)
 
 
 def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Image.Image:
-    """The picture under one tint for each merged token, outlined where neighbours belong to different tokens.
+    """Returns the picture with one tint per merged token, and lines between adjacent patches of different tokens.
 
-    Patches of one colour ended in one token, wherever they lie; a patch that stayed alone keeps its own colours.
-    Larger tokens get the more distinct hues. Patches merged with the class token carry a dot (the published
-    connector never merges it, so none does).
+    Patches with the same tint were merged into one token, wherever they are. A patch that was not merged has no tint.
+    Larger tokens get more distinct hues. Patches merged with the class token have a dot (the published connector never
+    merges it, so none has).
 
     Args:
-      image: (H, W, 3) uint8, the picture as the vision encoder saw it; shown square.
-      source_map: (1 + grid * grid,) int, the output token of each input token, class token first, patches by row.
-      size: about the side of the drawing in pixels (a multiple of the grid is taken).
+      image: (H, W, 3) uint8, the input of the vision encoder; drawn as a square.
+      source_map: (1 + grid * grid,) int, the output token of each input token: the class token, then patches by row.
+      size: approximate side of the drawing in pixels, rounded to a multiple of the grid.
 
     Raises:
-      ValueError: a length that is not 1 + a square.
+      ValueError: the length of source_map is not 1 + a square.
     """
     source_map = np.asarray(source_map)
     grid = math.isqrt(max(len(source_map) - 1, 0))
@@ -44,12 +44,12 @@ def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Ima
 
 
 def _tints(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(grid, grid) groups -> (grid, grid, 3) colours in 0..1 and (grid, grid, 1) whether a patch was merged."""
+    """Maps (grid, grid) groups to (grid, grid, 3) colours in 0..1 and (grid, grid, 1) whether a patch was merged."""
     numbers, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
     tints = np.ones((len(numbers), 3))
     by_size = [group for group in np.argsort(-counts, kind="stable") if counts[group] > 1]
     for rank, group in enumerate(by_size):
-        # Steps of the golden angle never bring two hues close; each further round of 8 is paler.
+        # Steps of the golden angle keep hues apart; each further round of 8 is paler.
         hue, saturation = (0.56 + rank * 0.618034) % 1, max(0.42 - 0.10 * (rank // 8), 0.16)
         tints[group] = colorsys.hsv_to_rgb(hue, saturation, 0.98)
     inverse = inverse.reshape(groups.shape)
@@ -57,7 +57,7 @@ def _tints(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _outline(drawing: Image.Image, groups: np.ndarray, cell: int) -> None:
-    """Thick lines between patches of different groups and around the picture."""
+    """Draws thick lines between patches of different groups and around the picture."""
     draw = ImageDraw.Draw(drawing)
     width = max(cell // 12, 2)
     padded = np.pad(groups, 1, constant_values=-1)

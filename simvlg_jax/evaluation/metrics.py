@@ -1,10 +1,10 @@
 """Caption scores over a corpus: BLEU-1..4, ROUGE-L and CIDEr, with the numbers of the COCO caption evaluation.
 
-The three are short, so they are written out here: pycocoevalcap, where they come from, brings 100 MB of Java
-programs and data along. The tests hold them to its numbers. METEOR and SPICE are left out: both are Java
-programs with dictionaries of their own (WordNet, a paraphrase table, a parser).
+The three are short, so they are implemented here: pycocoevalcap, their reference, installs 100 MB of Java programs
+and data. The tests compare with its numbers. METEOR and SPICE are omitted: both are Java programs with their own
+dictionaries (WordNet, a paraphrase table, a parser).
 
-Scale: fractions. BLEU and ROUGE-L lie in 0..1; CIDEr in 0..10, and what papers call "CIDEr 139.1" is 1.391 here.
+Scale: fractions. BLEU and ROUGE-L are in 0..1, CIDEr in 0..10. "CIDEr 139.1" in papers is 1.391 here.
 """
 
 import math
@@ -36,7 +36,7 @@ class CaptionScores:
     cider_per_example: dict[str, float]
 
     def as_dict(self) -> dict[str, float]:
-        """The corpus scores under the field's names, for logs and tables."""
+        """Returns the corpus scores with their usual names, for logs and tables."""
         bleus = (self.bleu_1, self.bleu_2, self.bleu_3, self.bleu_4)
         names = {f"BLEU-{n}": score for n, score in zip(_ORDERS, bleus, strict=True)}
         return {**names, "ROUGE-L": self.rouge_l, "CIDEr": self.cider}
@@ -45,15 +45,14 @@ class CaptionScores:
 def score_captions(references: dict[str, list[str]], hypotheses: dict[str, str]) -> CaptionScores:
     """Scores one caption per picture against the references of that picture.
 
-    BLEU is a corpus score: n-gram counts and lengths are summed over pictures before anything is divided.
-    ROUGE-L and CIDEr are means over pictures. CIDEr weighs n-grams by how few pictures' references hold them,
-    and those document frequencies are taken from `references` itself: the score of a picture depends on the
-    other pictures scored with it, and a corpus of one picture scores 0 whatever the caption. Captions are
-    tokenised here (see `ptb_tokenizer`); an empty caption scores 0 and counts towards BLEU's brevity penalty.
+    BLEU is a corpus score: n-gram counts and lengths are summed over pictures before the division. ROUGE-L and CIDEr
+    are means over pictures. CIDEr weights n-grams by their inverse document frequency in `references`, so the score of
+    a picture depends on the other pictures, and a corpus of one picture always scores 0. Captions are tokenised here
+    (see `ptb_tokenizer`). An empty caption scores 0 and counts towards BLEU's brevity penalty.
 
     Args:
-      references: {picture: one or more captions}, in the order that pictures are to be read.
-      hypotheses: {picture: caption}, the same keys.
+      references: {picture: one or more captions}, in the order in which the tokeniser reads them.
+      hypotheses: {picture: caption}, with the same keys.
 
     Raises:
       ValueError: the keys differ, there is no picture, or a picture has no reference.
@@ -62,14 +61,13 @@ def score_captions(references: dict[str, list[str]], hypotheses: dict[str, str])
 
 
 def shuffled_control(references: dict[str, list[str]], hypotheses: dict[str, str], seed: int) -> dict[str, float]:
-    """The same captions scored against other pictures: what a model reaches that never looks.
+    """Scores each caption against the references of another picture, as a model that ignores pictures would score.
 
-    Captions are dealt to pictures by `derangement(len(references), seed)`. A model that only learned what
-    captions sound like scores as high here as against the right pictures; the ratio of the two is how far
-    captions are grounded.
+    `derangement(len(references), seed)` assigns the captions. A model that ignores pictures scores as high here as
+    against the right references. The ratio of the two scores measures how far captions depend on pictures.
 
     Returns:
-      `CaptionScores.as_dict()` of the shuffled captions; all 0 for a single picture, which has no other.
+      `CaptionScores.as_dict()` of the shuffled captions; all 0 if there is only one picture.
     """
     tokenized_references, tokenized = _tokenized(references, hypotheses)
     captions = list(tokenized.values())
@@ -81,9 +79,9 @@ def shuffled_control(references: dict[str, list[str]], hypotheses: dict[str, str
 
 
 def derangement(n: int, seed: int) -> np.ndarray:
-    """(n,) int64: a random permutation of 0..n-1 that leaves nothing in its place (Sattolo's algorithm)."""
+    """Returns (n,) int64: a random permutation of 0..n-1 without fixed points (Sattolo's algorithm)."""
     if n < 2:
-        raise ValueError(f"{n} item(s) cannot change places")
+        raise ValueError(f"a permutation without fixed points needs at least 2 items: got {n}")
     order = np.arange(n)
     generator = np.random.default_rng(seed)
     for i in range(n - 1, 0, -1):
@@ -121,7 +119,7 @@ def _score(references: dict[str, list[str]], hypotheses: dict[str, str]) -> Capt
 
 
 def _ngrams(text: str) -> Ngrams:
-    """Counts of all n-grams of tokens, n = 1..4."""
+    """Counts all n-grams of tokens, n = 1..4."""
     words = text.split()
     return Counter(tuple(words[i : i + n]) for n in _ORDERS for i in range(len(words) - n + 1))
 
@@ -131,7 +129,7 @@ def _of_order(ngrams: Ngrams, n: int) -> int:
 
 
 def _bleu(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> list[float]:
-    """BLEU-1..4 with the reference length closest to the caption's (Papineni et al., 2002)."""
+    """Returns BLEU-1..4 with the reference length closest to the caption's (Papineni et al., 2002)."""
     correct, guessed = np.zeros(len(_ORDERS)), np.zeros(len(_ORDERS))
     length = reference_length = 0
     for hypothesis, texts in zip(hypotheses, references, strict=True):
@@ -144,14 +142,14 @@ def _bleu(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> l
         for ngram, count in hypothesis.items():
             guessed[len(ngram) - 1] += count
             correct[len(ngram) - 1] += min(count, most[ngram])
-    # The tiny terms are the published implementation's: they keep precision and brevity finite when nothing matches.
+    # The published implementation adds the tiny terms, so that precision and brevity are finite if nothing matches.
     log_precision = np.log((correct + 1e-15) / (guessed + 1e-9))
     brevity = min(0.0, 1 - (reference_length + 1e-9) / (length + 1e-15))
     return [float(math.exp(log_precision[:n].mean() + brevity)) for n in _ORDERS]
 
 
 def _rouge_l(hypothesis: str, references: list[str]) -> float:
-    """F-measure of the longest common subsequence, best precision and best recall over the references (Lin, 2004)."""
+    """Returns the ROUGE-L F-measure, from the best precision and the best recall over the references (Lin, 2004)."""
     words = hypothesis.split(" ")
     common = [(_common_subsequence(words, text.split(" ")), len(text.split(" "))) for text in references]
     precision = max(shared / len(words) for shared, _ in common)
@@ -162,7 +160,7 @@ def _rouge_l(hypothesis: str, references: list[str]) -> float:
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence."""
+    """Returns the length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
@@ -172,7 +170,7 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
 
 
 def _cider(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> list[float]:
-    """CIDEr-D of each picture: tf-idf cosine with clipped counts and a penalty on length (Vedantam et al., 2015)."""
+    """Returns CIDEr-D of each picture: tf-idf cosine, clipped counts and a length penalty (Vedantam et al., 2015)."""
     documents = Counter(ngram for texts in references for ngram in set().union(*texts))
     log_pictures = math.log(len(references))
 

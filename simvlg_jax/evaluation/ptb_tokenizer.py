@@ -1,17 +1,16 @@
-"""The tokeniser that caption scores are defined with, in plain Python.
+"""The tokeniser of the COCO caption scores, in plain Python.
 
-The COCO caption scores (BLEU, ROUGE-L, CIDEr as everyone reports them) are taken over the tokens of the
-Stanford PTBTokenizer 3.4.1 with `-preserveLines -lowerCase`, punctuation tokens removed, as pycocoevalcap
-calls it. That tokeniser is a Java program of 6 MB; this module gives the same tokens for English captions
-without Java: Penn Treebank contractions ("can't" -> "ca n't", "dog's" -> "dog 's", "gonna" -> "gon na"),
-numbers, prices, fractions, abbreviations that keep their full stop, acronyms, hyphenated and slashed words,
-addresses, quotes and brackets ("(" is the token "-lrb-", which the published list of punctuation does not
-remove because it is lower-cased by then).
+The COCO caption scores (the usual BLEU, ROUGE-L and CIDEr) are computed on the tokens of the Stanford PTBTokenizer
+3.4.1 with `-preserveLines -lowerCase`, without punctuation tokens, as pycocoevalcap calls it. That tokeniser is a
+Java program of 6 MB. This module gives the same tokens for English captions without Java: Penn Treebank contractions
+("can't" -> "ca n't", "dog's" -> "dog 's", "gonna" -> "gon na"), numbers, prices, fractions, abbreviations that keep
+their full stop, acronyms, hyphenated and slashed words, addresses, quotes and brackets. ("(" is the token "-lrb-".
+The published code keeps it: its list of punctuation is in upper case, and tokens are lower-cased before.)
 
-It works as a lexer does: at each position every rule is tried and the longest match wins, the earlier rule
-among equals. A rule may end in a context, the group `then`, which counts for the length but is left in the
-text. Rules follow the conventions of the Penn Treebank and the tokeniser's observed behaviour. Scripts with
-combining vowel signs (Devanagari, Thai, ...) are not its subject; emoji are dropped, as published.
+It works like a lexer: every rule is tried at each position. The longest match wins, and of equally long ones the first
+rule. A rule may end in a context, the group `then`, which counts for the length but stays in the text. The rules follow
+the conventions of the Penn Treebank and the observed behaviour of the tokeniser. Scripts with combining vowel signs
+(Devanagari, Thai, ...) are not supported. Emoji are dropped, as published.
 """
 
 import re
@@ -28,12 +27,12 @@ _BASE = (
 _L = rf"(?:{_BASE}|[\u00ad\u0300-\u036f])"
 _LD = rf"(?:{_L}|\d)"
 _APOS = r"(?:['\u0092\u2019]|&apos;)"
-_APOSTROPHE = r"(?:['\u0092\u2019`\u0091\u2018\u201b]|&apos;)"  # what people type for one
+_APOSTROPHE = r"(?:['\u0092\u2019`\u0091\u2018\u201b]|&apos;)"  # all characters that are typed as one
 _HYPHEN = r"[-_\u058a\u2010\u2011]"
 _IN_SENTENCE = r"[,;:\u3001]"  # a full stop before one of these belongs to the word
 _REDUCED = rf"{_APOS}(?i:[msd]|re|ve|ll)"
 _NOT = rf"(?i:n{_APOSTROPHE}t)"
-# A word, full stops inside allowed ("dog.cat"); a thing may begin with an elision or a digit ("o'clock", "3d").
+# A word may contain full stops ("dog.cat"). A thing may begin with an elision or a digit ("o'clock", "3d").
 _WORD_LETTER = rf"(?:{_L}|&[aeiouAEIOU](?:acute|grave|uml);)"
 _WORD = r"LETTER(?:LETTER|\d)*(?:[.!?]LETTER(?:LETTER|\d)*)*".replace("LETTER", _WORD_LETTER)
 _THING = rf"(?:[dDoOlL]{_APOSTROPHE}(?:{_BASE}|\d))?(?:{_BASE}|\d)+"
@@ -50,23 +49,23 @@ _TAG = (
 )
 _URL_PATH = r"[^\s\"<>|()]+[^\s\"<>|.!?(){},-]"
 
-# Abbreviations that keep their full stop, in any case: those that may end a sentence, ...
+# Abbreviations that keep their full stop. First those that may end a sentence, in upper or lower case, ...
 _ABBREVIATIONS = """
     al ala apr ariz assn aug bancorp bhd bldg blvd bros calif co colo conn corp cos ct dak dec esq est etc ext feb fla
     fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn plc ppte
     pptes ppty pptys pte ptes pty ptys rd rt sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc
     wyo
     """
-# ... those of them that are other words without their capital, ...
+# ... then those that would be other words without a capital, ...
 _CAPITALIZED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
-# ... titles and others that a name follows, and those that are abbreviations only before a number.
+# ... then titles and others that precede a name, and those that are abbreviations only before a number.
 _TITLES = """
     adj adm adv alex assoc asst atty attys ave brig capt cf cie cmdr col comdr cpl dept det dr drs elec ens ft gen gov
     govs hon insp invt jos lieut lt maj messrs mfg mlle mme mr mrs ms msgr mt mtg natl pfc ph pres prof profs pvt rep
     reps rev sen sens sfc sgt spc st ste supt supts treas vs wm
     """
 _NUMBERED = "art ca fig figs no nos op pp prop"
-# Words that begin a sentence: a single letter before one ("vitamin C. The") is no initial.
+# Words that begin a sentence. A single letter before one ("vitamin C. The") is not an initial.
 _OPENERS = """
     A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr\\. Ms\\.
     Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You
@@ -74,12 +73,12 @@ _OPENERS = """
 
 
 def _any(words: str, keep_capital: bool = False) -> str:
-    """A pattern for any of `words` in any case, the first letter excepted if it must be a capital."""
+    """Returns a pattern for any of `words`, ignoring case. `keep_capital`: the first letter must match exactly."""
     return "(?:" + "|".join(rf"{w[0]}(?i:{w[1:]})" if keep_capital else rf"(?i:{w})" for w in words.split()) + ")"
 
 
 _ABBREVIATION = rf"(?:(?i:ed\.d|ph\.d)|{_any(_ABBREVIATIONS)}|{_any(_CAPITALIZED, keep_capital=True)})\."
-# The order matters only between matches of one length.
+# The order matters only between matches of equal length.
 _RULES = [
     _TAG,
     r"(?i:&(?:MD|mdash|ndash);)|[\u0096\u0097\u2013-\u2015]",
@@ -113,7 +112,7 @@ _RULES = [
     r"-(?:RRB|LRB|RCB|LCB|RSB|LSB)-|C\.D\.s|pro-|anti-|S(?:&|&amp;)(?:P-500|Ls)|(?i:Cap'n|c'est)|C\+\+|C#",
     r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
     r"[A-Z]*\$|#",
-    # What keeps its full stop.
+    # Words that keep their full stop.
     rf"[A-Za-z](?P<then>\.\s+(?:{_any(_OPENERS, keep_capital=True)}|{_TAG})\s)",
     rf"{_ABBREVIATION}(?P<then>[\s\S]{{2}})",
     _ABBREVIATION,
@@ -148,12 +147,12 @@ _RULES = [
 _PATTERNS = [re.compile(rule) for rule in _RULES]
 _PLAIN_WORD = re.compile(r"[a-z]+(?=[ \n])")
 _REDUCED_WORD = re.compile(_REDUCED)
-# Joined words that the treebank takes apart: the length of the first part.
+# Joined words that the treebank splits: the length of the first part.
 _JOINED = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "lemme": 3, "gimme": 3, "'tis": 2, "'twas": 2}
 _LINE_BREAK = re.compile(r"[\n\r\x0b\x0c\u2028\u2029]")
 _DASH = re.compile(r"[\u0096\u0097\u2013-\u2015]|(?i:&(?:MD|mdash|ndash);)|-{3,4}")
 _DOTS = re.compile(r"[\u0085\u2026]|\.{4,5}|(?:\.[ \u00a0])+\.")
-# How the treebank writes tokens that are nothing but these.
+# Tokens that the treebank writes differently.
 _WRITTEN = {
     **dict(zip("()[]{}", ("-LRB-", "-RRB-", "-LSB-", "-RSB-", "-LCB-", "-RCB-"), strict=True)),
     **dict(zip("\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True)),
@@ -166,9 +165,9 @@ _QUOTES = {
     **dict.fromkeys(["\u0094", "\u201d", "\u00bb", '"', "&quot;"], "''"),
 }
 _QUOTE = re.compile("|".join(_QUOTES))
-# Tokens whose quotes are written in ASCII: quotation marks and contractions; other words keep theirs.
+# Tokens whose quotes are written in ASCII: quotation marks and contractions. Other words keep their characters.
 _QUOTED = re.compile(rf"(?:{'|'.join(_QUOTES)}|['`])+|{_REDUCED}|{_NOT}")
-# Characters that are tokens of their own when no rule takes them; all others are dropped, as white space is.
+# Characters that are separate tokens if no other rule matches them. All others are dropped, like white space.
 _SYMBOL = re.compile(
     r"[!-~\u0080\u0085\u00a1-\u00ac\u00ae-\u00bf\u00d7\u00f7\u0e3f\u2013-\u2023\u2026\u2030-\u203b\u203e-\u2042\u2044"
     r"\u207c-\u207e\u208c-\u208e\u20a0\u20a4\u20ac\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012"
@@ -177,7 +176,7 @@ _SYMBOL = re.compile(
 
 
 def _longest(text: str, start: int) -> int:
-    """Where the token that begins at `start` ends."""
+    """Returns the end of the token that begins at `start`."""
     length, end = 0, start + 1
     for pattern in _PATTERNS:
         if (match := pattern.match(text, start)) and match.end() - start > length:
@@ -187,7 +186,7 @@ def _longest(text: str, start: int) -> int:
 
 
 def _written(token: str) -> str:
-    """A token as the treebank writes it; "" for a character it does not know."""
+    """Returns a token as the treebank writes it, or "" for a character that it drops."""
     if len(token) == 1 and not (token.isalnum() and token <= "\uffff") and not _SYMBOL.match(token):
         return ""
     if (known := _WRITTEN.get(token.lower())) is not None:
@@ -203,7 +202,7 @@ def _written(token: str) -> str:
 
 
 def _tokens(text: str) -> Iterator[str]:
-    """All tokens of a text that ends in a line break: punctuation included, line breaks as tokens, case kept."""
+    """Yields all tokens of a text that ends in a line break, including punctuation and line breaks, with their case."""
     position = 0
     while position < len(text):
         plain = _PLAIN_WORD.match(text, position)
@@ -216,13 +215,13 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """Each caption's tokens joined by single spaces: lower case, punctuation removed, "" if none is left.
+    """Returns the tokens of each caption joined by single spaces, in lower case and without punctuation.
 
-    Captions go in together because the published tokeniser reads them as the lines of one file and looks
-    across line ends in two rare cases: a caption that ends in an abbreviation of numbers ("bus no.") keeps the
-    full stop if the next one begins with a digit, and one that ends in a single letter ("plan B.") loses it if
-    the next begins with a word like "The". A mixed number is one token with a no-break space inside
-    ("1\\u00a01/2"), so `split(" ")` gives the tokens as the tokeniser meant them.
+    All captions are passed together, since the published tokeniser reads them as the lines of one file, and in two
+    rare cases the next line matters. A caption that ends in an abbreviation of numbers ("bus no.") keeps the full stop
+    if the next caption begins with a digit. One that ends in a single letter ("plan B.") loses it if the next caption
+    begins with a word like "The". A mixed number is one token with a no-break space ("1\\u00a01/2"), so split the
+    result with `split(" ")`.
     """
     text = "".join(_LINE_BREAK.sub(" ", caption) + "\n" for caption in captions)
     lines: list[list[str]] = [[]]

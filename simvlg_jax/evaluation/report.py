@@ -1,8 +1,8 @@
-"""Writes report.html: how a run trained, what it scores, and what it says about pictures.
+"""Writes report.html: the training curves, scores and captions of a run.
 
-One file with everything inside (pictures and curves included), made from what lies in the workdir: config.json,
-metrics.jsonl, eval/SPLIT.json and, of a vision encoder trained first, vit/metrics.jsonl. Whatever is missing is
-named as missing.
+The report is one self-contained file, including pictures and curves. It is made from config.json, metrics.jsonl and
+eval/SPLIT.json in the workdir, and from vit/metrics.jsonl if a vision encoder was trained first. It names the parts
+that are missing.
 """
 
 import base64
@@ -22,19 +22,19 @@ from simvlg_jax.evaluation.merge_map import merge_map
 from simvlg_jax.utils import files
 from simvlg_jax.utils.errors import UserError
 
-_SPLITS = ("test", "novel", "val", "train")  # the order they are shown in; others follow
+_SPLITS = ("test", "novel", "val", "train")  # in the order of the report; other splits follow
 _PACKAGES = ("simvlg_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers")
 
 
 def write_report(workdir: Path) -> Path:
-    """Writes workdir/report.html anew (whole or not at all) and returns its path.
+    """Writes workdir/report.html atomically and returns its path.
 
     Raises:
-      UserError: no such workdir, or a results file in it that is no JSON.
+      UserError: there is no such workdir, or a results file in it is not valid JSON.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise UserError(f"no run at {workdir}: give --workdir the folder that simvlg_jax.train wrote to")
+        raise UserError(f"no run at {workdir}: --workdir takes the folder of a simvlg_jax.train run")
     config = _flat(_read_json(workdir / "config.json") or {})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simvlg_jax.evaluation", "."),
@@ -61,7 +61,7 @@ def write_report(workdir: Path) -> Path:
 
 
 def _curves(records: list[dict]) -> list[charts.Chart]:
-    """Charts of what the records hold, of a captioning or a contrastive run."""
+    """Returns the charts that the records of a captioning or contrastive run have values for."""
 
     def points(kind: str, key: str, scale: float = 1.0) -> list[tuple[int, float]]:
         chosen = [r for r in records if r.get("kind") == kind and isinstance(r.get(key), int | float)]
@@ -95,7 +95,7 @@ def _result_files(workdir: Path) -> list[Path]:
 
 
 def _split(path: Path) -> dict:
-    """A results file with what the page shows of it worked out."""
+    """Returns the values that the page shows of a results file."""
     results = _read_json(path)
     scores, shuffled = results.get("scores", {}), results.get("shuffled", {})
     cider, control = scores.get("CIDEr"), shuffled.get("CIDEr")
@@ -119,7 +119,7 @@ def _split(path: Path) -> dict:
 def _row(example: dict) -> dict:
     cider, references = example.get("cider"), example["references"]
     exact = example["caption"] in references
-    # A short caption cannot reach a high CIDEr, so an exact one is green whatever its score; 3 is a close match.
+    # A CIDEr of 3 is a close match. An exact caption is always green, since a short one cannot reach a high CIDEr.
     merit = 1.0 if exact else min((cider or 0.0) / 3.0, 1.0) * 0.85
     return {
         "id": example.get("id", ""),
@@ -132,13 +132,13 @@ def _row(example: dict) -> dict:
 
 
 def _card(example: dict) -> dict:
-    """What a card of the gallery shows: `_row` with the picture, its merge map and the token counts."""
+    """Returns the values of a gallery card: those of `_row`, the picture, its merge map and the token counts."""
     card = {**_row(example), "image": example["image"], "merged": None}
     if example.get("source_map"):
         source_map = np.asarray(example["source_map"])  # (N,)
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(example["image"]))).convert("RGB"))
         buffer = io.BytesIO()
-        # 128 colours are enough for flat tints and halve the page.
+        # 128 colours are enough for flat tints and halve the size of the page.
         merge_map(picture, source_map).quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
         card["merged"] = base64.b64encode(buffer.getvalue()).decode()
         card["patches"], card["tokens"] = len(source_map) - 1, int(source_map.max()) + 1
@@ -151,11 +151,11 @@ def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error}): delete it and run simvlg_jax.evaluate again") from error
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and run simvlg_jax.evaluate again") from error
 
 
 def _flat(config: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; flat dicts stay as they are."""
+    """Flattens {"a": {"b": 1}} to {"a.b": 1}."""
     flat = {}
     for key, value in config.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})

@@ -1,4 +1,4 @@
-"""How often a picture's own sentence is the nearest of a split, and the contrastive loss."""
+"""Evaluates retrieval: how often the nearest sentence of a picture is its own, and the contrastive loss."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ class Retrieval:
 
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
         if task.contrast is None:
-            raise UserError(f"evals.{name}: this task compares no sentences with pictures; it takes another type", 2)
+            raise UserError(f"evals.{name}: this task has no contrastive loss; set another type", 2)
         self.name, self.every = name, entry.every
         self.data = EvalData(entry, task, config, mesh)
         self._batch_size = config.evaluate.batch_size
@@ -25,7 +25,7 @@ class Retrieval:
         self._losses = jax.jit(task.contrast.losses)
 
     def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
-        """The loss is in groups of evaluate.batch_size in the source's order."""
+        """Scores a split. The loss is computed in groups of evaluate.batch_size, in the order of the source."""
         pictures, sentences = [], []
         unreadable: list[int] = []
         for batch in self.data:
@@ -45,6 +45,6 @@ class Retrieval:
 
 
 def recall(similarity: np.ndarray, ranks: tuple[int, ...]) -> dict[str, float]:
-    """ "R@k": the share of rows of (N, N) whose diagonal element is among the k greatest; ties count for it."""
-    nearer = (similarity > np.diagonal(similarity)[:, None]).sum(1)  # (N,)
-    return {f"R@{k}": float((nearer < k).mean()) for k in ranks}
+    """Returns R@k: the share of rows of (N, N) whose diagonal element is among the k greatest, or ties with them."""
+    greater = (similarity > np.diagonal(similarity)[:, None]).sum(1)  # (N,)
+    return {f"R@{k}": float((greater < k).mean()) for k in ranks}
