@@ -1,0 +1,150 @@
+"""What a run needs on its devices: parameters, optimizer state, data, evaluators and the compiled step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simvlg_jax.data import pipeline, workers
+from simvlg_jax.data.sources import load_source
+from simvlg_jax.evaluation.evaluators import make_evaluators
+from simvlg_jax.parallel import mesh as meshes
+from simvlg_jax.tasks import build_task
+from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.task import Task
+from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.flops import count_flops
+from simvlg_jax.training.frozen import check_frozen, describe_frozen
+from simvlg_jax.training.plan import Plan
+from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.progress import SILENT, Announcer
+
+
+class Program(NamedTuple):
+    """A step compiled for one batch shape: run(state, frozen, batch), and its FLOPs over all devices."""
+
+    run: Callable
+    flops: int
+
+
+class Trainer:
+    """Everything that a run needs, sharded on the devices. It is created once, before the first step.
+
+    Attributes:
+      task, mesh, plan: see their modules.
+      evaluators: the evaluators that run during training.
+      frozen: the frozen parameters.
+      frozen_entries: their entries in frozen.json.
+      state: the TrainState, restored from the newest whole checkpoint if there is one.
+      iterator: the iterator over training batches, at the position of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        checkpoints: Checkpoints | None = None,
+        announce: Announcer = SILENT,
+    ):
+        self.config = config
+        self.mesh = meshes.make_mesh(config.mesh)
+        self.task = build_task(config)
+        self.plan = Plan(self.task, config, self.mesh)
+        self.skipped = pipeline.Skipped()
+        # The data come first, so that their errors appear before the weights are read, which may take minutes.
+        self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
+        self.evaluators = make_evaluators(self.task, config, self.mesh)
+        rows = meshes.local_rows(self.mesh, config.train.batch_size)
+        self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
+        with announce.first("reading and initialising the weights"):
+            params, self.frozen = self.plan.init_params()
+            self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
+            self.state = self.plan.init_state(params)
+        self._announce = announce
+        if checkpoints and checkpoints.steps():
+            check_frozen(workdir, self.frozen_entries)
+        restored = checkpoints.restore_newest(self.state) if checkpoints else None
+        if restored is not None:
+            self.state = restored.state
+            self.move_to(restored.position)
+        self._programs: dict[tuple, Program] = {}
+
+    @property
+    def params(self) -> dict:
+        return partition.join(self.frozen, self.state.params)
+
+    @property
+    def position(self) -> dict:
+        """The position of the data: the number of batches drawn. It is valid for any number of processes."""
+        return {"window": self._window, "iterator": self.iterator.get_state()}
+
+    def move_to(self, position: dict) -> None:
+        """Moves the data iterator to `position`.
+
+        Raises:
+          UserError: the checkpoint was written with length grouping (`data.length_window`) and this run cannot group,
+            since it has several processes, or vice versa.
+        """
+        if position["window"] != self._window:
+            raise UserError(
+                f"this run groups {position['window']} batches by length and {jax.process_count()} process(es) group "
+                f"{self._window}: resume with the former number of processes, or start with data.length_window=1"
+            )
+        self.iterator.set_state(position["iterator"])
+
+    def next_batch(self) -> dict[str, np.ndarray]:
+        """Returns this process's rows of the next batch."""
+        with workers.signals_blocked():
+            return next(self.iterator)
+
+    def program(self, batch: dict[str, jax.Array]) -> Program:
+        """Returns the step compiled for the shape of a batch. Each text length needs its own."""
+        shapes = tuple(x.shape for x in batch.values())
+        if shapes not in self._programs:
+            length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
+            with self._announce.first("compiling the training step", f"for texts of {length} tokens"):
+                traced = self.plan.step.trace(self.state, self.frozen, batch)
+                self._programs[shapes] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
+        return self._programs[shapes]
+
+    def run_step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Takes one step and returns its metrics as scalars on the devices."""
+        run = self.program(batch).run
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = run(self.state, self.frozen, batch)
+        return metrics
+
+
+def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.Skipped) -> grain.DatasetIterator:
+    iterator = pipeline.make_train_iterator(
+        config.data,
+        load_source(config.data, "train", training=True),
+        task.batch,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        rows=meshes.local_rows(mesh, config.train.batch_size),
+        skipped=skipped,
+    )
+    if config.train.overfit_one_batch:
+        with workers.signals_blocked():
+            first = next(iterator)
+        iterator = iter(grain.MapDataset.source([first]).repeat().to_iter_dataset())
+    return iterator
+
+
+def describe(trainer: Trainer, start: int) -> str:
+    count = {
+        kind: sum(x.size for x in jax.tree.leaves(tree))
+        for kind, tree in (("trained", trainer.state.params), ("frozen", trainer.frozen))
+    }
+    mesh = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())
+    frozen = ", ".join(f"{name}: {source}" for name, source in trainer.task.sources.items())
+    return (
+        f"{count['trained']:,} trained and {count['frozen']:,} frozen parameters ({frozen}) on {trainer.mesh.size} "
+        f"{jax.devices()[0].platform} device(s) ({mesh}); " + (f"resuming at step {start}" if start else "new run")
+    )
