@@ -17,6 +17,8 @@ from simvlg_jax.training.plan import Plan
 MODELS = {
     "llama, everything trained": ["vit.train=True", "llm.train=True"],
     "opt": ["llm.size=opt_tiny", "llm.start_is_target=True"],
+    "qwen2.5": ["llm.size=qwen2.5_tiny"],
+    "qwen3": ["llm.size=qwen3_tiny"],
     "contrast beside captions": ["train.beta=0.5"],
     "contrastive": ["task=contrastive"],
 }
