@@ -51,6 +51,7 @@ def pictures(tmp_path):
     [
         ([*TINY, "--config.train.stepz=3"], 2, "unknown config key 'train.stepz'; did you mean train.steps"),
         ([*TINY, "--config.steps=3"], 2, "did you mean train.steps"),
+        ([*TINY, "--config.train.eval_every=3"], 2, "the config key 'train.eval_every' is now 'evals.val.every'"),
         ([*TINY, "--config.train.steps=many"], 2, "train.steps=many"),
         ([*TINY, "--config.train.steps=0"], 2, "train.steps is 0; it must be at least 1"),
         ([*TINY, "--steps=3"], 2, "overrides look like --config.train.steps=100"),

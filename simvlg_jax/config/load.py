@@ -13,6 +13,7 @@ from simvlg_jax.config import defaults
 from simvlg_jax.config.check import check, flat_keys
 from simvlg_jax.utils.errors import UserError
 
+FORMER = {"train.eval_every": "evals.val.every", "evaluate.max_examples": "evals.val.max_examples"}  # before `evals`
 RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel contains
 
 
@@ -79,15 +80,13 @@ def _add(given: ConfigDict, default: ConfigDict) -> None:
 
 
 def _with_former_evaluation(config: ConfigDict) -> ConfigDict:
-    """Returns the defaults for a config that is older than `evals`, which had one evaluation.
-
-    Moves the former keys of that evaluation from the config into the defaults.
-    """
+    """Returns the defaults with the values under former keys of a config, which are removed from it."""
     default = defaults.get_config()
-    for group, former, key in (("train", "eval_every", "every"), ("evaluate", "max_examples", "max_examples")):
-        if former in config.get(group, {}):
-            default.evals.val[key] = config[group][former]
-            del config[group][former]
+    for former, key in FORMER.items():
+        group, name = former.split(".")
+        if name in config.get(group, {}):
+            default.evals.val[key.rsplit(".", 1)[1]] = config[group][name]
+            del config[group][name]
     return default
 
 
@@ -117,6 +116,8 @@ def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 def _explain(keys: Collection[str], overrides: Sequence[str], error: Exception) -> str:
     for given in overrides:
         key = given.removeprefix("--config.").partition("=")[0]
+        if key in FORMER:
+            return f"the config key {key!r} is now {FORMER[key]!r}"
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 3, 0.5)
             near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near]
