@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from simvlg_jax.convert.encoders import ENCODERS
 from simvlg_jax.convert.families import FAMILIES, of_size
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
@@ -20,14 +21,24 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-VITS = {"eva_g": 985_894_528, "clip_l": 290_581_504, "small_64px": 1_222_016, "tiny_32px": 23_776}
+VITS = {
+    "eva_g": 985_894_528,
+    "clip_l": 290_581_504,
+    "small_64px": 1_222_016,
+    "tiny_32px": 23_776,
+}
 
 
-@pytest.mark.parametrize(("name", "parameters"), VITS.items())
-def test_vit_sizes(name, parameters):
-    vit = ViT(**VIT_SIZES[name])
-    image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
-    assert count(jax.eval_shape(vit.init, jax.random.key(0), image)) == parameters
+def test_vit_sizes():
+    found = {}
+    for encoder in ENCODERS.values():
+        for name, size in encoder.sizes.items():
+            vit = encoder.module(**size)
+            image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
+            tokens, params = jax.eval_shape(vit.init_with_output, jax.random.key(0), image)
+            found[name] = count(params)
+            assert tokens.shape[1] == vit.num_tokens
+    assert found == VITS
 
 
 LLMS = {
