@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from jax.typing import DTypeLike
 
-from simvlg_jax.convert import vit
+from simvlg_jax.convert import siglip, vit
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.models.encoders.clip import CLIP_SIZES, Clip
+from simvlg_jax.models.encoders.siglip import SIGLIP_SIZES, Siglip
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
 from simvlg_jax.utils.errors import UserError
 
@@ -32,6 +33,7 @@ class Encoder(NamedTuple):
 ENCODERS = {
     "eva": Encoder(ViT, VIT_SIZES, vit.from_torch, vit.to_torch),
     "clip": Encoder(Clip, CLIP_SIZES, functools.partial(vit.from_torch, align_corners=True), vit.to_torch),
+    "siglip": Encoder(Siglip, SIGLIP_SIZES, siglip.from_torch, siglip.to_torch),
 }
 
 

@@ -1,7 +1,7 @@
 """The vision encoder: a pre-LayerNorm ViT whose residual stream after the last block is its output.
 
-`ViT` as it stands is EVA-CLIP's. Other published encoders are subclasses with other defaults, see `clip.Clip`;
-what depends on the encoder elsewhere follows from these fields.
+`ViT` as it stands is EVA-CLIP's. Other published encoders are subclasses with other defaults, see `clip.Clip` and
+`siglip.Siglip`; what depends on the encoder elsewhere follows from these fields.
 """
 
 import einops
