@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from simvlg_jax.convert.encoders import ENCODERS
 from simvlg_jax.convert.families import FAMILIES, of_size
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
@@ -20,14 +21,38 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-VITS = {"eva_g": 985_894_528, "clip_l": 290_581_504, "small_64px": 1_222_016, "tiny_32px": 23_776}
+VITS = {
+    "eva_g": 985_894_528,
+    "clip_l": 290_581_504,
+    "small_64px": 1_222_016,
+    "tiny_32px": 23_776,
+    "siglip_b16_224": 78_707_712,
+    "siglip_b16_256": 78_753_792,
+    "siglip_b16_384": 78_999_552,
+    "siglip_b16_512": 79_343_616,
+    "siglip_b32_256": 80_375_808,
+    "siglip_l16_256": 290_762_752,
+    "siglip_l16_384": 291_090_432,
+    "siglip_l16_512": 291_549_184,
+    "siglip_so400m14_224": 397_200_544,
+    "siglip_so400m14_384": 397_745_440,
+    "siglip_so400m16_256": 397_407_904,
+    "siglip_so400m16_384": 397_776_544,
+    "siglip_so400m16_512": 398_292_640,
+    "siglip_tiny": 23_776,
+}
 
 
-@pytest.mark.parametrize(("name", "parameters"), VITS.items())
-def test_vit_sizes(name, parameters):
-    vit = ViT(**VIT_SIZES[name])
-    image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
-    assert count(jax.eval_shape(vit.init, jax.random.key(0), image)) == parameters
+def test_vit_sizes():
+    found = {}
+    for encoder in ENCODERS.values():
+        for name, size in encoder.sizes.items():
+            vit = encoder.module(**size)
+            image = jax.ShapeDtypeStruct((1, vit.image_size, vit.image_size, 3), jnp.float32)
+            tokens, params = jax.eval_shape(vit.init_with_output, jax.random.key(0), image)
+            found[name] = count(params)
+            assert tokens.shape[1] == vit.num_tokens
+    assert found == VITS
 
 
 LLMS = {

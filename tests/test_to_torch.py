@@ -22,7 +22,6 @@ from simvlg_jax.convert import evlgen, stacking
 from simvlg_jax.data.text import CaptionText, character_tokenizer
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.huggingface import export as hf_export
-from simvlg_jax.models.encoders.vit import normalize_images
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
@@ -84,7 +83,7 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     captioner = Captioner(task.model, task.batch.texts["caption"].encoder, config.evaluate.max_new_tokens)
     ours = captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))
-    pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
+    pixels = torch.from_numpy(np.array(task.model.vit.normalize(images)).transpose(0, 3, 1, 2))
     theirs = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in exported.generate(pixels)]
     assert ours == theirs
     assert len(set(ours)) > 5
@@ -105,7 +104,7 @@ def test_captions_are_the_same_whatever_the_family(size, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, params)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     ours = np.asarray(Captioner(task.model, task.batch.texts["caption"].encoder, 12)(params, jnp.asarray(images)).ids)
-    pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
+    pixels = torch.from_numpy(np.array(task.model.vit.normalize(images)).transpose(0, 3, 1, 2))
     theirs = load_exported(tmp_path).generate(pixels).numpy()
     assert np.array_equal(ours[:, : theirs.shape[1]], theirs)
     assert len(np.unique(ours, axis=0)) > 5
@@ -119,7 +118,7 @@ def test_start_before_the_prompt_gives_the_same_loss(tiny_run, tmp_path):
     losses, counts = task.model.apply(
         {"params": params}, images, ids, np.ones_like(ids), targets, method="caption_losses"
     )
-    pixels = torch.from_numpy(np.array(normalize_images(images)).transpose(0, 3, 1, 2))
+    pixels = torch.from_numpy(np.array(task.model.vit.normalize(images)).transpose(0, 3, 1, 2))
     out = load_exported(tmp_path / "hf")(pixels, torch.from_numpy(ids), labels=torch.from_numpy(ids))
     assert out.loss.item() == pytest.approx(float(losses.sum() / counts.sum()), rel=1e-5)
 

@@ -16,12 +16,12 @@ from simvlg_jax.models.connectors import token_merging
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def brute_force_groups(metric: np.ndarray, r: int) -> list[list[int]]:
+def brute_force_groups(metric: np.ndarray, r: int, class_token: bool) -> list[list[int]]:
     """One picture's output tokens as lists of input tokens, by loops and Python's stable sort."""
     unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
     even, odd = range(0, len(unit), 2), range(1, len(unit), 2)
-    r = min(r, (len(unit) - 1) // 2)
-    best = {i: max((float(unit[i] @ unit[j]), -j) for j in odd) for i in even if i > 0}
+    r = min(r, (len(unit) - class_token) // 2)
+    best = {i: max((float(unit[i] @ unit[j]), -j) for j in odd) for i in even if i > 0 or not class_token}
     sources = sorted(best, key=lambda i: -best[i][0])[:r]
     groups = [[i] for i in even if i not in sources]
     return groups + [[j] + [i for i in sources if -best[i][1] == j] for j in odd]
@@ -44,6 +44,14 @@ def test_schedules_equal_published_code():
     assert [list(token_merging.merge_schedule(depth, r)) for depth, r, _ in cases] == [c[2] for c in cases]
 
 
+def test_without_a_class_token_half_of_all_can_go():
+    metric = jax.random.normal(jax.random.key(0), (1, 8, 3))
+    assert token_merging.token_counts(8, [9, 9, 9, 9], class_token=False) == [8, 4, 2, 1, 1]
+    assert token_merging.schedule_down_to(2, 16, 4, class_token=False) == (8, 4)
+    slots = token_merging.match(metric, 9, class_token=False)
+    assert slots[0, 1::2].tolist() == [0, 1, 2, 3] and set(slots[0].tolist()) == {0, 1, 2, 3}
+
+
 def test_published_token_counts():
     counts = token_merging.token_counts(257, token_merging.merge_schedule(12, 19))
     assert counts == [257, 238, 219, 200, 181, 162, 143, 124, 105, 86, 67, 48, 29]
@@ -60,22 +68,23 @@ def test_unusable_schedules_raise(r):
     tokens=st.sampled_from([1, 2, 3, 6, 17, 48]),
     r=st.sampled_from([0, 1, 5, 19, 100]),
     levels=st.sampled_from([2, 1000]),  # two levels make ties certain
+    class_token=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_matching_equals_brute_force(tokens, r, levels, seed):
+def test_matching_equals_brute_force(tokens, r, levels, class_token, seed):
     rng = np.random.default_rng(seed)
     # Entries 1 or 1..levels keep the norms exact enough that equal pairs tie in both computations.
     metric = rng.integers(1, levels, (2, tokens, 3), endpoint=True).astype(np.float32)
     if levels == 1000:
         metric += rng.random(metric.shape, np.float32)
-    slots = np.asarray(token_merging.match(jnp.asarray(metric), r))
-    num_slots = tokens - token_merging.mergeable(tokens, r)
+    slots = np.asarray(token_merging.match(jnp.asarray(metric), r, class_token))
+    num_slots = tokens - token_merging.mergeable(tokens, r, class_token)
     for picture in range(2):
         groups = [sorted(np.flatnonzero(slots[picture] == s)) for s in range(num_slots)]
-        assert groups[0] == [0], "the class token stays alone and first"
+        assert groups[0] == [0] or not class_token, "the class token stays alone and first"
         assert sum(map(len, groups)) == tokens
         if levels == 1000 and num_slots < tokens:
-            assert groups == [sorted(g) for g in brute_force_groups(metric[picture], r)]
+            assert groups == [sorted(g) for g in brute_force_groups(metric[picture], r, class_token)]
 
 
 @settings(deadline=None, max_examples=20)

@@ -15,12 +15,15 @@ from transformers import BertConfig, BertModel, Blip2VisionConfig, Blip2VisionMo
 
 from simvlg_jax.convert import bert
 from simvlg_jax.convert import vit as vision
+from simvlg_jax.convert.encoders import ENCODERS
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
-from simvlg_jax.models.encoders.vit import CLIP_STYLE, ViT
+from simvlg_jax.models.encoders.clip import Clip
+from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.utils.errors import UserError
 
 SIZE = dict(image_size=28, patch_size=7, width=24, depth=2, num_heads=3, mlp_dim=40)
+EVA, CLIP = ViT(**SIZE), Clip(**SIZE)
 IMAGES = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
 
 
@@ -102,40 +105,40 @@ def lavis_clip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def test_clip_equals_transformers_in_both_formats(clip):
-    params = vision.vit_from_torch(state(clip), 2, 3)
+    params = vision.from_torch(CLIP, state(clip))
     for scan in (True, False):
         tree = params if scan else vision.stacking.unstack_layers(params)
-        ours = ViT(**SIZE, **CLIP_STYLE, scan=scan).apply({"params": tree}, IMAGES)
+        ours = Clip(**SIZE, scan=scan).apply({"params": tree}, IMAGES)
         assert close(ours, penultimate(clip))
-    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(lavis_clip(state(clip)), 2, 3), params)
+    jax.tree.map(np.testing.assert_array_equal, vision.from_torch(CLIP, lavis_clip(state(clip))), params)
 
 
 def test_clip_inside_a_whole_clip_is_found(clip):
     whole = {f"vision_model.{n.removeprefix('vision_model.')}": x for n, x in state(clip).items()}
     whole |= {"text_model.embeddings.token_embedding.weight": np.ones(3), "logit_scale": np.ones(())}
-    params = vision.vit_from_torch(state(clip), 2, 3)
-    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(whole, 2, 3), params)
+    params = vision.from_torch(CLIP, state(clip))
+    jax.tree.map(np.testing.assert_array_equal, vision.from_torch(CLIP, whole), params)
 
 
 def test_blip2_tower_equals_transformers_and_goes_out_as_eva(blip2):
     tensors = state(blip2)
-    params = vision.vit_from_torch(tensors, 2, 3)
+    params = vision.from_torch(EVA, tensors)
     whole = {f"vision_model.{name}": x for name, x in tensors.items()} | {"qformer.layernorm.weight": np.ones(3)}
-    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(whole, 2, 3), params)
-    assert close(ViT(**SIZE).apply({"params": params}, IMAGES), penultimate(blip2))
-    eva = vision.vit_to_torch(params)
+    jax.tree.map(np.testing.assert_array_equal, vision.from_torch(EVA, whole), params)
+    assert close(EVA.apply({"params": params}, IMAGES), penultimate(blip2))
+    eva = vision.to_torch(EVA, params)
     assert eva["blocks.1.attn.qkv.weight"].shape == (72, 24) and "blocks.1.attn.k_bias" not in eva
-    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(eva, 2, 3), params)
+    jax.tree.map(np.testing.assert_array_equal, vision.from_torch(EVA, eva), params)
     deeper = eva | {f"blocks.2.{n}": np.ones(1) for n in ("norm1.weight", "attn.q_bias")} | {"head.weight": np.ones(1)}
-    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(deeper, 2, 3), params)
+    jax.tree.map(np.testing.assert_array_equal, vision.from_torch(EVA, deeper), params)
     biased = next(name for name in tensors if name.endswith("qkv.bias"))
     with pytest.raises(UserError, match="gives keys a bias"):
-        vision.vit_from_torch(tensors | {biased: np.ones(72, np.float32)}, 2, 3)
+        vision.from_torch(EVA, tensors | {biased: np.ones(72, np.float32)})
 
 
 def test_clip_goes_out_and_comes_back(clip):
-    params = vision.vit_from_torch(state(clip), 2, 3)
-    jax.tree.map(np.testing.assert_array_equal, vision.vit_from_torch(vision.vit_to_torch(params), 2, 3), params)
+    params = vision.from_torch(CLIP, state(clip))
+    jax.tree.map(np.testing.assert_array_equal, vision.from_torch(CLIP, vision.to_torch(CLIP, params)), params)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -152,7 +155,8 @@ def test_positions_are_resized_as_torch_does(old, new, align_corners):
 def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
     """CLIP's grid of 4 x 4 for pictures of 7 x 7 patches; everything else as it was."""
     save_file({name: np.array(x) for name, x in state(clip).items()}, tmp_path / "model.safetensors")
-    params, lazy = vision.vit_from_torch(state(clip), 2, 3), vision.vit_from_torch(open_tensors(tmp_path), 2, 3, 50)
+    larger = Clip(**SIZE | dict(image_size=49))
+    params, lazy = vision.from_torch(CLIP, state(clip)), ENCODERS["clip"].from_torch(larger, open_tensors(tmp_path))
     params["position"] = vision.resize_positions(params["position"], 50, align_corners=True)
     assert params["position"].shape == (1, 50, 24)
     jax.tree.map(np.testing.assert_array_equal, lazy, params)
@@ -161,19 +165,19 @@ def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
 def test_foreign_vision_files_say_what_does_not_fit(clip):
     tensors = lavis_clip(state(clip))
     with pytest.raises(UserError, match="no vision encoder known here"):
-        vision.vit_from_torch({"layer1.0.conv1.weight": np.ones(3)}, 2, 3)
+        vision.from_torch(CLIP, {"layer1.0.conv1.weight": np.ones(3)})
     for name, message in (
-        ("conv1.weight", r"patch_embed\.proj\.weight missing"),
-        ("positional_embedding", "pos_embed"),
+        ("conv1.weight", r"missing.*: patch_embed\.proj\.weight\n"),
+        ("positional_embedding", r"missing.*: pos_embed\n"),
     ):
         with pytest.raises(UserError, match=message):
-            vision.vit_from_torch({n: x for n, x in tensors.items() if n != name}, 2, 3)
+            vision.from_torch(CLIP, {n: x for n, x in tensors.items() if n != name})
     with pytest.raises(UserError, match=r"missing.*norm_pre\.bias, norm_pre\.weight\n.*not known.*: none"):
-        vision.vit_from_torch({name: x for name, x in tensors.items() if not name.startswith("ln_pre")}, 2, 3)
+        vision.from_torch(CLIP, {name: x for name, x in tensors.items() if not name.startswith("ln_pre")})
     del tensors["transformer.resblocks.1.mlp.c_fc.bias"]
     tensors["extra.weight"] = np.ones(2)
     with pytest.raises(UserError, match=r"missing.*blocks\.1\.mlp\.fc1\.bias\n.*not known.*extra\.weight"):
-        vision.vit_from_torch(tensors, 2, 3)
+        vision.from_torch(CLIP, tensors)
 
 
 @pytest.mark.parametrize("old_names", [False, True])

@@ -8,17 +8,18 @@ from jax.typing import DTypeLike
 from simvlg_jax.convert import pretrained
 from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.connectors.tomeformer import build_tomeformer
+from simvlg_jax.models.encoders.vit import ViT
 
 
 class ConnectorKind(NamedTuple):
     """One line of the table.
 
     Attributes:
-      build: (a config's `connector`, number of visual tokens, compute dtype) -> the module; ValueError if it cannot be.
+      build: (a config's `connector`, the vision encoder, compute dtype) -> the module; ValueError if it cannot be.
       load: (`connector.weights`, the module) -> parameters to start from.
     """
 
-    build: Callable[[Mapping, int, DTypeLike], Connector]
+    build: Callable[[Mapping, ViT, DTypeLike], Connector]
     load: Callable[[str, Connector], dict]
 
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import bert, families, stacking, weight_map
-from simvlg_jax.convert import vit as vision
+from simvlg_jax.convert import bert, encoders, families, stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -73,7 +72,7 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
         raise UserError("this checkpoint is a video model's and the config an image model's: set vit.temporal=True")
     parts = {}
     if image:
-        parts = vision.vit_from_torch(image, depth, model.vit.num_heads, model.vit.num_tokens)
+        parts = encoders.of_model(model.vit).from_torch(model.vit, image)
     if temporal:
         rows = weight_map.numbered(TEMPORAL, depth)
         merged = stacking.stack_layers(weight_map.from_torch(rows, temporal, 1))
@@ -98,7 +97,7 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
             unrolled = stacking.unstack_layers(traverse_util.unflatten_dict(temporal))
             tensors |= weight_map.to_torch(weight_map.numbered(TEMPORAL, model.vit.depth), unrolled)
         if image:
-            tensors |= vision.vit_to_torch(traverse_util.unflatten_dict(image))
+            tensors |= encoders.of_model(model.vit).to_torch(model.vit, traverse_util.unflatten_dict(image))
         tensors = {VISION + name: x for name, x in tensors.items()}
     connector = weight_map.to_torch(bert.encoder_rows(model.connector.depth), params["connector"])
     tensors |= {CONNECTOR + name: x for name, x in connector.items()}

@@ -11,8 +11,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import bert, evlgen, families, stacking
-from simvlg_jax.convert import vit as vision
+from simvlg_jax.convert import bert, encoders, evlgen, families, stacking
 from simvlg_jax.convert.own_files import current_name
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.bert import BERT_SIZES
@@ -33,7 +32,7 @@ def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
 def load_vit(name: str, model: ViT) -> dict:
     """A vision encoder's parameters: a file that `configs/openmoji.py:vit` wrote, or a published one."""
     tensors = open_tensors(resolve(name))
-    params = own_tree(tensors) or vision.vit_from_torch(tensors, model.depth, model.num_heads, model.num_tokens)
+    params = own_tree(tensors) or encoders.of_model(model).from_torch(model, tensors)
     return params if model.scan else stacking.unstack_layers(params)
 
 

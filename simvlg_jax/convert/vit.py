@@ -1,4 +1,4 @@
-"""Vision-encoder weights between our scanned `ViT` tree and published PyTorch files.
+"""EVA-CLIP's and CLIP's weights between our scanned `ViT` tree and published PyTorch files.
 
 Four formats are read, each known by its names: EVA-CLIP as LAVIS ships it, CLIP as LAVIS ships it, CLIP in Hugging
 Face's names, and the vision tower of a Hugging Face BLIP-2. All are first renamed to the first, which is also the one
@@ -14,6 +14,7 @@ import numpy as np
 
 from simvlg_jax.convert import stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
+from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.parallel import lazy
 from simvlg_jax.utils.errors import UserError
 
@@ -29,11 +30,11 @@ BLOCK = [
     *weight_map.linear("blocks_{i}/mlp/fc1", "blocks.{i}.mlp.fc1"),
     *weight_map.linear("blocks_{i}/mlp/fc2", "blocks.{i}.mlp.fc2"),
 ]
-ENDS = [Row("cls", "cls_token"), Row("position", "pos_embed"), Row("patch_embed/kernel", "patch_embed.kernel")]
+PATCHES = "patch_embed.proj.weight"
+ENDS = [Row("cls", "cls_token"), Row("position", "pos_embed"), Row("patch_embed/kernel", PATCHES, "patches")]
 PATCH_BIAS = Row("patch_embed/bias", "patch_embed.proj.bias")  # EVA
 KEY_BIAS = Row("blocks_{i}/key/bias", "blocks.{i}.attn.k_bias", "heads_bias")  # CLIP
 INPUT_NORM = weight_map.layer_norm("input_norm", "norm_pre")  # CLIP
-PATCHES = "patch_embed.proj.weight"  # (D, 3, P, P); ours are flattened (row, column, channel)
 
 LAVIS_CLIP = {
     r"class_embedding": "cls_token",
@@ -62,37 +63,31 @@ HUGGING_FACE = {  # CLIP and BLIP-2
 IGNORED = ("norm.", "fc_norm.", "head.", "ln_post.", "proj", "post_layernorm.", "embeddings.position_ids")
 
 
-def rows(depth: int, patch_bias: bool, key_bias: bool, input_norm: bool) -> list[Row]:
-    """The table of a ViT: EVA's (a bias for patches, none for keys) or CLIP's."""
-    ends = [*ENDS, *([PATCH_BIAS] if patch_bias else []), *(INPUT_NORM if input_norm else [])]
-    return [*ends, *weight_map.numbered([*BLOCK, *([KEY_BIAS] if key_bias else [])], depth)]
+def rows(model: ViT) -> list[Row]:
+    """The table of a ViT with the biases and the norm that it has."""
+    ends = [*ENDS, *([PATCH_BIAS] if model.patch_bias else []), *(INPUT_NORM if model.input_norm else [])]
+    return [*ends, *weight_map.numbered([*BLOCK, *([KEY_BIAS] if model.key_bias else [])], model.depth)]
 
 
-def vit_from_torch(tensors: Mapping, depth: int, num_heads: int, num_tokens: int | None = None) -> dict:
-    """A scanned `ViT` from any of the four formats; blocks after the `depth`th are ignored, as published.
+def from_torch(model: ViT, tensors: Mapping, align_corners: bool = False) -> dict:
+    """The scanned model's parameters from any of the four formats; blocks after its last are ignored, as published.
 
     Args:
-      num_tokens: of the ViT, its class token included; position embeddings of another picture size are resized.
+      align_corners: how positions of another picture size are resized, see `resize_positions`.
 
     Raises:
-      UserError: another format; names missing or left over; a BLIP-2 whose keys have a bias.
+      UserError: another format; names missing or left over; keys with a bias that the model lacks.
     """
     tensors = renamed(tensors)
-    is_clip = PATCH_BIAS.torch not in tensors
     named: Tensors = {}
     for name in tensors:
         block = re.match(r"blocks\.(\d+)\.", name)
-        if not (block and int(block[1]) >= depth):
-            named |= unfused(name, tensors[name], is_clip)
-    if lacking := [name for name in (PATCHES, "pos_embed") if name not in named]:
-        raise UserError(f"these weights do not fit the model: {' and '.join(lacking)} missing in the file")
-    kernel = named.pop(PATCHES)  # (D, 3, P, P)
-    named["patch_embed.kernel"] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1).T
+        if not (block and int(block[1]) >= model.depth):
+            named |= unfused(name, tensors[name], model.key_bias)
+    if "pos_embed" in named:
+        named["pos_embed"] = resize_positions(named["pos_embed"], model.num_tokens, align_corners)
     named["cls_token"] = named["cls_token"].reshape(1, 1, -1)
-    position = named["pos_embed"].reshape(1, -1, len(kernel))
-    named["pos_embed"] = resize_positions(position, num_tokens or position.shape[1], align_corners=is_clip)
-    table = rows(depth, patch_bias=not is_clip, key_bias=is_clip, input_norm=is_clip)
-    return stacking.stack_layers(weight_map.from_torch(table, named, num_heads, IGNORED))
+    return stacking.stack_layers(weight_map.from_torch(rows(model), named, model.num_heads, IGNORED))
 
 
 def renamed(tensors: Mapping) -> Mapping:
@@ -122,49 +117,47 @@ def renamed(tensors: Mapping) -> Mapping:
     return weight_map.View(tensors, names)
 
 
-def unfused(name: str, tensor: np.ndarray, is_clip: bool) -> Tensors:
+def unfused(name: str, tensor: np.ndarray, key_bias: bool) -> Tensors:
     """A fused query-key-value matrix (3 D, D) or bias (3 D,) in its three parts; anything else as it is."""
     match = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
     if not match:
         return {name: tensor}
     form = "{}{}.weight" if match[2] == "weight" else "{}{}_bias"
     parts = {form.format(match[1], letter): part for letter, part in zip("qkv", lazy.split(tensor, 3), strict=True)}
-    if not is_clip and np.any(parts.pop(f"{match[1]}k_bias", 0)):  # BLIP-2 keeps zeros for it
-        raise UserError(f"{name} gives keys a bias, which this vision encoder (EVA) does not have")
+    if not key_bias and np.any(parts.pop(f"{match[1]}k_bias", 0)):  # BLIP-2 keeps zeros for it
+        raise UserError(f"{name} gives keys a bias, which this vision encoder does not have")
     return parts
 
 
-def vit_to_torch(params: Mapping) -> Tensors:
-    """The inverse of `vit_from_torch`, under LAVIS's EVA names. Traceable."""
-    unrolled = stacking.unstack_layers(dict(params))
-    depth = sum(name.startswith("blocks_") for name in unrolled)
-    table = rows(depth, "bias" in params["patch_embed"], "bias" in params["blocks"]["key"], "input_norm" in params)
-    tensors = weight_map.to_torch(table, unrolled)
-    for i in range(depth):
+def to_torch(model: ViT, params: Mapping) -> Tensors:
+    """The inverse of `from_torch`, under LAVIS's EVA names. Traceable."""
+    tensors = weight_map.to_torch(rows(model), stacking.unstack_layers(dict(params)))
+    for i in range(model.depth):
         parts = [tensors.pop(f"blocks.{i}.attn.{name}.weight") for name in "qkv"]
         join: Callable = jnp.concatenate if isinstance(parts[0], jax.Array) else np.concatenate
         tensors[f"blocks.{i}.attn.qkv.weight"] = join(parts)
-    kernel = tensors.pop("patch_embed.kernel")  # (P P 3, D)
-    side = round((kernel.shape[0] // 3) ** 0.5)
-    tensors[PATCHES] = kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
     return tensors
 
 
-def resize_positions(position: np.ndarray, num_tokens: int, align_corners: bool) -> np.ndarray:
-    """Bicubic resize of the square grid of (1, N, D) position embeddings, the class row untouched.
+def resize_positions(
+    position: np.ndarray, num_tokens: int, align_corners: bool, class_token: bool = True
+) -> np.ndarray:
+    """Bicubic resize of the square grid of (N, D) or (1, N, D) position embeddings: (1, num_tokens, D).
 
     Args:
-      num_tokens: 1 + the new grid's places.
-      align_corners: as in torch's `interpolate`; published: EVA False, CLIP True.
+      num_tokens: the new grid's places, and one for the class token.
+      align_corners: as in torch's `interpolate`; published: CLIP True, EVA and SigLIP False.
+      class_token: the first row belongs to a class token and is left as it is.
     """
-    old, new = (round((n - 1) ** 0.5) for n in (position.shape[1], num_tokens))
+    position = position.reshape(1, -1, position.shape[-1])
+    old, new = (round((n - class_token) ** 0.5) for n in (position.shape[1], num_tokens))
     if old == new:
         return position
     weights = bicubic_weights(old, new, align_corners)  # (new, old)
     position = np.asarray(position)
-    grid = position[0, 1:].astype(np.float32).reshape(old, old, -1)
+    grid = position[0, class_token:].astype(np.float32).reshape(old, old, -1)
     grid = np.einsum("io,jp,opd->ijd", weights, weights, grid).reshape(1, new * new, -1)
-    return np.concatenate([position[:, :1], grid.astype(position.dtype)], 1)
+    return np.concatenate([position[:, :class_token], grid.astype(position.dtype)], 1)
 
 
 def bicubic_weights(old: int, new: int, align_corners: bool) -> np.ndarray:

@@ -34,11 +34,18 @@ def _heads_out(w: np.ndarray, heads: int) -> np.ndarray:  # (H*K, D) -> (D, H, K
     return w.reshape(heads, -1, w.shape[-1]).transpose(2, 0, 1)
 
 
+def _patches_out(w: np.ndarray) -> np.ndarray:  # (P*P*3, D) -> (D, 3, P, P)
+    side = round((w.shape[0] // 3) ** 0.5)
+    return w.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+
 LAYOUTS = {  # name: (from PyTorch given the number of heads, to PyTorch)
     "same": (lambda w, heads: w, lambda w: w),
     "linear": (lambda w, heads: w.T, lambda w: w.T),
     "heads_out": (_heads_out, lambda w: w.transpose(1, 2, 0).reshape(-1, w.shape[0])),  # q, k, v weight
     "heads_bias": (lambda b, heads: b.reshape(heads, -1), lambda b: b.reshape(-1)),  # q, k, v bias
+    "patches": (lambda w, heads: w.transpose(0, 2, 3, 1).reshape(w.shape[0], -1).T, _patches_out),  # of a convolution
+    "positions": (lambda w, heads: w.reshape(1, *w.shape), lambda w: w[0]),  # (N, D) and (1, N, D)
     "heads_in": (lambda w, heads: w.T.reshape(heads, -1, w.shape[0]), lambda w: w.reshape(-1, w.shape[-1]).T),
 }
 

@@ -18,17 +18,21 @@ def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Ima
 
     Args:
       image: (H, W, 3) uint8, the input of the vision encoder; drawn as a square.
-      source_map: (1 + grid * grid,) int, the output token of each input token: the class token, then patches by row.
+      source_map: (grid * grid,) or (1 + grid * grid,) int, the output token of each input token: the class token first if
+        there is one, then patches by row.
       size: approximate side of the drawing in pixels, rounded to a multiple of the grid.
 
     Raises:
-      ValueError: the length of source_map is not 1 + a square.
+      ValueError: the length of source_map is neither a square nor 1 + a square.
     """
     source_map = np.asarray(source_map)
-    grid = math.isqrt(max(len(source_map) - 1, 0))
-    if grid < 1 or len(source_map) != 1 + grid * grid:
-        raise ValueError(f"a source map of {len(source_map)} tokens is not a class token and a square of patches")
-    groups = source_map[1:].reshape(grid, grid)
+    grid = math.isqrt(len(source_map))
+    class_tokens = len(source_map) - grid * grid
+    if grid < 1 or class_tokens > 1:
+        raise ValueError(
+            f"a source map of {len(source_map)} tokens is not a square of patches, with or without a class token"
+        )
+    groups = source_map[class_tokens:].reshape(grid, grid)
     cell = max(round(size / grid), 8)
     picture = Image.fromarray(image).resize((cell * grid, cell * grid), Image.Resampling.LANCZOS)
     # Multiplying keeps lines and shading readable; a share of the plain tint shows it on dark colours too.
@@ -37,7 +41,7 @@ def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Ima
     tinted = 0.72 * pixels * tints + 0.28 * 255 * tints
     drawing = Image.fromarray(np.where(merged, tinted, pixels).round().astype(np.uint8))
     _outline(drawing, groups, cell)
-    for row, column in np.argwhere(groups == source_map[0]):
+    for row, column in np.argwhere(np.isin(groups, source_map[:class_tokens])):
         centre = ((column + 0.5) * cell, (row + 0.5) * cell)
         ImageDraw.Draw(drawing).circle(centre, cell / 6, fill=_INK, outline="white", width=max(cell // 24, 1))
     return drawing

@@ -141,7 +141,7 @@ def _card(example: dict) -> dict:
         # 128 colours are enough for flat tints and halve the size of the page.
         merge_map(picture, source_map).quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
         card["merged"] = base64.b64encode(buffer.getvalue()).decode()
-        card["patches"], card["tokens"] = len(source_map) - 1, int(source_map.max()) + 1
+        card["patches"], card["tokens"] = math.isqrt(len(source_map)) ** 2, int(source_map.max()) + 1
     return card
 
 

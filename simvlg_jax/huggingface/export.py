@@ -17,7 +17,7 @@ from simvlg_jax.utils.files import write_json
 MODELING = Path(__file__).parent / "modeling_simvlg.py"
 VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
-    *("key_bias", "patch_bias", "quick_gelu", "input_norm", "temporal"),
+    *("key_bias", "patch_bias", "input_norm", "temporal"),
 )
 
 
@@ -28,7 +28,8 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         model_type="simvlg",
         architectures=["SimVLG"],
         auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
-        vision={name: getattr(model.vit, name) for name in VISION},
+        vision={name: getattr(model.vit, name) for name in VISION}
+        | {"quick_gelu": model.vit.activation == "quick_gelu"},
         connector=dict(
             width=connector.width,
             depth=connector.depth,
@@ -71,10 +72,12 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
       params: host arrays of a scanned model, all of them.
 
     Raises:
-      UserError: a model that the PyTorch code does not know (temporal positions).
+      UserError: a model that the PyTorch code does not know (temporal positions, no class token).
     """
     if model.connector.weighted_mean or model.connector.proportional_attention:
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
+    if not model.vit.class_token:
+        raise UserError("the PyTorch form knows vision encoders with a class token alone: this one is not exported")
     if model.vit.max_frames:
         raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
     tensors: Tensors = evlgen.to_evlgen(model, params)

@@ -11,6 +11,7 @@ from simvlg_jax.models.attention import attend
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.dropout import Dropout
 
+MAX_POSITIONS = 512
 BERT_SIZES = {
     "base": dict(width=768, depth=12, num_heads=12),  # bert-base-uncased, the published connector
     "minilm_l6": dict(width=384, depth=6, num_heads=12),  # all-MiniLM-L6-v2
@@ -29,7 +30,7 @@ class LayerOutput:
 class BertEmbeddings(nn.Module):
     """Adds learned positions 0..S-1 and token type 0, then LayerNorm and dropout: (B, S, D) -> (B, S, D)."""
 
-    max_positions: int = 512
+    max_positions: int = MAX_POSITIONS
     type_vocab: int = 2
     dropout: float = 0.1
     epsilon: float = 1e-12
@@ -53,6 +54,7 @@ class BertLayer(nn.Module):
     Attributes:
       num_heads: attention heads.
       merge_r: tokens to merge away, 0 for a plain BERT layer.
+      class_token: the first token is a class token, which is never merged.
       weighted_mean: merge by the mean of all the inputs two tokens are made of, instead of the plain mean of the two.
       proportional_attention: attend to a merged token as to all it is made of.
       dropout: rate on attention weights and on both residual branches.
@@ -60,6 +62,7 @@ class BertLayer(nn.Module):
 
     num_heads: int
     merge_r: int = 0
+    class_token: bool = True
     dropout: float = 0.1
     weighted_mean: bool = False
     proportional_attention: bool = False
@@ -87,9 +90,9 @@ class BertLayer(nn.Module):
         x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
 
         slots = None
-        num_removed = token_merging.mergeable(x.shape[1], self.merge_r)
+        num_removed = token_merging.mergeable(x.shape[1], self.merge_r, self.class_token)
         if num_removed:
-            slots = token_merging.match(key.mean(2), num_removed)  # (B, S)
+            slots = token_merging.match(key.mean(2), num_removed, self.class_token)  # (B, S)
             shares = sizes if self.weighted_mean else None
             x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
 

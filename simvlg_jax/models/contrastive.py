@@ -13,7 +13,6 @@ import optax
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
-from simvlg_jax.models.encoders import vit
 
 
 class Pair(NamedTuple):
@@ -46,7 +45,7 @@ class ContrastiveViT(nn.Module):
 
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> Pair:
         """images (B, H, W, 3) uint8, ids and mask (B, L)."""
-        tokens = self.vit(vit.normalize_images(images, self.dtype))
+        tokens = self.vit(self.vit.normalize(images))
         picture = self.vision_proj(self.head_norm(tokens).mean(1))
         sentence = jax.lax.stop_gradient(self.sentence_encoder(ids, mask))
         text = self.text_proj(sentence)

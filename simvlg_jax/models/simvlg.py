@@ -8,7 +8,6 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
-from simvlg_jax.models.encoders import vit
 from simvlg_jax.models.losses import token_cross_entropy
 
 
@@ -50,8 +49,8 @@ class SimVLG(nn.Module):
       dtype: compute dtype of the projections.
       start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
         published ([prefix; start; text]).
-      sentence_encoder: a `SentenceEncoder` whose embeddings of captions the connector's class token is held against, or
-        None (published recipes).
+      sentence_encoder: a `SentenceEncoder` whose embeddings of captions the connector's class token (or mean token) is
+        held against, or None (published recipes).
       vit_grad: let gradients into the ViT (for training it jointly, or video's temporal merging inside it).
     """
 
@@ -80,7 +79,7 @@ class SimVLG(nn.Module):
     def _connect(self, images: jax.Array) -> ConnectorOutput:
         """`encode_image` as far as the connector."""
         if images.dtype == jnp.uint8:
-            images = vit.normalize_images(images, self.dtype)
+            images = self.vit.normalize(images)
         if self.vit.temporal and images.ndim == 4:
             images = images[:, None]  # a picture is a clip of one frame
         tokens = self.vit(images)  # (B, N, C), of clips (B, F, N, C)
@@ -151,10 +150,10 @@ class SimVLG(nn.Module):
         return self._pair(self._connect(images).tokens, sentence_ids, sentence_mask)
 
     def _pair(self, connector: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
-        """The connector's class token, of (B, P, D), and the captions (B, L')."""
+        """The connector's class token, of (B, P, D), or its mean token if it has none, and the captions (B, L')."""
         sentences = jax.lax.stop_gradient(self.sentence_encoder(sentence_ids, sentence_mask))
-        picture, text = self.vision_proj(connector[:, 0]), self.text_proj(sentences)
-        return contrastive.Pair(contrastive.unit(picture), contrastive.unit(text))
+        picture = self.vision_proj(connector[:, 0] if self.vit.class_token else connector.mean(1))
+        return contrastive.Pair(contrastive.unit(picture), contrastive.unit(self.text_proj(sentences)))
 
     def contrastive_losses(self, picture: jax.Array, text: jax.Array) -> jax.Array:
         """`contrastive.matching_losses` at the learned temperature: (B,), B the global batch."""

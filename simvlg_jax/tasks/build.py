@@ -7,28 +7,20 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
-from simvlg_jax.convert import families, tokenizers
+from simvlg_jax.convert import encoders, families, tokenizers
 from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data import text
 from simvlg_jax.data.batch import TextSpec
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors.connector import Connector
-from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.tasks import params
 from simvlg_jax.utils.errors import UserError
 
 
 def build_vit(config: ConfigDict) -> ViT:
-    vit = config.vit
-    return ViT(
-        **lookup(VIT_SIZES, "vit.size", vit.size),
-        temporal=vit.temporal,
-        max_frames=vit.max_frames,
-        scan=vit.scan,
-        remat=vit.remat,
-        dtype=jnp.dtype(config.dtype),
-    )
+    return encoders.build(config.vit, jnp.dtype(config.dtype))
 
 
 def build_llm(config: ConfigDict) -> nn.Module:
@@ -42,11 +34,11 @@ def build_llm(config: ConfigDict) -> nn.Module:
     return family.module(**family.sizes[llm.size], **options)
 
 
-def build_connector(config: ConfigDict, num_tokens: int) -> Connector:
-    """The connector for `num_tokens` visual tokens."""
+def build_connector(config: ConfigDict, vit: ViT) -> Connector:
+    """The connector for the tokens of a vision encoder."""
     kind = lookup(CONNECTORS, "connector.type", config.connector.type)
     try:
-        return kind.build(config.connector, num_tokens, jnp.dtype(config.dtype))
+        return kind.build(config.connector, vit, jnp.dtype(config.dtype))
     except ValueError as error:
         raise UserError(str(error), 2) from error
 

@@ -23,7 +23,7 @@ def caption_task(config: ConfigDict) -> Task:
     vit = build.build_vit(config)
     model = SimVLG(
         vit,
-        build.build_connector(config, vit.num_tokens),
+        build.build_connector(config, vit),
         build.build_llm(config),
         jnp.dtype(config.dtype),
         start_first=config.llm.start_first,

@@ -1,6 +1,6 @@
 """Bipartite soft matching and merging of tokens, as pure functions on arrays.
 
-Source: ToMe (arXiv 2210.09461, section 3) as SimVLG uses it (arXiv 2310.03291, section 3.2): the class token is
+Source: ToMe (arXiv 2210.09461, section 3) as SimVLG uses it (arXiv 2310.03291, section 3.2): a class token is
 never merged, no proportional attention, plain mean of the merged tokens. Written from the description of the
 method. A merge is one integer per input token, the slot it lands in, so that merging, tracing tokens back to
 patches and counting token sizes are the same operation on different arrays.
@@ -40,7 +40,7 @@ def merge_schedule(num_layers: int, r: int | Sequence[int] | Mapping[str, float]
     return tuple(schedule)
 
 
-def schedule_down_to(num_layers: int, num_tokens: int, wanted: int) -> tuple[int, ...]:
+def schedule_down_to(num_layers: int, num_tokens: int, wanted: int, class_token: bool = True) -> tuple[int, ...]:
     """Tokens to remove in each layer so that `wanted` of `num_tokens` are left, the same number in each if possible.
 
     What does not divide is removed early; layers that cannot remove as many (half at most) remove what they can.
@@ -49,7 +49,7 @@ def schedule_down_to(num_layers: int, num_tokens: int, wanted: int) -> tuple[int
       ValueError: more than can be merged in so many layers, or fewer than one wanted.
     """
     for r in range(num_tokens):
-        counts = token_counts(num_tokens, [r] * num_layers)
+        counts = token_counts(num_tokens, [r] * num_layers, class_token)
         if 0 < counts[-1] <= wanted <= num_tokens:
             schedule = [before - after for before, after in itertools.pairwise(counts)]
             full = [layer for layer, removed in enumerate(schedule) if removed == r]
@@ -57,36 +57,37 @@ def schedule_down_to(num_layers: int, num_tokens: int, wanted: int) -> tuple[int
             for layer in full[len(full) - surplus :]:
                 schedule[layer] -= 1
             return tuple(schedule)
-    nearest = token_counts(num_tokens, [num_tokens] * num_layers)[-1]
+    nearest = token_counts(num_tokens, [num_tokens] * num_layers, class_token)[-1]
     raise ValueError(f"{num_tokens} tokens cannot become {wanted} in {num_layers} layers; {nearest} is the least")
 
 
-def mergeable(num_tokens: int, r: int) -> int:
-    """Caps r at what one bipartite step can remove with the class token protected: (T - 1) // 2."""
-    return max(0, min(r, (num_tokens - 1) // 2))
+def mergeable(num_tokens: int, r: int, class_token: bool = True) -> int:
+    """Caps r at what one bipartite step can remove: half of the tokens, the class token not counted if there is one."""
+    return max(0, min(r, (num_tokens - class_token) // 2))
 
 
-def token_counts(num_tokens: int, schedule: Sequence[int]) -> list[int]:
+def token_counts(num_tokens: int, schedule: Sequence[int], class_token: bool = True) -> list[int]:
     """Token count entering the first layer, then leaving each one. 257 with twelve times 19: 257, 238, ..., 29."""
     counts = [num_tokens]
     for r in schedule:
-        counts.append(counts[-1] - mergeable(counts[-1], r))
+        counts.append(counts[-1] - mergeable(counts[-1], r, class_token))
     return counts
 
 
-def match(metric: jax.Array, r: int) -> jax.Array:
+def match(metric: jax.Array, r: int, class_token: bool = True) -> jax.Array:
     """Decides which tokens merge: slots (B, T) int32 in [0, T - r').
 
-    Even-index tokens (A) seek their most cosine-similar odd-index token (B); the r' = `mergeable(T, r)` best
-    pairs merge into B. Output order is [unmerged A ascending; all B ascending], the class token (index 0) first;
-    with r' = 0 nothing moves. Ties go to the lower index. No gradient passes.
+    Even-index tokens (A) seek their most cosine-similar odd-index token (B); the r' = `mergeable(T, r, class_token)`
+    best pairs merge into B. Output order is [unmerged A ascending; all B ascending]; with r' = 0 nothing moves. Ties
+    go to the lower index. No gradient passes.
 
     Args:
       metric: (B, T, C) features to compare, any float dtype; similarities are taken in float32.
       r: tokens wanted removed.
+      class_token: the first token is one, so it stays alone and first.
     """
     num_tokens = metric.shape[1]
-    r = mergeable(num_tokens, r)
+    r = mergeable(num_tokens, r, class_token)
     if r == 0:
         return jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), metric.shape[:2])
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
@@ -95,7 +96,8 @@ def match(metric: jax.Array, r: int) -> jax.Array:
     similarity = jnp.einsum(
         "BAC,BDC->BAD", metric[:, ::2], metric[:, 1::2], precision="highest"
     )  # (B, ceil(T/2), floor(T/2))
-    similarity = similarity.at[:, 0].set(-jnp.inf)
+    if class_token:
+        similarity = similarity.at[:, 0].set(-jnp.inf)
     best = similarity.max(-1)  # (B, A)
     partner = similarity.argmax(-1)  # (B, A)
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import bert, layers
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.connector import ConnectorOutput
+from simvlg_jax.models.encoders.vit import ViT
 
 
 class TomeFormer(nn.Module):
@@ -21,6 +22,7 @@ class TomeFormer(nn.Module):
     Attributes:
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
       merges: tokens to remove in each layer, from `token_merging.merge_schedule`.
+      class_token: the first visual token is a class token, which is never merged.
       dropout: rate at BERT's usual places.
       weighted_mean, proportional_attention: ToMe's ways of accounting for sizes, which SimVLG leaves out; see
         `bert.BertLayer`.
@@ -30,6 +32,7 @@ class TomeFormer(nn.Module):
     depth: int
     num_heads: int
     merges: tuple[int, ...]
+    class_token: bool = True
     dropout: float = 0.1
     weighted_mean: bool = False
     proportional_attention: bool = False
@@ -37,7 +40,7 @@ class TomeFormer(nn.Module):
 
     @nn.compact
     def __call__(self, visual: jax.Array) -> ConnectorOutput:
-        """visual: (B, N, C), N at most 512. The class token stays the first."""
+        """visual: (B, N, C), N at most 512. A class token stays the first."""
         source_map = jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2])
         axes = ("mlp", "embed")
         x = layers.torch_dense(visual.shape[-1], self.width, axes, dtype=self.dtype, name="vl_proj")(visual)
@@ -46,6 +49,7 @@ class TomeFormer(nn.Module):
             layer = bert.BertLayer(
                 self.num_heads,
                 r,
+                self.class_token,
                 self.dropout,
                 self.weighted_mean,
                 self.proportional_attention,
@@ -59,12 +63,16 @@ class TomeFormer(nn.Module):
         return ConnectorOutput(x, source_map)
 
 
-def build_tomeformer(connector: Mapping, num_tokens: int, dtype: DTypeLike) -> TomeFormer:
-    """The TomeFormer for `num_tokens` visual tokens, with the schedule that a config's `connector` asks for.
+def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeFormer:
+    """The TomeFormer for the tokens of a vision encoder, with the schedule that a config's `connector` asks for.
 
     Raises:
-      ValueError: no such size, or a schedule that does not fit.
+      ValueError: no such size, a schedule that does not fit, or more tokens than BERT has positions.
     """
+    if vit.num_tokens > bert.MAX_POSITIONS:
+        raise ValueError(
+            f"a BERT takes {bert.MAX_POSITIONS} tokens at most and the vision encoder gives {vit.num_tokens}"
+        )
     if connector.size not in bert.BERT_SIZES:
         raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
     size = bert.BERT_SIZES[connector.size]
@@ -72,7 +80,7 @@ def build_tomeformer(connector: Mapping, num_tokens: int, dtype: DTypeLike) -> T
         raise ValueError("connector.r and connector.tokens are two ways to say one thing: set one of them to 0")
     try:
         if connector.tokens:
-            merges = token_merging.schedule_down_to(size["depth"], num_tokens, connector.tokens)
+            merges = token_merging.schedule_down_to(size["depth"], vit.num_tokens, connector.tokens, vit.class_token)
         elif connector.r:
             ramp = {"r": connector.r, "inflect": connector.inflect} if connector.inflect else connector.r
             merges = token_merging.merge_schedule(size["depth"], ramp)
@@ -83,6 +91,7 @@ def build_tomeformer(connector: Mapping, num_tokens: int, dtype: DTypeLike) -> T
     return TomeFormer(
         **size,
         merges=merges,
+        class_token=vit.class_token,
         dropout=connector.dropout,
         weighted_mean=connector.weighted_mean,
         proportional_attention=connector.proportional_attention,
