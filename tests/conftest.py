@@ -9,6 +9,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compile.FLAGS]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests and the processes that they start compile the same small programs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="simvlg_jax_hf_")  # where transformers copies exported code to
 
@@ -24,10 +28,6 @@ pytest_plugins = ["launching"]  # its fixtures
 for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test that compiles for a TPU
     os.environ.setdefault(name, value)
 
-# The same small programs are compiled again and again.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="simvlg_jax_compiled_"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(autouse=True)

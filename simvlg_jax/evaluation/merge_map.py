@@ -18,8 +18,8 @@ def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Ima
 
     Args:
       image: (H, W, 3) uint8, the input of the vision encoder; drawn as a square.
-      source_map: (grid * grid,) or (1 + grid * grid,) int, the output token of each input token: the class token first if
-        there is one, then patches by row.
+      source_map: (grid * grid,) or (1 + grid * grid,) int, the output token of each input token: the class token first,
+        if there is one, then patches by row.
       size: approximate side of the drawing in pixels, rounded to a multiple of the grid.
 
     Raises:
