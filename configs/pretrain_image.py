@@ -17,10 +17,10 @@ Scores reported by the paper (arXiv 2310.03291, as quoted in public; we ran none
 | llm=opt6.7b, llm=vicuna13b, any llm with vit=clip_l | no published result |
 
 As published: batch 1600 (OPT) and 160 (Vicuna), steps, warm-up, the staircase of the learning rate, weight decay, r,
-seed, OPT's start token as a target, captions cleaned by BLIP-2's processor ("blip_caption": lower case, no
-punctuation). Not as published: bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` turns it on),
-greedy validation instead of beam search, your own folder instead of the mixture of laion115M, ccs14M and coco
-(15 : 4 : 1; for Vicuna ccs14M and coco, 45 : 5). The mesh and the micro-batches are sized for 16 chips of TPU v5e with
+seed, OPT's start token as a target, captions cleaned by BLIP-2's processor ("blip_caption"). Not as published:
+bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` turns it on), greedy validation instead of beam
+search, your own folder instead of the mixture of laion115M, ccs14M and coco (15 : 4 : 1; for Vicuna ccs14M and coco,
+45 : 5). The mesh and the micro-batches are sized for 16 chips of TPU v5e with
 16 GB each. They do not change the result.
 """
 

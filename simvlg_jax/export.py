@@ -35,7 +35,9 @@ def main() -> int:
     if arguments.output.resolve() == arguments.workdir.resolve():
         raise UserError("--output must be another folder than the run's")
     run = restore_run(config, arguments.workdir, arguments.checkpoint, captions=True)
-    params = jax.device_get({n: p for n, p in run.params.items() if n != "llm" or not config.llm.weights})
+    params = jax.device_get(
+        {n: p for n, p in run.params.items() if n != "llm" or config.llm.train or not config.llm.weights}
+    )
     if not config.vit.scan:
         params["vit"] = stacking.stack_layers(params["vit"])
     path = arguments.output / WEIGHTS

@@ -29,7 +29,6 @@ for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test t
     os.environ.setdefault(name, value)
 
 
-
 @pytest.fixture(autouse=True)
 def exact_matmuls():
     with jax.default_matmul_precision("highest"):

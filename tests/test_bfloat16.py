@@ -1,6 +1,6 @@
 """A bfloat16 training step of every kind of model stays near the float32 one.
 
-The loss is within 0.1 %, the cosine of the gradients above 0.999, and their length within 5 %. One rounding is off
+The loss is within 0.1 %, the cosine of the gradients above 0.995, and their length within 5 %. One rounding is off
 by up to 0.4 %.
 """
 
@@ -47,5 +47,5 @@ def test_bfloat16_step_stays_near_the_float32_one(overrides):
     low_loss, low_gradient = first_step(*overrides, "dtype=bfloat16", "frozen_dtype=bfloat16")
     cosine = gradient @ low_gradient / np.linalg.norm(gradient) / np.linalg.norm(low_gradient)
     assert low_loss == pytest.approx(loss, rel=1e-3) and low_loss != loss
-    assert cosine > 0.999
+    assert cosine > 0.995
     assert np.linalg.norm(low_gradient) == pytest.approx(np.linalg.norm(gradient), rel=0.05)

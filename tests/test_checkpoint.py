@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simvlg_jax.training import checkpoint
+from simvlg_jax.training import checkpoint, former
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.training.step import TrainState
 from simvlg_jax.utils.errors import UserError
 
 POSITION = {"window": 1, "iterator": {"next_index": 7}}
@@ -177,7 +178,9 @@ def test_too_little_memory_is_no_damage(workdir, monkeypatch):
 
 
 def test_checkpoints_are_named_best_latest_or_by_step(workdir):
-    (workdir / "metrics.jsonl").write_text('{"step": 2, "kind": "eval", "score": 0.5}\nnull\n{"step": 3, "kind": "ev')
+    (workdir / "metrics.jsonl").write_text(
+        '{"step": 2, "kind": "eval", "split": "val", "score": 0.5}\nnull\n{"step": 3, "kind": "ev'
+    )
     checkpoints = Checkpoints(workdir, read_only=True)
     assert [checkpoints.choose(which) for which in ("best", "latest", "1")] == [2, 3, 1]
     with pytest.raises(UserError, match=r"no checkpoint '7' in .*; there are 1, 2, 3"):
@@ -210,3 +213,30 @@ def test_nothing_is_deleted_while_scores_are_lost(workdir, capsys):
     checkpoints.save(4, state_of(4), POSITION)
     checkpoints.close()
     assert checkpoints.steps() == [1, 2, 3, 4]
+
+
+def test_checkpoint_of_an_older_version_has_vl_proj_beside_the_connector(tmp_path):
+    connector = {"layer": {"kernel": jnp.arange(6.0)}, "vl_proj": {"kernel": jnp.arange(4.0) + 1}}
+    tree = {"connector": connector, "llm_proj": {"kernel": jnp.ones(3)}}
+    state = TrainState(jnp.int32(3), tree, (jax.tree.map(lambda x: 2 * x, tree), jnp.int32(5)))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, former.to_former(state), POSITION)
+    checkpoints.close()
+    abstract = jax.tree.map(jnp.zeros_like, state)
+    restored = Checkpoints(tmp_path).restore_newest(abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state)
+    params = Checkpoints(tmp_path, read_only=True).restore_params(3, abstract.params)
+    jax.tree.map(np.testing.assert_array_equal, params, tree)
+
+
+def test_array_that_a_checkpoint_lacks_is_noticed_without_checksums_too(workdir):
+    """Checkpoints of versions before the checksums are read, and Orbax leaves absent arrays as they were."""
+    for step in (1, 2, 3):
+        shutil.rmtree(workdir / "checkpoints" / str(step) / "checks")
+        metadata = workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+        written = json.loads(metadata.read_text())
+        del written["item_handlers"]["checks"]
+        metadata.write_text(json.dumps(written))
+    params = {**ABSTRACT["params"], "gate": jnp.zeros(2)}
+    with pytest.raises(UserError, match=r"checkpoint 3 .*it has no params/gate"):
+        Checkpoints(workdir, read_only=True).restore_params(3, params)

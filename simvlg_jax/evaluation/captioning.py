@@ -1,6 +1,7 @@
 """Evaluates the captions of a split: BLEU, ROUGE-L, CIDEr, the loss, and a control with shuffled references."""
 
 import base64
+import functools
 import io
 
 import jax
@@ -23,6 +24,9 @@ from simvlg_jax.utils.progress import SILENT, Announcer
 GALLERY = 24  # examples whose picture and merge map the report shows
 
 
+captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # evaluations share one, which is compiled once
+
+
 class Captioning:
     """Scores greedy captions; the score is CIDEr."""
 
@@ -32,12 +36,8 @@ class Captioning:
         self.name, self.every = name, entry.every
         self.data = EvalData(entry, task, config, mesh)
         self._side, self._seed = task.batch.pictures.side, config.seed
-        self._captioner = Captioner(task.model, task.batch.texts["caption"].encoder, **decoding_options(config))
-
-        def losses(params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-            return task.losses(params, batch, None).values["caption"].sum(), task.counts(batch)["caption"].sum()
-
-        self._losses = jax.jit(losses)
+        self._captioner = captioner_of(task.model, task.batch.texts["caption"].encoder, **decoding_options(config))
+        self._losses = task.evaluation_losses
 
     def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
         loss, examples, unreadable = self.caption(params, announce)
@@ -79,10 +79,10 @@ class Captioning:
         total = count = 0.0
         for batch in self.data:
             with announce.first("compiling the evaluation", f"for texts of {batch['caption_ids'].shape[1]} tokens"):
-                loss, targets = self._losses(params, batch)
+                losses, targets = self._losses(params, batch)
                 output = self._captioner(params, batch["image"])
-                jax.block_until_ready((loss, output))
-            total, count = total + float(loss), count + float(targets)
+                jax.block_until_ready((losses, output))
+            total, count = total + float(losses["caption"].sum()), count + float(targets["caption"].sum())
             captions = self._captioner.decode(gather(output.ids))
             indices, weight = gather(batch["index"]), gather(batch["weight"])  # (B,)
             maps = [None] * len(indices) if output.source_map is None else gather(output.source_map).tolist()

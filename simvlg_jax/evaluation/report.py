@@ -49,8 +49,8 @@ def write_report(workdir: Path) -> Path:
         config=config,
         splits=splits,
         top_cider=max([1e-9, *(s[kind].get("CIDEr", 0.0) for s in splits for kind in ("scores", "shuffled"))]),
-        curves=_curves(files.read_metrics(workdir / "metrics.jsonl")),
-        vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl")),
+        curves=_curves(files.read_metrics(workdir / "metrics.jsonl"), config.get("train.best_by", "val")),
+        vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl"), "val"),
         versions=_versions(),
         chart=charts,
     )
@@ -60,8 +60,13 @@ def write_report(workdir: Path) -> Path:
     return path
 
 
-def _curves(records: list[dict]) -> list[charts.Chart]:
-    """Returns the charts that the records of a captioning or contrastive run have values for."""
+def _curves(records: list[dict], best_by: str) -> list[charts.Chart]:
+    """Returns the charts that the records of a captioning or contrastive run have values for.
+
+    Args:
+      best_by: name of the evaluation that is drawn.
+    """
+    records = [record for record in records if record.get("split", best_by) == best_by]
 
     def points(kind: str, key: str, scale: float = 1.0) -> list[tuple[int, float]]:
         chosen = [r for r in records if r.get("kind") == kind and isinstance(r.get(key), int | float)]
@@ -170,3 +175,7 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this verb is now python -m simvlg_jax.report")

@@ -1,5 +1,7 @@
 """The parts of a model, and its texts, from a config."""
 
+from collections.abc import Collection
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -80,17 +82,19 @@ def sentence_spec(config: ConfigDict) -> TextSpec:
     return TextSpec(config.llm.max_text_tokens, False, lambda: build_sentence_text(config))
 
 
-def check_shapes(loaded: dict[str, dict], abstract: dict) -> None:
+def check_shapes(loaded: dict[str, dict], abstract: dict, absent: Collection[str] = ()) -> None:
     """Raises UserError with every loaded array whose shape is not the model's.
 
-    Of a loaded module only what video adds to an image model, and what no BERT has, may be missing.
+    Args:
+      absent: parts of a loaded module that may be missing, beside what video adds to an image model.
     """
+    optional = {*params.TEMPORAL, *absent}
     wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
     found = traverse_util.flatten_dict(loaded, sep="/")
     wrong = [
         f"{name}: model {getattr(wanted.get(name), 'shape', 'has none')}, weights {np.shape(found.get(name))}"
         for name in sorted(set(wanted) | set(found))
-        if (name not in found and params.ADDED.isdisjoint(name.split("/")))
+        if (name not in found and optional.isdisjoint(name.split("/")))
         or (name in found and (name not in wanted or wanted[name].shape != np.shape(found[name])))
     ]
     if wrong:

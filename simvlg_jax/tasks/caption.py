@@ -92,7 +92,9 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
         rules += params.trained("vit/(.*/)?temporal_merge", lr.vit)
         rules += [Rule("vit/temporal_position", trained=True, decay=True, lr=lr.vit)]
     if config.train.beta:
-        rules += [*params.trained("vision_proj"), *params.trained("text_proj"), Rule("temperature", trained=True)]
+        for name in ("vision_proj", "text_proj"):
+            rules += params.trained(name, lr.get(name, 1.0))
+        rules += [Rule("temperature", trained=True, lr=lr.get("temperature", 1.0))]
         rules += params.frozen("sentence_encoder/.*")
     return tuple(rules)
 
@@ -114,5 +116,7 @@ def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Para
         loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
     if config.train.init_from:
         loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
-    build.check_shapes(loaded, abstract)
+    # A connector's own map of the visual tokens is not part of a BERT.
+    absent = {"vl_proj"} if config.connector.weights and not config.train.init_from else set()
+    build.check_shapes(loaded, abstract, absent)
     return loaded

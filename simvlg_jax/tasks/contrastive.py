@@ -40,11 +40,20 @@ def contrastive_task(config: ConfigDict) -> Task:
         tree = trained["vit"] if vit.scan else stacking.stack_layers(trained["vit"])
         own_files.write_tree(workdir / "vit.safetensors", tree)
 
-    trained = [rule for name in ("vit", "head_norm", "vision_proj", "text_proj") for rule in params.trained(name)]
+    lr = config.optimizer.lr_multipliers
+    trained = [
+        rule
+        for name in ("vit", "head_norm", "vision_proj", "text_proj")
+        for rule in params.trained(name, lr.get(name, 1.0))
+    ]
     return Task(
         model=model,
         batch=BatchSpec(Pictures(vit.image_size), {"sentence": build.sentence_spec(config)}),
-        rules=(*trained, Rule("log_temperature", trained=True), *params.frozen("sentence_encoder/.*")),
+        rules=(
+            *trained,
+            Rule("log_temperature", trained=True, lr=lr.get("temperature", 1.0)),
+            *params.frozen("sentence_encoder/.*"),
+        ),
         initialize=lambda key, batch: model.init(key, *(batch[name] for name in INPUTS))["params"],
         losses=lambda params, batch, key: Losses({}, embed(params, batch, key)),
         counts=lambda batch: {},

@@ -14,7 +14,6 @@ from simvlg_jax.utils.errors import UserError
 NOT_DECAYED = "bias|scale|temperature|log_temperature|alpha"
 DECAYED = "kernel|position|token_type|temporal_position|cls|word|embedding|lm_head"
 TEMPORAL = {"temporal_merge", "temporal_position"}  # parts of a frozen ViT that video trains
-ADDED = {*TEMPORAL, "vl_proj"}  # parts that pre-trained modules lack
 
 
 class Rule(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +84,11 @@ class Task:
         """Random parameters, boxed with their logical axes; traceable."""
         shapes = self.batch.shapes(1, lengths=1)
         return self.initialize(key, {name: jnp.ones(shape, dtype) for name, (shape, dtype) in shapes.items()})
+
+    @cached_property
+    def evaluation_losses(self) -> Callable[[Params, Arrays], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+        """(parameters, batch) -> (losses, counts) in evaluation, by name; jitted once for all evaluations."""
+        return jax.jit(lambda params, batch: (self.losses(params, batch, None).values, self.counts(batch)))
 
     def rule(self, path: tuple[str, ...]) -> Rule:
         """How the parameter at a path is trained. Raises UserError if not exactly one rule matches."""

@@ -3,6 +3,7 @@
 All processes write one checkpoint into one folder. Any number of processes can read it.
 """
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
 from simvlg_jax.parallel import collectives
+from simvlg_jax.training import former as former_layout
 from simvlg_jax.training.fingerprints import array_fingerprints
 from simvlg_jax.training.metrics_log import FILE, read_scores
 from simvlg_jax.training.step import TrainState
@@ -62,13 +65,16 @@ class Checkpoints:
     Args:
       workdir: holds checkpoints/ and the metrics log, whose scores determine the best checkpoint.
       keep_last: number of newest checkpoints to keep.
+      best_by: the evaluation whose scores count.
       keep_best: number of checkpoints with the highest scores to keep in addition.
       read_only: only read; the folder must exist and nothing in it is changed.
     """
 
-    def __init__(self, workdir: Path, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
+    def __init__(
+        self, workdir: Path, keep_last: int = 1, keep_best: int = 0, best_by: str = "val", read_only: bool = False
+    ):
         self._folder = (workdir / "checkpoints").resolve()
-        self._scores = read_scores(workdir)
+        self._scores = read_scores(workdir, best_by)
         unscored = frozenset(() if (workdir / FILE).exists() else self._existing_steps())
         if unscored and jax.process_index() == 0:
             warn(
@@ -184,18 +190,33 @@ class Checkpoints:
         return self._or_explain(step, lambda s: self._restore_params(s, abstract))
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        read = self._read(step, state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        former = ("params", former_layout.NAME, "kernel") in self._saved_paths(step)
+        target = former_layout.to_former(abstract) if former else abstract
+        read = self._read(step, state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         self._verify(read)
-        return read.state, read.data
+        return former_layout.to_current(read.state) if former else read.state, read.data
 
     def _restore_params(self, step: int, abstract: dict) -> dict:
-        tree = {"params": abstract}
+        paths = self._saved_paths(step)
+        former = ("params", former_layout.NAME, "kernel") in paths
+        tree = {"params": former_layout.to_former(abstract) if former else abstract}
+        # Orbax would leave absent arrays as they are in `abstract`.
+        if absent := ["/".join(path) for path in traverse_util.flatten_dict(tree) if paths and path not in paths]:
+            raise Damaged(f"it has no {absent[0]}")
         arguments = ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
         read = self._read(step, state=arguments)
         self._verify(read)
-        return read.state["params"]
+        return former_layout.to_current(read.state["params"]) if former else read.state["params"]
+
+    def _saved_paths(self, step: int) -> set[tuple[str, ...]]:
+        """Returns the paths of the arrays of a checkpoint; none if its list of them cannot be read."""
+        try:
+            names = json.loads((self._folder / str(step) / "state" / "_METADATA").read_text())["tree_metadata"]
+            return {tuple(ast.literal_eval(name)) for name in names}
+        except (OSError, ValueError, KeyError, TypeError, SyntaxError):
+            return set()
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
         """Returns the items of a checkpoint and its "checks", which are None in checkpoints of older versions.

@@ -45,7 +45,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if not (workdir / run_lock.LOCK).exists():
             raise UserError(f"{workdir} is not the same folder on every machine: put it on a shared disk")
         stop = stack.enter_context(Stop(config.train.max_minutes))
-        with contextlib.closing(Checkpoints(workdir, config.train.keep_last, config.train.keep_best)) as checkpoints:
+        kept = config.train.keep_last, config.train.keep_best, config.train.best_by
+        with contextlib.closing(Checkpoints(workdir, *kept)) as checkpoints:
             announce = Announcer(say)
             trainer = Trainer(config, workdir, checkpoints, announce)
             if jax.process_index() == 0:
@@ -141,12 +142,10 @@ class Run:
             self.meter.check_finite()
             before = time.monotonic()
             result = evaluator(self.trainer.params, self.announce)
-            chooses = evaluator.name == self.trainer.config.train.best_by
-            score = {"score": result.score} if chooses else {}
             self.check_lock()
-            self.log.write(step, "eval", {"split": evaluator.name, **score, **result.metrics})
+            self.log.write(step, "eval", {"split": evaluator.name, "score": result.score, **result.metrics})
             self.evaluated.add((step, evaluator.name))
-            if chooses:
+            if evaluator.name == self.trainer.config.train.best_by:
                 self.checkpoints.score(step, result.score)
             pause = time.monotonic() - before
             self.stop.grant(pause)

@@ -89,10 +89,12 @@ def _drop_after(path: Path, step: int) -> None:
         partial.write_text("".join(kept))
 
 
-def read_scores(workdir: Path) -> dict[int, float]:
-    """Returns {step: score} of the evaluations that choose the best checkpoint."""
-    records = files.read_metrics(workdir / FILE)
-    return {r["step"]: r["score"] for r in records if r.get("kind") == "eval" and isinstance(r.get("score"), float)}
+def read_scores(workdir: Path, evaluation: str) -> dict[int, float]:
+    """Returns step -> score of the evaluation of that name."""
+    records = [
+        r for r in files.read_metrics(workdir / FILE) if r.get("kind") == "eval" and r.get("split") == evaluation
+    ]
+    return {r["step"]: r["score"] for r in records if isinstance(r.get("score"), float)}
 
 
 def read_evaluated(workdir: Path) -> set[tuple[int, str]]:

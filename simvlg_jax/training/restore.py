@@ -69,13 +69,13 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
         path = workdir / WEIGHTS
         step = int(own_files.read_metadata(path).get("step", 0))
         return Run(task, mesh, step, lambda: read_export(task, config, mesh, path))
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
         step = checkpoints.choose(which)
 
     def read() -> dict:
         trained, frozen = Plan(task, config, mesh).init_params()
         check_frozen(workdir, describe_frozen(frozen, task.sources))
-        with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
             return partition.join(frozen, checkpoints.restore_params(step, trained))
 
     return Run(task, mesh, step, read)
