@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simvlg_jax.models import bert
-from simvlg_jax.models.attention import attend
+from simvlg_jax.models.attention import attend, softmax
 from simvlg_jax.models.encoders import temporal_merge, vit
 from simvlg_jax.models.llms import llama, opt
 
@@ -64,6 +64,17 @@ def test_bfloat16_inputs_are_attended_to_with_float32_scores():
     ours = np.asarray(attend(query, key, value), np.float32)
     exact = attend(*(x.astype(jnp.float32) for x in (query, key, value)))
     np.testing.assert_allclose(ours, exact, atol=2**-8 * np.abs(value).max())
+
+
+def test_softmax_has_the_gradient_of_jax_and_keeps_only_its_result():
+    scores, slopes = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
+    ours, theirs = (
+        jax.grad(lambda x, f=f: jnp.sum(f(x) * slopes))(scores)
+        for f in (lambda x: softmax(x, jnp.float32), jax.nn.softmax)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    _, back = jax.vjp(lambda x: softmax(x, jnp.bfloat16), scores)
+    assert {x.dtype for x in jax.tree.leaves(back)} == {jnp.dtype("bfloat16")}
 
 
 X = jax.ShapeDtypeStruct((2, 5, 32), jnp.bfloat16)
