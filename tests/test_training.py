@@ -7,7 +7,6 @@ import signal
 
 import jax
 import jax.numpy as jnp
-import kill_series
 import numpy as np
 import optax
 import pytest
@@ -79,13 +78,6 @@ def test_interrupted_and_resumed_run_is_bit_equal(tmp_path, monkeypatch, mode):
     whole, parts = (final_params(config, tmp_path / name) for name in ("whole", "parts"))
     assert fingerprint(whole) == fingerprint(parts)
     assert logged(tmp_path / "parts", "eval")[9]["loss"] == logged(tmp_path / "whole", "eval")[9]["loss"]
-
-
-def test_killed_run_is_bit_equal_to_an_undisturbed_one(tmp_path):
-    """Ten times SIGKILL at random moments, resumed each time; `kill_series` runs longer ones by hand."""
-    moments = kill_series.kill_training(tmp_path, kills=10, seed=3, steps=24)
-    assert sum(moments.values()) == 10
-    assert len(moments) > 1
 
 
 def test_only_trained_parameters_change_and_only_they_are_optimised(tmp_path):
