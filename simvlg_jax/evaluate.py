@@ -70,11 +70,13 @@ def evaluations(config: ConfigDict, splits: list[str]) -> dict[str, ConfigDict]:
     """Returns {name: entry} of the evaluations.
 
     They are those of `splits`, or by default those of the test splits of the data and of the entries in `config.evals`
-    that do not run during training.
+    that do not run during training. The one that chooses the best checkpoint is not among them, since `every=0` turns
+    it off.
     """
     from simvlg_jax.data.sources import test_splits
 
-    own = {} if splits else {name: entry for name, entry in config.evals.items() if not entry.every and name != "val"}
+    off = config.train.best_by
+    own = {} if splits else {name: entry for name, entry in config.evals.items() if not entry.every and name != off}
     entries = {}
     for split in splits or test_splits(config.data):
         entries[split] = defaults.get_eval()
