@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simvlg_jax.data import index as indexes
-from simvlg_jax.data.index import Index, Row, merge_indexes, write_index
+from simvlg_jax.data.index import Index, Row, Tar, merge_indexes, write_index
 from simvlg_jax.utils.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -26,18 +26,26 @@ ROWS = st.lists(
 )
 
 
+def tars_of(part: int) -> list[Tar]:
+    return [Tar(f"{part}/{name}.tar", 1024 + part) for name in "ab"]
+
+
 @given(parts=st.lists(ROWS, min_size=1, max_size=3), batch=st.integers(1, 5))
 def test_rows_survive_writing_and_merging(tmp_path_factory, parts, batch):
     folder = tmp_path_factory.mktemp("index")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexes, "BATCH", batch)
         for number, rows in enumerate(parts):
-            write_index(folder / str(number), rows, media="video", tars=(f"{number}/a.tar", f"{number}/b.tar"))
+            write_index(
+                folder / str(number), rows, media="video", tars=[Tar(f"{number}/{name}.tar", 1024) for name in "ab"]
+            )
         merge_indexes(folder / "all", [folder / str(number) for number in range(len(parts))])
     index = pickle.loads(pickle.dumps(Index(folder / "all")))
     assert index.media == "video"
     assert [index[i]._replace(tar=index.tars[index[i].tar]) for i in range(len(index))] == [
-        row._replace(tar=f"{number}/{'ab'[row.tar]}.tar") for number, rows in enumerate(parts) for row in rows
+        row._replace(tar=Tar(f"{number}/{'ab'[row.tar]}.tar", 1024))
+        for number, rows in enumerate(parts)
+        for row in rows
     ]
     everything = [row for rows in parts for row in rows]
     np.testing.assert_array_equal(index.counts(), [len(row.texts) for row in everything])

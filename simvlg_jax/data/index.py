@@ -39,6 +39,13 @@ KEY = b"simvlg_jax"  # of the metadata
 MEDIA = ("image", "video")
 
 
+class Tar(NamedTuple):
+    """A tar with pictures: its path, and its size in bytes when it was indexed."""
+
+    path: str
+    size: int
+
+
 class Row(NamedTuple):
     """One record: texts, and where its picture lies in a tar."""
 
@@ -50,13 +57,13 @@ class Row(NamedTuple):
     size: int = 0
 
 
-def write_index(path: epath.PathLike, rows: Iterable[Row], *, media: str = "image", tars: Sequence[str] = ()) -> None:
+def write_index(path: epath.PathLike, rows: Iterable[Row], *, media: str = "image", tars: Sequence[Tar] = ()) -> None:
     """Writes an index; the file appears when it is whole.
 
     Args:
       path: local, or in a bucket.
       media: what the records hold, one of MEDIA.
-      tars: paths of the tars with the pictures; empty if the pictures are in ArrayRecord files.
+      tars: the tars with the pictures; empty if the pictures are in ArrayRecord files.
     """
     rows = iter(rows)
     batches = iter(lambda: list(islice(rows, BATCH)), [])
@@ -66,7 +73,7 @@ def write_index(path: epath.PathLike, rows: Iterable[Row], *, media: str = "imag
 
 def merge_indexes(path: epath.PathLike, parts: Iterable[epath.PathLike]) -> None:
     """Writes the rows of all parts, in order, to one index. The parts hold the same media."""
-    tars: list[str] = []
+    tars: list[Tar] = []
     media = set()
     for part in (parts := list(parts)):
         index = Index(part)
@@ -86,7 +93,7 @@ def merge_indexes(path: epath.PathLike, parts: Iterable[epath.PathLike]) -> None
     _write(path, batches(), kind, tars)
 
 
-def _write(path: epath.PathLike, batches: Iterable[pa.RecordBatch], media: str, tars: Sequence[str]) -> None:
+def _write(path: epath.PathLike, batches: Iterable[pa.RecordBatch], media: str, tars: Sequence[Tar]) -> None:
     metadata = {KEY: json.dumps({"version": 1, "media": media, "tars": list(tars)}).encode()}
     with (
         atomic_write(epath.Path(path)) as partial,
@@ -102,7 +109,7 @@ class Index:
 
     Attributes:
       media: "image" or "video".
-      tars: paths of the tars with the pictures; empty if they are in ArrayRecord files.
+      tars: the tars with the pictures; empty if they are in ArrayRecord files.
       table: the Arrow table.
 
     Raises UserError if the file is absent or not an index.
@@ -121,7 +128,7 @@ class Index:
             raise UserError(
                 f"{self.path} is no index of simvlg_jax, or damaged ({error}): delete its folder and prepare it again"
             ) from error
-        self.media, self.tars = about["media"], about["tars"]
+        self.media, self.tars = about["media"], [Tar(*tar) for tar in about["tars"]]
         self._columns = [self.table.column(name) for name in SCHEMA.names]
         chunks = self._columns[0].chunks
         self._starts = np.cumsum([0, *map(len, chunks)])  # of the chunks

@@ -10,6 +10,7 @@ from simvlg_jax.config.check import lookup
 from simvlg_jax.data.captions import CLEANERS
 from simvlg_jax.data.sources.folder import FolderSource
 from simvlg_jax.data.sources.openmoji import OpenMojiSource
+from simvlg_jax.data.sources.prepared import PreparedSource
 from simvlg_jax.data.sources.source import Record, RecordInfo, Source
 from simvlg_jax.data.sources.synthetic import SyntheticSource
 from simvlg_jax.utils.errors import UserError
@@ -18,7 +19,12 @@ __all__ = ["SOURCES", "Record", "RecordInfo", "Source", "check_unique_ids", "loa
 
 # Each class implements `Source`, is opened as CLASS(data_config, split, training), and names its SPLITS and those that
 # are scored by default, TEST_SPLITS.
-SOURCES = {"openmoji": OpenMojiSource, "folder": FolderSource, "synthetic": SyntheticSource}
+SOURCES = {
+    "openmoji": OpenMojiSource,
+    "folder": FolderSource,
+    "prepared": PreparedSource,
+    "synthetic": SyntheticSource,
+}
 
 
 @dataclass(frozen=True)
