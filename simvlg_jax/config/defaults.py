@@ -75,8 +75,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "openmoji"  # a key of data.sources.SOURCES
-    config.data.dir = "data"  # "openmoji": the folder that `python -m simvlg_jax.data.prepare` wrote to
-    config.data.path = ""  # "folder": pictures and captions.jsonl
+    config.data.dir = "data"  # "openmoji" and "tfds": the folder with the data sets, `data_dir` of TFDS
+    config.data.path = ""  # "folder": pictures and captions.jsonl; "prepared": what `prepare` wrote; "tfds": a name
+    config.data.caption_key = ""  # "tfds": name of the captions' feature; "": one of data.sources.tfds.CAPTIONS
     config.data.allow_outside = False  # "folder": pictures may be outside data.path
     config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
     # A key of data.captions.CLEANERS: "" or "blip_caption" (published). It cleans the captions of the loss, in training

@@ -13,17 +13,19 @@ from simvlg_jax.data.sources.openmoji import OpenMojiSource
 from simvlg_jax.data.sources.prepared import PreparedSource
 from simvlg_jax.data.sources.source import Record, RecordInfo, Source
 from simvlg_jax.data.sources.synthetic import SyntheticSource
+from simvlg_jax.data.sources.tfds import TfdsSource
 from simvlg_jax.utils.errors import UserError
 
 __all__ = ["SOURCES", "Record", "RecordInfo", "Source", "check_unique_ids", "load_source", "test_splits"]
 
-# Each class implements `Source`, is opened as CLASS(data_config, split, training), and names its SPLITS and those that
-# are scored by default, TEST_SPLITS.
+# Each class implements `Source`, is opened as CLASS(data_config, split, training), and names its SPLITS (empty if they
+# differ from data set to data set, and the class checks them) and those that are scored by default, TEST_SPLITS.
 SOURCES = {
     "openmoji": OpenMojiSource,
     "folder": FolderSource,
     "prepared": PreparedSource,
     "synthetic": SyntheticSource,
+    "tfds": TfdsSource,
 }
 
 
@@ -56,7 +58,7 @@ def load_source(data_config: ConfigDict, split: str, training: bool = False) -> 
     """
     clean = lookup(CLEANERS, "data.clean", data_config.get("clean", ""))
     kind = lookup(SOURCES, "data.name", data_config.name)
-    if split not in kind.SPLITS:
+    if kind.SPLITS and split not in kind.SPLITS:
         raise UserError(
             f'the data set "{data_config.name}" has no split "{split}"; it has {", ".join(kind.SPLITS)}', status=2
         )

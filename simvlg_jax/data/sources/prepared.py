@@ -83,7 +83,7 @@ class PreparedSource:
     Raises UserError if the split was not prepared, or if its files do not fit each other.
     """
 
-    SPLITS = ("train", "val", "test")
+    SPLITS = ()
     TEST_SPLITS = ("test",)
 
     def __init__(self, data_config: ConfigDict, split: str, training: bool = False):

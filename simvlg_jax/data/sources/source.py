@@ -9,11 +9,12 @@ class Record(TypedDict):
     """One example.
 
     Attributes:
-      image: encoded bytes (PNG, JPEG, ...), or uint8 (H, W, 3).
+      image: encoded bytes of a picture (PNG, JPEG, ...) or of a video, or uint8 (H, W, 3).
       caption: the text that is learned.
       references: all captions of the picture; evaluation compares with them.
       id: names the picture; unique among the pictures of a split.
-      question: the text that the caption answers.
+      question: the text that the caption answers; the references are then the answers of several people.
+      choices: texts of which training draws one for each view, instead of `caption`.
     """
 
     image: bytes | np.ndarray
@@ -21,6 +22,7 @@ class Record(TypedDict):
     references: list[str]
     id: str
     question: NotRequired[str]
+    choices: NotRequired[list[str]]
 
 
 class RecordInfo(NamedTuple):
@@ -33,8 +35,8 @@ class RecordInfo(NamedTuple):
 class Source(Protocol):
     """Random access to the records of one split, from several threads or processes.
 
-    A source for training has one record for each caption. Any other source has one record for each picture, and
-    `caption` is its first caption.
+    A source for training has one record for each caption, or one for each picture with `choices`. Any other source has
+    one record for each picture, and `caption` is its first caption.
     """
 
     def __len__(self) -> int: ...
