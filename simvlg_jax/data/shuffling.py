@@ -6,6 +6,7 @@ then all records within a window of several blocks: storage sees few large reads
 
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import grain
@@ -16,6 +17,7 @@ from grain.experimental import index_shuffle
 from simvlg_jax.config.check import lookup
 
 Prefetch = Callable[[int, int], None]
+KEPT = 64  # windows that are known to be announced; threads read in few at a time
 
 
 def shuffled(
@@ -59,6 +61,9 @@ def _permute(index: int, size: int, seed: int) -> int:
     return index_shuffle(index, max_index=size - 1, seed=seed, rounds=4)
 
 
+_block_at = functools.lru_cache(maxsize=4096)(_permute)  # a window asks for the same few blocks again and again
+
+
 @functools.lru_cache(maxsize=64)
 def _place_of_last(count: int, seed: int) -> int:
     """The place that `_permute` gives to the last of `count` blocks; a tenth of a second for 100,000 of them."""
@@ -86,7 +91,7 @@ class BlockOrder:
         first = window * self._window
         seed = _seed(self._seed, epoch)
         places = range(first, min(first + self._window, self._blocks))
-        blocks = sorted(_permute(place, self._blocks, seed) for place in places)
+        blocks = sorted(_block_at(place, self._blocks, seed) for place in places)
         return [(block * self._block, min((block + 1) * self._block, self.size)) for block in blocks]
 
     def record(self, place: int, epoch: int) -> int:
@@ -96,7 +101,7 @@ class BlockOrder:
         end = self._start(min((window + 1) * self._window, self._blocks), epoch)
         place = first + _permute(place - first, end - first, _seed(self._seed, epoch, window))
         block_place, offset = self._locate(place, epoch)
-        return _permute(block_place, self._blocks, _seed(self._seed, epoch)) * self._block + offset
+        return _block_at(block_place, self._blocks, _seed(self._seed, epoch)) * self._block + offset
 
     def _last(self, epoch: int) -> int:
         """The place, among the blocks of an epoch, of the last block of the source, which may be smaller."""
@@ -120,7 +125,7 @@ class BlockShuffle(grain.MapDataset):
     def __init__(self, parent: grain.MapDataset, order: BlockOrder, prefetch: Prefetch | None):
         super().__init__(parent)
         self._order, self._prefetch = order, prefetch
-        self._reached: tuple[int, int] | None = None  # the last window that was announced, and its epoch
+        self._announced: deque[tuple[int, int]] = deque(maxlen=KEPT)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -135,17 +140,16 @@ class BlockShuffle(grain.MapDataset):
         return self._parent[epoch * self._order.size + self._order.record(place, epoch)]
 
     def _announce(self, epoch: int, window: int) -> None:
-        with self._lock:
-            # Threads read ahead of each other, so a record of the window before may come after.
-            if self._reached is not None and (epoch, window) <= self._reached:
+        with self._lock:  # other threads wait until the blocks are announced
+            if (epoch, window) in self._announced:
                 return
-            self._reached = epoch, window
-        for first, end in self._order.blocks_of(window, epoch):
-            self._prefetch(first, end)
+            self._announced.append((epoch, window))
+            for first, end in self._order.blocks_of(window, epoch):
+                self._prefetch(first, end)
 
     def __getstate__(self) -> dict:
         """Pickles for a data worker, which announces its own reads."""
-        return self.__dict__ | {"_lock": None, "_reached": None}
+        return self.__dict__ | {"_lock": None, "_announced": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state | {"_lock": threading.Lock()})
+        self.__dict__.update(state | {"_lock": threading.Lock(), "_announced": deque(maxlen=KEPT)})

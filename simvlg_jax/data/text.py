@@ -69,9 +69,9 @@ class TextEncoder:
 
     def _tokenize(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """The tokens of "PROMPT TEXT", cut in two where the text begins; the space between them belongs to the text."""
+        prompt = prompt.rstrip(" ")  # or some tokenizers would make a token of the space, and others none
         if not prompt:
             return [], self.tokenizer.encode(text, add_special_tokens=False).ids
-        prompt = prompt.rstrip(" ")  # or some tokenizers would make a token of the space, and others none
         between = " " if text and not prompt[-1:].isspace() else ""
         encoding = self.tokenizer.encode(prompt + between + text, add_special_tokens=False)
         border = next((i for i, (_, end) in enumerate(encoding.offsets) if end > len(prompt)), len(encoding.ids))

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
@@ -75,11 +74,14 @@ def matching_losses(
     weight = jnp.ones(size) if weight is None else weight
     temperature = jnp.clip(temperature, 0.001, 0.5)
     similarity = jnp.einsum("IS,JS->IJ", picture, text, precision="highest") / temperature
-    both = (weight[:, None] * weight[None, :]) > 0
-    similarity = jnp.where(both, similarity, LEFT_OUT)
-    targets = (1 - SMOOTHING) * jnp.eye(size) + SMOOTHING * weight / jnp.maximum(weight.sum(), 1)
-    losses = optax.softmax_cross_entropy(similarity, targets) + optax.softmax_cross_entropy(similarity.T, targets)
-    return jnp.where(weight > 0, losses / 2, 0.0)
+    counts = (weight[:, None] * weight[None, :]) > 0
+
+    def cross_entropy(axis: int) -> jax.Array:
+        total = jax.nn.logsumexp(jnp.where(counts, similarity, LEFT_OUT), axis)
+        mean = jnp.sum(jnp.where(counts, similarity, 0.0), axis) / jnp.maximum(weight.sum(), 1.0)
+        return total - (1 - SMOOTHING) * jnp.diagonal(similarity) - SMOOTHING * mean
+
+    return jnp.where(weight > 0, (cross_entropy(1) + cross_entropy(0)) / 2, 0.0)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ __all__ = ["SOURCES", "Record", "RecordInfo", "Source", "check_unique_ids", "loa
 SOURCES = {"openmoji": OpenMojiSource, "folder": FolderSource, "synthetic": SyntheticSource}
 
 
+MAX_CHARACTERS = 10_000  # of a text; the rest is cut off, since some tokenizers take seconds for a huge one
 QUESTION_PROMPT = "Question: {} Short answer:"  # published
 
 
@@ -71,7 +72,7 @@ class TextSource:
     def _checked(self, text: str, what: str) -> str:
         if self.training and not text.strip():
             raise CaptionError(f"the {what} is empty")
-        return well_formed(text)
+        return well_formed(text[:MAX_CHARACTERS])
 
     def info(self, index: int) -> RecordInfo:
         return self.source.info(index)
