@@ -101,8 +101,8 @@ class Trainer:
         self.iterator.set_state(position["iterator"])
 
     def next_batch(self) -> dict[str, np.ndarray]:
-        """Returns this process's rows of the next batch."""
-        with workers.signals_blocked():
+        """Returns this process's rows of the next batch. Raises UserError if a data worker was killed."""
+        with workers.signals_blocked(), workers.deaths_explained():
             return next(self.iterator)
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
