@@ -1,6 +1,5 @@
 """The OpenMoji example: emoji pictures and their English names."""
 
-import functools
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -30,6 +29,7 @@ class OpenMojiSource:
         builder = tfds.builder_from_directory(folder)
         # Pictures stay PNG bytes: the pipeline decodes them and tolerates damage.
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        self._infos: dict[int, RecordInfo] = {}  # kept, since a record is always read as a whole, picture included
 
     def __len__(self) -> int:
         return len(self._records)
@@ -37,14 +37,17 @@ class OpenMojiSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = self._records[int(index)]
+        try:
+            record = self._records[int(index)]
+        except RuntimeError as error:
+            raise OSError(f"the shard cannot be read: {error}") from error
+        if record["id"] is None:  # what ArrayRecord gives past the end of a truncated file
+            raise OSError("the shard is truncated")
         caption = record["caption"].decode()
         return {"image": record["image"], "caption": caption, "references": [caption], "id": record["id"].decode()}
 
-    @functools.cached_property
-    def _infos(self) -> list[RecordInfo]:
-        """Read once and kept (0.15 s for train), since an ArrayRecord is always read as a whole, picture included."""
-        return [RecordInfo(record["id"], record["references"]) for record in self]
-
     def info(self, index: int) -> RecordInfo:
+        if index not in self._infos:
+            record = self[index]
+            self._infos[index] = RecordInfo(record["id"], record["references"])
         return self._infos[index]
