@@ -92,7 +92,7 @@ class EvalData:
             )
         if names and jax.process_index() == 0:
             counted = f"{len(names)} of {len(self)} pictures cannot be read"
-            warn(f"{counted} and are left out of the score ({reasons}): {first}")
+            warn(f"{counted} and are left out of the score: {first} ({reasons})")
         return names
 
     def name_of(self, index: int) -> str:
