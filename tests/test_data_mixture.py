@@ -184,3 +184,18 @@ def test_mixture_is_saved_with_a_run_and_overridden_by_flags(tmp_path):
     assert again.data.mixture.to_dict() == {"a": {"weight": 5}, "b": {"weight": 1.5, "split": "val"}}
     assert not saved.differences(again, fill(mixed), lambda key: True)
     assert [part.weight for part in load_training(again.data).parts] == [5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("llm", "weights"),
+    [("opt2.7b", {"laion115M": 15, "ccs14M": 4, "coco": 1}), ("vicuna7b", {"ccs14M": 45, "coco": 5})],
+)
+def test_recipes_have_the_published_mixtures(llm, weights):
+    config = load_config(f"configs/pretrain_image.py:llm={llm}", ["--config.data.mixture.coco.path=elsewhere"])
+    entries = config.data.mixture.to_dict()
+    assert {name: entry["weight"] for name, entry in entries.items()} == weights
+    assert {entry["name"] for entry in entries.values()} == {config.evals.val.data.name} == {"prepared"}
+    paths = {name: f"data/{name}" for name in weights} | {"coco": "elsewhere"}
+    assert {name: entry["path"] for name, entry in entries.items()} == paths
+    assert config.evals.val.data.path == "data/coco" and config.data.clean == "blip_caption"
+    assert not load_config(f"configs/pretrain_image.py:llm={llm},data=own").data.mixture

@@ -136,7 +136,7 @@ def test_published_recipe_cleans_captions_in_training_and_loss_but_not_reference
     lines = [{"image": "a.png", "caption": RAW, "split": split} for split in ("train", "val")]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     overrides = [f"--config.data.path={tmp_path}", "--config.data.workers=0", *overrides]
-    data = load_config("configs/pretrain_image.py", overrides).data
+    data = load_config("configs/pretrain_image.py:data=own", overrides).data
     batch = next(train(data, load_source(data, "train", training=True), batch_size=2))
     assert sorted(captions(batch)) == sorted(expected)
     source = load_source(data, "val")
