@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config.arguments import config_parser
 from simvlg_jax.config.load import load_config
+from simvlg_jax.data.mixture import load_training
 from simvlg_jax.data.page import samples, write_page
-from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
+from simvlg_jax.data.pipeline import make_eval_batches, make_train_iterator
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.data.statistics import batches_per_second, describe
 from simvlg_jax.tasks import build_task
@@ -28,13 +29,12 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
     """Prints the statistics of a split and writes its page; returns the path OUT/SPLIT.html."""
     spec = build_task(config).batch
     training = split == "train"
-    source = load_source(config.data, split, training=training)
+    source = load_training(config.data) if training else load_source(config.data, split)
     text = spec.texts[spec.main_text]
     found = describe(source, text.encoder)
-    skipped = Skipped()
     if training:
         size = config.train.batch_size
-        batches = make_train_iterator(config.data, source, spec, batch_size=size, seed=config.seed, skipped=skipped)
+        batches = make_train_iterator(config.data, source, spec, batch_size=size, seed=config.seed)
     else:
         batches = iter(make_eval_batches(source, spec, batch_size=config.evaluate.batch_size))
     shown = samples(next(batches), spec)[:SAMPLES]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from simvlg_jax.data import transforms
 from simvlg_jax.data.batch import Batch
+from simvlg_jax.data.skipped import reason
 from simvlg_jax.data.sources import Source
 from simvlg_jax.data.text import TextEncoder
 
@@ -38,8 +39,8 @@ class Statistics:
       pictures: of the readable ones.
       references: number of captions or answers of each record.
       questions: number of records with a question.
-      tokens: length of each caption as the model gets it, start and end included and truncated.
-      dead: unreadable records by error.
+      tokens: length of each text as the model gets it: prompt, start and end included, truncated.
+      dead: records that cannot be used, by `skipped.reason`.
     """
 
     records: int
@@ -60,11 +61,11 @@ def describe(source: Source, encoder: TextEncoder, max_records: int = MAX_RECORD
             record = source[place]
             found.pictures.append(_picture(record["image"]))
         except transforms.UNREADABLE as error:
-            found.dead[str(error) or type(error).__name__] += 1
+            found.dead[reason(error)] += 1
             continue
         found.references.append(len(record["references"]))
         found.questions += "question" in record
-        found.tokens.append(len(encoder(record["caption"])[0]))
+        found.tokens.append(len(encoder(record["caption"], record.get("prompt", ""))[0]))
     return found
 
 

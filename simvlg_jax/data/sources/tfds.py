@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simvlg_jax.data.captions import well_formed
+from simvlg_jax.data.sources.array_record import read_record
 from simvlg_jax.data.sources.source import Record, RecordInfo
 from simvlg_jax.utils.errors import UserError
 
@@ -66,10 +67,7 @@ class TfdsSource:
     def _read(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
-            return self._records[int(index)]
-        except (RuntimeError, ValueError, IndexError) as error:  # of ArrayRecord, for damaged files
-            raise OSError(f"record {index} of {self._name} cannot be read: {error}") from error
+        return read_record(self._records, index)
 
     def _info(self, index: int, record: dict[str, Any]) -> RecordInfo:
         captions = _get(record, self._captions)
