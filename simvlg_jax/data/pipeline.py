@@ -8,7 +8,6 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grain
 import ml_collections
@@ -37,59 +36,47 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class ReadableSource:
-    """Decodes the pictures of a source and replaces each unreadable record by the next readable one.
+class ReadExample:
+    """Index of a record -> training example: a random view of the picture, and the encoded texts. Grain gives the rng.
 
-    Records gain "skipped", the number of unreadable records passed over. Raises UserError after MAX_SKIPS unreadable
-    records in a row.
+    The next readable record replaces an unreadable one. Raises UserError after MAX_SKIPS unreadable records in a row.
 
     Attributes:
-      decode: False leaves the pictures encoded, for tasks without pictures.
+      reduced: see `transforms.view`.
     """
 
     source: Source
-    decode: bool
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for skipped in range(min(MAX_SKIPS, len(self))):
-            place = (index + skipped) % len(self)
-            try:
-                record = self.source[place]
-                if self.decode:
-                    record = {**record, "image": transforms.decode(record["image"])}
-                return {**record, "skipped": skipped}
-            except transforms.UNREADABLE as error:
-                logging.warning("skipped unreadable picture, record %d: %s", place, error)
-        raise UserError(f"{skipped + 1} pictures in a row, from record {index} on, cannot be read")
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Record -> training example: a random view of the picture, and the encoded texts. Grain gives the rng."""
-
     spec: BatchSpec
     scale: tuple[float, float]
     flip: bool
+    reduced: bool
 
-    def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
-        pictures = self.spec.pictures
-        image = pictures and transforms.augment(record["image"], pictures.side, self.scale, self.flip, rng)
-        return Example(image, self.spec.encode(record["caption"]), record["skipped"])
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        for skipped in range(min(MAX_SKIPS, len(self.source))):
+            place = (index + skipped) % len(self.source)
+            try:
+                record = self.source[place]
+                image = self.spec.pictures and self._view(record["image"], rng)
+            except transforms.UNREADABLE as error:
+                logging.warning("skipped unreadable picture, record %d: %s", place, error)
+            else:
+                return Example(image, self.spec.encode(record["caption"]), skipped)
+        raise UserError(f"{skipped + 1} pictures in a row, from record {index} on, cannot be read")
+
+    def _view(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return transforms.view(image, self.spec.pictures.side, self.scale, self.flip, rng, reduced=self.reduced)
 
 
 def examples(data_config: ml_collections.ConfigDict, source: Source, spec: BatchSpec, seed: int) -> grain.MapDataset:
     """Endless training examples of one source: each epoch is a new permutation with new random views.
 
     Args:
-      data_config: reads crop_scale and flip.
+      data_config: reads crop_scale, flip and reduced_decode.
     """
-    augment = Augment(spec, tuple(data_config.crop_scale), bool(data_config.flip))
+    scale, reduced = tuple(data_config.crop_scale), bool(data_config.reduced_decode)
+    read = ReadExample(source, spec, scale, bool(data_config.flip), reduced)
     augment_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # independent of the order's
-    readable = ReadableSource(source, decode=spec.pictures is not None)
-    return grain.MapDataset.source(readable).shuffle(seed).repeat().random_map(augment, seed=augment_seed)
+    return grain.MapDataset.range(len(source)).shuffle(seed).repeat().random_map(read, seed=augment_seed)
 
 
 def length_window(data_config: ml_collections.ConfigDict, whole: bool) -> int:
@@ -126,7 +113,8 @@ def make_train_iterator(
     Iterate within `workers.signals_blocked`, so that Ctrl-C does not kill workers that are starting.
 
     Args:
-      data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
+      data_config: reads crop_scale, flip, reduced_decode, pad_multiple, length_window, workers (processes; 0 for none),
+        read_threads.
       batch_size: global, over all processes.
       rows: rows of each batch that this process reads, see `parallel.mesh.local_rows`; default: all.
       skipped: counts the unreadable pictures.
@@ -176,7 +164,7 @@ class EvalBatch:
         """Raises one of transforms.UNREADABLE."""
         record = self.source[index]
         pictures = self.spec.pictures
-        image = pictures and transforms.squash(transforms.decode(record["image"]), pictures.side)
+        image = pictures and transforms.squash(transforms.pixels(record["image"]), pictures.side)
         return Example(image, self.spec.encode(record["caption"]))
 
     def _example_or_blank(self, index: int) -> Example:
