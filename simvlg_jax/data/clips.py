@@ -88,8 +88,6 @@ def decode(
             shown = np.flatnonzero([packet.shown for packet in packets])
             if not len(shown):
                 raise OSError("the video has no frames")
-            if len(packets) < stream.frames:
-                raise OSError(f"the video is cut off: it has {len(packets)} of {stream.frames} frames")
             indices = frame_indices(len(shown), count, how, rng)
             frames = _frames(context, packets, np.unique(indices).tolist(), side)
     except av.FFmpegError as error:  # some of them are OSErrors, others not
@@ -154,14 +152,23 @@ class _Packet(NamedTuple):
 
 
 def _packets(container, stream) -> list[_Packet]:
-    """The packets of a stream in the order of decoding, without decoding them."""
-    packets = []
+    """The packets of a stream in the order of decoding, without decoding them.
+
+    Raises:
+      OSError: an MP4 file is cut off. The other containers state no number of frames that can be trusted; a cut file
+        of theirs is the shorter clip.
+    """
+    packets: list[_Packet] = []
+    found = 0
     for packet in container.demux(stream):
+        found += packet.dts is not None  # empty ones too, which stand for frames that did not change
         if packet.size:
             hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] & _SHOWN
             packets.append(_Packet(packet, not hidden and not packet.is_discard))
         if len(packets) > MAX_PACKETS:
             raise OSError(f"the video has more than {MAX_PACKETS:,} frames; cut it into clips")
+    if "mp4" in container.format.name and found < stream.frames:
+        raise OSError(f"the video is cut off: it has {found} of {stream.frames} frames")
     return packets
 
 
