@@ -10,7 +10,7 @@ from PIL import Image
 from simvlg_jax.config.load import fill, load_config, override
 from simvlg_jax.config.saved import EXAMPLE, read_config
 from simvlg_jax.data import transforms
-from simvlg_jax.decoding.generate import decoding_options
+from simvlg_jax.decoding.settings import decoding_of
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.training import restore
@@ -29,14 +29,18 @@ class CaptionModel:
 
     def __init__(self, config: ConfigDict, task: Task, params: dict):
         self.task, self.params = task, params
-        self._captioner = Captioner(task.model, task.batch.texts["caption"].encoder, **decoding_options(config))
+        self._captioner = Captioner(task.model, task.batch.texts["caption"].encoder, decoding_of(config))
 
     def caption(self, picture: Picture, prompt: str | None = None) -> str:
         """Returns the caption of one picture. See `captions`."""
         return self.captions([picture], prompt, 1)[0]
 
     def captions(self, pictures: Sequence[Picture], prompt: str | None = None, batch_size: int = 16) -> list[str]:
-        """Returns greedy captions.
+        """Returns the caption of each picture, the first one of `several`."""
+        return [captions[0] for captions in self.several(pictures, prompt, batch_size)]
+
+    def several(self, pictures: Sequence[Picture], prompt: str | None = None, batch_size: int = 16) -> list[list[str]]:
+        """Returns `evaluate.num_captions` captions of each picture, decoded by the settings of `config.evaluate`.
 
         Args:
           pictures: file names, PIL images or uint8 arrays (H, W, 3) of any size, squashed to the model's square.
@@ -50,7 +54,7 @@ class CaptionModel:
         for start in range(0, len(pictures), batch_size):
             images = np.stack([read_picture(p, side) for p in pictures[start : start + batch_size]])
             filled = np.concatenate([images, np.zeros((batch_size - len(images), side, side, 3), np.uint8)])
-            output = self._captioner(self.params, filled, prompt)
+            output = self._captioner(self.params, filled, prompt, start)
             captions += self._captioner.decode(np.asarray(output.ids))[: len(images)]
         return captions
 

@@ -2,8 +2,9 @@
 
     python -m simvlg_jax.caption --example picture.png folder/
     python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
-    python -m simvlg_jax.caption --workdir runs/openmoji --config.evaluate.max_new_tokens=40 picture.png
+    python -m simvlg_jax.caption --workdir runs/openmoji --config.evaluate.num_beams=5 picture.png
 
+With `evaluate.num_captions` above 1, "captions" has all of them (samples, or the best beams).
 `--example` uses the checkpoint that comes with the package. The line of an unreadable picture has an "error" instead of
 a "caption". The exit status is 1 only if no picture could be read.
 """
@@ -65,11 +66,11 @@ def expand(path: Path) -> list[Path]:
     return [path]
 
 
-def caption_files(model, paths: list[Path], arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """Returns {"caption": ...} or {"error": ...} for each path."""
+def caption_files(model, paths: list[Path], arguments: argparse.Namespace) -> list[dict[str, str | list[str]]]:
+    """Returns {"caption": ...} or {"error": ...} for each path, and "captions" where there are several."""
     from simvlg_jax.data import transforms
 
-    results: list[dict[str, str]] = [{} for _ in paths]
+    results: list[dict[str, str | list[str]]] = [{} for _ in paths]
     readable, images = [], []
     for i, path in enumerate(paths):
         try:
@@ -79,9 +80,9 @@ def caption_files(model, paths: list[Path], arguments: argparse.Namespace) -> li
             results[i] = {"error": "no such file or folder"}
         except transforms.UNREADABLE as error:
             results[i] = {"error": f"cannot read this picture: {error}"}
-    captions = model.captions(images, arguments.prompt, arguments.batch_size) if images else []
-    for i, caption in zip(readable, captions, strict=True):
-        results[i] = {"caption": caption}
+    captions = model.several(images, arguments.prompt, arguments.batch_size) if images else []
+    for i, several in zip(readable, captions, strict=True):
+        results[i] = {"caption": several[0]} | ({"captions": several} if len(several) > 1 else {})
     return results
 
 

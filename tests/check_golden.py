@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, i
 
 from simvlg_jax.convert import evlgen, families
 from simvlg_jax.data import captions
-from simvlg_jax.decoding.generate import greedy_decode
+from simvlg_jax.decoding.generate import generate
+from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.evaluation import metrics, ptb_tokenizer
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
@@ -38,6 +39,14 @@ from simvlg_jax.tasks import params as partition
 from simvlg_jax.utils.errors import UserError
 
 TOLERANCE, SCORE_TOLERANCE = 1e-4, 1e-6
+DECODINGS = {  # of the arrays gen/NAME
+    "greedy": {},
+    "beam5": dict(num_beams=5),
+    "beam5_lp": dict(num_beams=5, length_penalty=-1.0),
+    "beam5_lp2": dict(num_beams=5, length_penalty=2.0),
+    "beam3_min": dict(num_beams=3, min_new_tokens=6),
+    "beam5_rep": dict(num_beams=5, repetition_penalty=1.5),
+}
 FULL_SIZE = {"opt2.7b": "opt_2.7b", "opt6.7b": "opt_6.7b", "vicuna7b": "vicuna_7b", "vicuna13b": "vicuna_13b"}
 Check = tuple[str, float]  # what was compared, and its error in units of its tolerance: above 1 it fails
 
@@ -130,20 +139,20 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
     floor = 1e-6 * np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in theirs.values()))
     for key in sorted(set(ours) & set(theirs)):
         yield key, relative(ours[key], theirs[key], floor) / TOLERANCE
-    if "gen/greedy" in arrays:
-        yield "gen/greedy", exact(same_ids(greedy(model, params, sizes, stages["prefix"]), arrays["gen/greedy"], sizes))
+    for name in sorted(name for name in arrays if name.startswith("gen/")):
+        ids = decode(model, params, sizes, stages["prefix"], DECODINGS[name.removeprefix("gen/")])
+        yield name, exact(same_ids(ids, arrays[name], sizes))
 
 
-def greedy(model: SimVLG, params: dict, sizes: dict, prefix: jax.Array) -> np.ndarray:
-    """(B, max_length - 1): the dummy start that the published generate() counts is not among ours."""
+def decode(model: SimVLG, params: dict, sizes: dict, prefix: jax.Array, options: dict) -> np.ndarray:
+    """(B, max_length - 1): the start that the published generate() counts is not among ours."""
     start = jnp.full((prefix.shape[0], 1), sizes["bos_token_id"], jnp.int32)
-    special = dict(eos_id=sizes["eos_token_id"], pad_id=sizes["pad_token_id"])
-    decode = jax.jit(
-        lambda llm, prefix: greedy_decode(
-            model.llm, llm, prefix, start, jnp.ones_like(start), max_new_tokens=sizes["max_length"] - 1, **special
-        )
+    special = dict(eos_id=sizes["eos_token_id"], pad_id=sizes["pad_token_id"], bos_id=sizes["bos_token_id"])
+    settings = Decoding(max_new_tokens=sizes["max_length"], count_bos=True, **options)
+    decoded = jax.jit(
+        lambda llm, prefix: generate(model.llm, llm, prefix, start, jnp.ones_like(start), settings, **special)
     )
-    return np.asarray(decode(params["llm"], prefix))
+    return np.asarray(decoded(params["llm"], prefix))[:, 0]
 
 
 def same_ids(ours: np.ndarray, theirs: np.ndarray, sizes: dict) -> bool:

@@ -6,6 +6,7 @@ import pytest
 
 from simvlg_jax.config.load import load_config
 from simvlg_jax.data.batching import pad
+from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.parallel.mesh import make_mesh
 from simvlg_jax.tasks import build_task
@@ -21,7 +22,7 @@ def captioner_and_params(request):
     config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
     task = build_task(config)
     params = partition.join(*Plan(task, config, make_mesh(config.mesh)).init_params())
-    return Captioner(task.model, task.batch.texts["caption"].encoder, 6), params, task
+    return Captioner(task.model, task.batch.texts["caption"].encoder, Decoding(max_new_tokens=6)), params, task
 
 
 def test_each_picture_may_have_a_prompt_of_its_own(captioner_and_params):

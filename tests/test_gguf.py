@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from simvlg_jax.convert import gguf
 from simvlg_jax.convert import llama as hf_llama
-from simvlg_jax.decoding.generate import greedy_decode
+from simvlg_jax.decoding.generate import generate
+from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import smollm2_path
@@ -73,18 +74,18 @@ def test_greedy_continuation(smollm2, loaded_tokenizer):
     prompt = np.array([tokenizer.encode("A photo of a").ids], np.int32)
     no_prefix = np.zeros((1, 0, SMOLLM2.width), np.float32)
     decode = jax.jit(
-        lambda params: greedy_decode(
+        lambda params: generate(
             SMOLLM2,
             params,
             no_prefix,
             prompt,
             np.ones_like(prompt),
+            Decoding(max_new_tokens=4),
             eos_id=special.eos_id,
             pad_id=special.pad_id,
-            max_new_tokens=4,
         )
     )
-    assert tokenizer.decode(np.asarray(decode(smollm2))[0]) == " woman with a child"
+    assert tokenizer.decode(np.asarray(decode(smollm2))[0, 0]) == " woman with a child"
 
 
 def llamacpp_order(weight: np.ndarray, heads: int) -> np.ndarray:

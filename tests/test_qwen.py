@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import families
-from simvlg_jax.decoding.generate import greedy_decode
+from simvlg_jax.decoding.generate import generate
+from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.models.llms.llama import Llama
 from simvlg_jax.tasks import Task, build_task
 
@@ -114,8 +115,8 @@ def test_greedy_ids_equal_transformers(name, tied):
 
     @jax.jit
     def ours(params, eos_id):
-        options = dict(eos_id=eos_id, pad_id=49, max_new_tokens=9)
-        return greedy_decode(llm, params, prefix, start, np.ones_like(start), **options)
+        settings = Decoding(max_new_tokens=9)
+        return generate(llm, params, prefix, start, np.ones_like(start), settings, eos_id=eos_id, pad_id=49)[:, 0]
 
     free = theirs(48)
     assert len(np.unique(free)) > 5

@@ -20,6 +20,7 @@ from simvlg_jax.config.load import load_config
 from simvlg_jax.config.saved import save_config
 from simvlg_jax.convert import evlgen, stacking
 from simvlg_jax.data.text import CaptionText, character_tokenizer
+from simvlg_jax.decoding.settings import Decoding, decoding_of
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.huggingface import export as hf_export
 from simvlg_jax.tasks import build_task
@@ -64,7 +65,14 @@ def test_exported_model_gives_the_published_numbers(name, tmp_path):
 def tiny_run(tmp_path_factory):
     """A workdir with a checkpoint of random weights, larger than at initialisation so that pictures differ."""
     workdir = tmp_path_factory.mktemp("run")
-    flags = ["mesh.data=1", "llm.start_first=True", "vit.scan=False", "train.steps=1", "evaluate.max_new_tokens=12"]
+    flags = [
+        "mesh.data=1",
+        "llm.start_first=True",
+        "vit.scan=False",
+        "train.steps=1",
+        "evaluate.max_new_tokens=12",
+        "evaluate.num_beams=3",
+    ]
     config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
     checkpoints = Checkpoints(workdir)
     save_config(config, workdir)
@@ -81,8 +89,8 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     exported = load_exported(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
-    captioner = Captioner(task.model, task.batch.texts["caption"].encoder, config.evaluate.max_new_tokens)
-    ours = captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))
+    captioner = Captioner(task.model, task.batch.texts["caption"].encoder, decoding_of(config))
+    ours = [text for (text,) in captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))]
     pixels = torch.from_numpy(np.array(task.model.vit.normalize(images)).transpose(0, 3, 1, 2))
     theirs = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in exported.generate(pixels)]
     assert ours == theirs
@@ -103,7 +111,8 @@ def test_captions_are_the_same_whatever_the_family(size, tmp_path):
     back = evlgen.from_evlgen(task.model, load_file(tmp_path / "model.safetensors"))
     jax.tree.map(np.testing.assert_array_equal, back, params)
     images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    ours = np.asarray(Captioner(task.model, task.batch.texts["caption"].encoder, 12)(params, jnp.asarray(images)).ids)
+    captioner = Captioner(task.model, task.batch.texts["caption"].encoder, Decoding(max_new_tokens=12))
+    ours = np.asarray(captioner(params, jnp.asarray(images)).ids)[:, 0]
     pixels = torch.from_numpy(np.array(task.model.vit.normalize(images)).transpose(0, 3, 1, 2))
     theirs = load_exported(tmp_path).generate(pixels).numpy()
     assert np.array_equal(ours[:, : theirs.shape[1]], theirs)

@@ -59,6 +59,12 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "evaluate.batch_size": ONE_UP,
     "evaluate.max_new_tokens": ONE_UP,
     "evaluate.min_new_tokens": ZERO_UP,
+    "evaluate.num_beams": ONE_UP,
+    "evaluate.num_captions": ONE_UP,
+    "evaluate.length_penalty": (-math.inf, math.inf),
+    "evaluate.temperature": (POSITIVE, math.inf),
+    "evaluate.top_k": ZERO_UP,
+    "evaluate.top_p": (POSITIVE, 1),
     "evaluate.repetition_penalty": (POSITIVE, math.inf),
 }
 

@@ -149,10 +149,19 @@ def get_config() -> ConfigDict:
 
     config.evaluate = ConfigDict()  # settings of all evaluations
     config.evaluate.batch_size = 32
+    # Decoding, see decoding.settings.Decoding. Published: 5 beams, for captions 8 to 30 tokens.
     config.evaluate.max_new_tokens = 30
     config.evaluate.min_new_tokens = 0
+    config.evaluate.num_beams = 1
+    config.evaluate.length_penalty = 1.0
     # Published: 1 for OPT and, by a default of the code, 1.5 for Vicuna. 1.5 suppresses natural repeats, so ours is 1.
     config.evaluate.repetition_penalty = 1.0
+    config.evaluate.do_sample = False
+    config.evaluate.temperature = 1.0
+    config.evaluate.top_k = 0
+    config.evaluate.top_p = 1.0
+    config.evaluate.num_captions = 1  # of each picture; scores take the first
+    config.evaluate.count_bos = False
     return config
 
 

@@ -1,90 +1,31 @@
-"""Autoregressive decoding with a frozen language model, from a visual prefix and a prompt.
+"""Decoding with a frozen language model, from a visual prefix and a prompt: greedy, sampling, beam search."""
 
-`prefill` and `advance` run the model. A decoding method such as `greedy_decode` chooses the tokens between them.
-"""
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from ml_collections import ConfigDict
 
-from simvlg_jax.models.llms.language_model import Cache
-from simvlg_jax.utils.errors import UserError
-
-
-@struct.dataclass
-class Frontier:
-    """The decoding state of a batch.
-
-    Attributes:
-      logits: (B, V) float32, of the next token.
-      positions: (B,) int32, of the next token.
-      cache: the language model's key-value cache of all tokens before it.
-    """
-
-    logits: jax.Array
-    positions: jax.Array
-    cache: Cache
+from simvlg_jax.decoding import processors
+from simvlg_jax.decoding.beam_search import search
+from simvlg_jax.decoding.frontier import Frontier, advance, prefill, repeat
+from simvlg_jax.decoding.settings import Decoding
 
 
-def decoding_options(config: ConfigDict) -> dict[str, float]:
-    """Returns the options of `greedy_decode` from a config: lengths in new tokens, and the repetition penalty."""
-    return {name: config.evaluate[name] for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
-
-
-def prefill(
+def generate(
     llm: nn.Module,
     llm_params: dict,
     prefix_embeddings: jax.Array,
     prompt_ids: jax.Array,
     prompt_mask: jax.Array,
-    max_new_tokens: int,
-) -> Frontier:
-    """Runs [prefix, prompt] in one pass, with a cache for max_new_tokens more. Arguments: see `greedy_decode`."""
-    variables = {"params": llm_params}
-    batch, prefix_length, _ = prefix_embeddings.shape
-    prompt = llm.apply(variables, prompt_ids, method="embed")
-    embeddings = jnp.concatenate([prefix_embeddings.astype(prompt.dtype), prompt], 1)  # (B, P + Q, D)
-    seen = jnp.ones((batch, prefix_length), jnp.int32)
-    mask = jnp.concatenate([seen, prompt_mask.astype(jnp.int32)], 1)
-    length = mask.shape[1]
-    # A masked token has the position of the last real token before it. No query attends to it.
-    positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-    cache = llm.init_cache(batch, length + max_new_tokens)
-    out = llm.apply(variables, embeddings, mask, positions, cache)
-    last = jnp.max(jnp.where(mask > 0, jnp.arange(length), 0), 1)  # (B,), the last real token
-    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], 1)  # (B, 1, D)
-    logits = llm.apply(variables, hidden, method="logits")[:, 0]
-    return Frontier(logits, mask.sum(1), out.cache)
-
-
-def advance(llm: nn.Module, llm_params: dict, frontier: Frontier, tokens: jax.Array) -> Frontier:
-    """Appends one chosen token (B,) to each row."""
-    variables = {"params": llm_params}
-    embeddings = llm.apply(variables, tokens[:, None], method="embed")  # (B, 1, D)
-    mask = jnp.ones((tokens.shape[0], 1), jnp.int32)
-    out = llm.apply(variables, embeddings, mask, frontier.positions[:, None], frontier.cache)
-    logits = llm.apply(variables, out.hidden, method="logits")[:, 0]
-    return Frontier(logits, frontier.positions + 1, out.cache)
-
-
-def greedy_decode(
-    llm: nn.Module,
-    llm_params: dict,
-    prefix_embeddings: jax.Array,
-    prompt_ids: jax.Array,
-    prompt_mask: jax.Array,
+    settings: Decoding,
     *,
     eos_id: int | jax.Array,
     pad_id: int,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    repetition_penalty: float = 1.0,
+    bos_id: int = -1,
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """Chooses the most likely token at each step until every row has ended. Call it under `jax.jit`.
-
-    Lengths count only new tokens, neither prefix nor prompt.
+    """Decodes texts, with one pass over prefix and prompt. Call it under `jax.jit`.
 
     Args:
       llm: a language model, see `models.language_model`.
@@ -94,45 +35,52 @@ def greedy_decode(
       prompt_mask: (B, Q), 1 for real tokens; padding may be on either side.
       eos_id: the end token.
       pad_id: fills a row after its end token.
-      max_new_tokens: maximum number of tokens to generate, including the end token.
-      min_new_tokens: number of tokens before the end token may be chosen.
-      repetition_penalty: logits of tokens already generated are divided by it if positive, multiplied if negative
-        (CTRL, arXiv 1909.05858). Prefix and prompt do not count.
+      bos_id: the start token that `settings.count_bos` counts.
+      key: of the draws, if `settings.do_sample`.
 
     Returns:
-      (B, max_new_tokens) int32, without the prompt.
-
-    Raises:
-      UserError (status 2): max_new_tokens is below 1.
+      (B, N, T) int32 without the prompt: the N texts of each picture, the best first with beams, T the maximum length.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1: got {max_new_tokens}", 2)
-    batch = prompt_ids.shape[0]
+    frontier = prefill(llm, llm_params, prefix_embeddings, prompt_ids, prompt_mask, settings.max_tokens)
 
-    def choose(frontier: Frontier, step: jax.Array, finished: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = frontier.logits  # (B, V)
-        if repetition_penalty != 1.0:
-            generated = jnp.where(jnp.arange(max_new_tokens) < step, ids, logits.shape[1])  # V is dropped below
-            seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], generated].set(True, mode="drop")
-            penalised = jnp.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-            logits = jnp.where(seen, penalised, logits)
-        too_early = step < min_new_tokens
-        logits = logits.at[:, eos_id].add(jnp.where(too_early, -jnp.inf, 0.0))
+    def process(logits: jax.Array, ids: jax.Array, step: jax.Array) -> jax.Array:
+        if settings.count_bos:
+            ids, count = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=bos_id), step + 1
+        else:
+            count = step
+        logits = processors.penalise_repetition(logits, ids, count, settings.repetition_penalty)
+        return processors.forbid(logits, eos_id, step < settings.min_tokens)
+
+    step = partial(advance, llm, llm_params)
+    if settings.num_beams > 1:
+        return search(step, repeat(frontier, settings.num_beams), process, settings, eos_id, pad_id)
+    batch = len(prompt_ids)
+    ids = _one_by_one(step, repeat(frontier, settings.num_captions), process, settings, eos_id, pad_id, key)
+    return ids.reshape(batch, settings.num_captions, -1)
+
+
+def _one_by_one(step, frontier: Frontier, process, settings: Decoding, eos_id, pad_id, key) -> jax.Array:
+    """Chooses or draws a token of every row at a time until all rows have ended: (B, T)."""
+
+    def choose(frontier: Frontier, count: jax.Array, finished: jax.Array, ids: jax.Array) -> tuple:
+        logits = process(frontier.logits, ids, count)
+        if settings.do_sample:
+            logits = processors.keep_top_k(logits / settings.temperature, settings.top_k)
+            logits = processors.keep_top_p(logits, settings.top_p)
+            logits += jax.random.gumbel(jax.random.fold_in(key, count), logits.shape)
         tokens = jnp.where(finished, pad_id, jnp.argmax(logits, -1)).astype(jnp.int32)
-        return tokens, finished | (tokens == eos_id)
+        return ids.at[:, count].set(tokens), finished | (tokens == eos_id)
 
     def unfinished(state: tuple) -> jax.Array:
-        step, _, finished, _ = state
-        return (step < max_new_tokens) & ~jnp.all(finished)
+        count, _, finished, _ = state
+        return (count < settings.max_tokens) & ~jnp.all(finished)
 
     def body(state: tuple) -> tuple:
-        step, ids, finished, frontier = state
-        frontier = advance(llm, llm_params, frontier, ids[:, step - 1])
-        tokens, finished = choose(frontier, step, finished, ids)
-        return step + 1, ids.at[:, step].set(tokens), finished, frontier
+        count, ids, finished, frontier = state
+        frontier = step(frontier, ids[:, count - 1])
+        return count + 1, *choose(frontier, count, finished, ids), frontier
 
-    frontier = prefill(llm, llm_params, prefix_embeddings, prompt_ids, prompt_mask, max_new_tokens)
-    ids = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
-    tokens, finished = choose(frontier, jnp.int32(0), jnp.zeros(batch, bool), ids)
-    ids = ids.at[:, 0].set(tokens)
+    rows = len(frontier.logits)
+    ids = jnp.full((rows, settings.max_tokens), pad_id, jnp.int32)
+    ids, finished = choose(frontier, jnp.int32(0), jnp.zeros(rows, bool), ids)
     return jax.lax.while_loop(unfinished, body, (jnp.int32(1), ids, finished, frontier))[1]

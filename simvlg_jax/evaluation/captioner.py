@@ -1,6 +1,4 @@
-"""Captions pictures with the model, its tokenizer and jitted greedy decoding."""
-
-from collections.abc import Sequence
+"""Captions pictures with the model, its tokenizer and jitted decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +6,14 @@ import numpy as np
 from flax import struct
 
 from simvlg_jax.data.text import TextEncoder
-from simvlg_jax.decoding.generate import greedy_decode
+from simvlg_jax.decoding.generate import generate
+from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.models.simvlg import SimVLG
 
 
 @struct.dataclass
 class CaptionOutput:
-    """ids (B, T) int32, padded after the end token; source_map (B, N) int32 or None, see `VisualOutput`."""
+    """ids (B, K, T) int32, padded after the end token; source_map (B, N) int32 or None, see `VisualOutput`."""
 
     ids: jax.Array
     source_map: jax.Array | None
@@ -26,28 +25,17 @@ class Captioner:
     Args:
       model: the SimVLG module.
       text: provides the start, prompt, end and pad ids.
-      max_new_tokens, min_new_tokens: lengths without start token and prompt.
-      repetition_penalty: see `greedy_decode`.
+      settings: how captions are decoded, K of them for each picture.
     """
 
-    def __init__(
-        self,
-        model: SimVLG,
-        text: TextEncoder,
-        max_new_tokens: int,
-        min_new_tokens: int = 0,
-        repetition_penalty: float = 1.0,
-    ):
+    def __init__(self, model: SimVLG, text: TextEncoder, settings: Decoding):
         self._text = text
-        options = dict(
-            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, repetition_penalty=repetition_penalty
-        )
         self._jitted = jax.jit(
-            lambda params, images, ids, mask: _caption(model, params, images, ids, mask, text, **options)
+            lambda params, images, ids, mask, key: _caption(model, params, images, ids, mask, key, text, settings)
         )
 
     def __call__(
-        self, params: dict, images: jax.Array, prompt: str | tuple[jax.Array, jax.Array] | None = None
+        self, params: dict, images: jax.Array, prompt: str | tuple[jax.Array, jax.Array] | None = None, seed: int = 0
     ) -> CaptionOutput:
         """Captions a batch.
 
@@ -56,20 +44,24 @@ class Captioner:
           images: (B, S, S, 3) uint8.
           prompt: words that the captions continue, or the ids and the mask of a prompt for each picture, (B, Q) int32,
             padded on the left, without the start token; default: the prompt of the config.
+          seed: of the draws, where the settings ask for samples. Give each batch its own.
         """
+        key = jax.random.key(seed)
         if isinstance(prompt, tuple):
-            return self._jitted(params, images, *prompt)
+            return self._jitted(params, images, *prompt, key)
         ids = self._text.prefix[1:]
         if prompt is not None:
             ids = self._text.tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = np.broadcast_to(np.asarray(ids, np.int32), (len(images), len(ids)))
-        return self._jitted(params, images, ids, np.ones_like(ids))
+        return self._jitted(params, images, ids, np.ones_like(ids), key)
 
-    def decode(self, ids: np.ndarray) -> list[str]:
-        """Decodes (B, T) ids to stripped texts without special tokens."""
+    def decode(self, ids: np.ndarray) -> list[list[str]]:
+        """Decodes (B, K, T) ids to the K stripped texts of each picture, without special tokens."""
         ends = (self._text.end, self._text.pad_id)
-        rows: Sequence[list[int]] = [[int(i) for i in row if i not in ends] for row in ids]
-        return [caption.strip() for caption in self._text.tokenizer.decode_batch(rows)]
+        rows = [[int(i) for i in row if i not in ends] for row in ids.reshape(-1, ids.shape[-1])]
+        texts = [text.strip() for text in self._text.tokenizer.decode_batch(rows)]
+        count = ids.shape[1]
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def _caption(
@@ -78,20 +70,13 @@ def _caption(
     images: jax.Array,
     ids: jax.Array,  # (B, Q)
     mask: jax.Array,  # (B, Q)
+    key: jax.Array,
     text: TextEncoder,
-    **options: float,
+    settings: Decoding,
 ) -> CaptionOutput:
     visual = model.apply({"params": params}, images, method="encode_image")
     start = jnp.full((images.shape[0], 1), text.prefix[0], jnp.int32)
     prefix = model.prompted(visual.prefix, model.apply({"params": params}, start, method="embed_text"))
-    written = greedy_decode(
-        model.llm,
-        params["llm"],
-        prefix,
-        ids,
-        mask,
-        eos_id=text.end,
-        pad_id=text.pad_id,
-        **options,
-    )
+    special = dict(eos_id=text.end, pad_id=text.pad_id, bos_id=text.prefix[0])
+    written = generate(model.llm, params["llm"], prefix, ids, mask, settings, key=key, **special)
     return CaptionOutput(written, visual.source_map)

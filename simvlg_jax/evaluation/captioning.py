@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from simvlg_jax.data import transforms
 from simvlg_jax.data.sources import check_unique_ids
-from simvlg_jax.decoding.generate import decoding_options
+from simvlg_jax.data.views import view_of
+from simvlg_jax.decoding.settings import decoding_of
 from simvlg_jax.evaluation import metrics
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.evaluation.evaluator import EvalData, Result, unreadable_metric
@@ -28,15 +28,15 @@ captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # evaluations share on
 
 
 class Captioning:
-    """Scores greedy captions; the score is CIDEr."""
+    """Scores captions; the score is CIDEr. Of several captions of a picture the first one counts."""
 
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
         if not task.captions:
             raise UserError(f"evals.{name}: a model of this task writes no captions; set another type", 2)
         self.name, self.every = name, entry.every
         self.data = EvalData(entry, task, config, mesh)
-        self._side, self._seed = task.batch.pictures.side, config.seed
-        self._captioner = captioner_of(task.model, task.batch.texts["caption"].encoder, **decoding_options(config))
+        self._view, self._seed = view_of(task.batch.pictures), config.seed
+        self._captioner = captioner_of(task.model, task.batch.texts["caption"].encoder, decoding_of(config))
         self._losses = task.evaluation_losses
 
     def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
@@ -65,7 +65,7 @@ class Captioning:
         return Result(scores.as_dict()["CIDEr"], {**numbers, **unreadable_metric(unreadable)}, details)
 
     def caption(self, params: dict, announce: Announcer = SILENT) -> tuple[float, list[dict], list[str]]:
-        """Computes the loss and the greedy captions of all readable records.
+        """Computes the loss and the captions of all readable records.
 
         Returns:
           (mean nats per target token, [{"index", "id", "references", "caption", "source_map"}] in the order of the
@@ -77,14 +77,14 @@ class Captioning:
         examples: dict[int, dict] = {}
         unreadable: dict[int, int] = {}
         total = count = 0.0
-        for batch in self.data:
+        for number, batch in enumerate(self.data):
             with announce.first("compiling the evaluation", f"for texts of {batch['caption_ids'].shape[1]} tokens"):
                 losses, targets = self._losses(params, batch)
                 prompts = (batch["prompt_ids"], batch["prompt_mask"]) if "prompt_ids" in batch else None
-                output = self._captioner(params, batch["image"], prompts)
+                output = self._captioner(params, batch["image"], prompts, self._seed + number)
                 jax.block_until_ready((losses, output))
             total, count = total + float(losses["caption"].sum()), count + float(targets["caption"].sum())
-            captions = self._captioner.decode(gather(output.ids))
+            captions = [texts[0] for texts in self._captioner.decode(gather(output.ids))]
             indices, skipped = gather(batch["index"]), gather(batch["skipped"])  # (B,)
             maps = [None] * len(indices) if output.source_map is None else gather(output.source_map).tolist()
             for caption, source_map, index, code in zip(captions, maps, indices, skipped, strict=True):
@@ -111,9 +111,9 @@ class Captioning:
         for number, example in enumerate(examples):
             index = example.pop("index")
             if number in chosen:
-                picture = transforms.decode(self.data.source[index]["image"])
+                pixels = self._view.evaluate(self.data.source[index])
                 buffer = io.BytesIO()
-                Image.fromarray(np.asarray(transforms.squash(picture, self._side))).save(buffer, "PNG")
+                Image.fromarray(pixels if pixels.ndim == 3 else pixels[0]).save(buffer, "PNG")  # a clip's first frame
                 illustrated.append({**example, "image": base64.b64encode(buffer.getvalue()).decode()})
             else:
                 illustrated.append({key: value for key, value in example.items() if key != "source_map"})

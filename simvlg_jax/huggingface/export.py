@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from simvlg_jax.convert import evlgen, families, own_files
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
-from simvlg_jax.decoding.generate import decoding_options
 from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -19,6 +18,8 @@ VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
     *("key_bias", "patch_bias", "input_norm", "temporal"),
 )
+
+DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")  # of Decoding
 
 
 def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
@@ -43,7 +44,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         end_token_id=text.end,
         pad_token_id=text.pad_id,
         start_first=model.start_first,
-        **decoding_options(config),
+        **{name: config.evaluate[name] for name in DECODING},
         dtype="float32",
     )
 

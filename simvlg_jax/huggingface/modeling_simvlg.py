@@ -22,7 +22,8 @@ class SimVLGConfig(PretrainedConfig):
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.
-      max_new_tokens, min_new_tokens, repetition_penalty: of a caption, if `generate` is not told otherwise.
+      max_new_tokens, min_new_tokens, num_beams, length_penalty, repetition_penalty: of decoding, if `generate` is not
+        told otherwise.
     """
 
     model_type = "simvlg"
@@ -39,6 +40,8 @@ class SimVLGConfig(PretrainedConfig):
         start_first: bool = False,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
         repetition_penalty: float = 1.0,
         **kwargs,
     ):
@@ -52,6 +55,7 @@ class SimVLGConfig(PretrainedConfig):
         self.prompt_ids = prompt_ids or []
         self.start_first = start_first
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
+        self.num_beams, self.length_penalty = num_beams, length_penalty
         self.repetition_penalty = repetition_penalty
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
@@ -321,7 +325,7 @@ class SimVLG(PreTrainedModel):
 
     @torch.no_grad()
     def generate(self, pixel_values: Tensor, prompt_ids: list[int] | None = None, **kwargs) -> Tensor:
-        """New token ids (B, T), greedy unless told otherwise; keyword arguments go to the language model's generate."""
+        """New token ids (B, T), by the config's settings; keyword arguments go to the language model's generate."""
         config = self.config
         ids = [config.start_token_id, *(config.prompt_ids if prompt_ids is None else prompt_ids)]
         input_ids = torch.tensor([ids], device=pixel_values.device).expand(len(pixel_values), -1)
@@ -329,6 +333,8 @@ class SimVLG(PreTrainedModel):
         settings = {
             "max_new_tokens": config.max_new_tokens,
             "min_new_tokens": config.min_new_tokens or None,
+            "num_beams": config.num_beams,
+            "length_penalty": config.length_penalty,
             "repetition_penalty": config.repetition_penalty,
             "do_sample": False,
             "bos_token_id": config.start_token_id,
