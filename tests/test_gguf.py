@@ -180,10 +180,10 @@ def test_truncated_anywhere(tmp_path):
     data = (tmp_path / "whole.gguf").read_bytes()
     for length in (0, 3, 10, 24, 60, 200, 600, len(data) // 2, len(data) - 1):
         (tmp_path / "part.gguf").write_bytes(data[:length])
-        with pytest.raises(UserError, match=r"part\.gguf: it is truncated or no GGUF file"):
+        with pytest.raises(UserError, match=r"part\.gguf: it is truncated or not a GGUF file"):
             gguf.load_llama(tmp_path / "part.gguf", SMALL)
     (tmp_path / "part.gguf").write_text("<html>not found</html>" * 100)
-    with pytest.raises(UserError, match="truncated or no GGUF file"):
+    with pytest.raises(UserError, match="truncated or not a GGUF file"):
         gguf.load_llama(tmp_path / "part.gguf", SMALL)
 
 

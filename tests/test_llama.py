@@ -142,7 +142,7 @@ def test_weights_go_round(tied):
 def test_weights_missing_or_left_over():
     llm = Llama(**TINY)
     tensors = hf_llama.to_hf(llm, init(llm))
-    with pytest.raises(UserError, match=r"^lm_head\.weight is not model\.embed_tokens\.weight: .* has the two tied"):
+    with pytest.raises(UserError, match=r"^lm_head\.weight differs from model\.embed_tokens\.weight, but .* ties them"):
         hf_llama.from_hf(Llama(**TINY, tie_embeddings=True), tensors)
     with pytest.raises(UserError, match=r"o_proj\.weight \(24, 24\) cannot be split into the model's 5 heads"):
         hf_llama.from_hf(Llama(**TINY | dict(num_heads=5)), tensors)

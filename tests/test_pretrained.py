@@ -161,7 +161,7 @@ def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):
     for overrides, message in (
         (["llm.size=tiny", f"llm.weights={folders['opt']}"], "no Llama layers here"),
         (["llm.size=opt_tiny", f"llm.weights={folders['llama']}"], "no OPT here"),
-        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "has the two tied"),
+        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "a model of this size ties them"),
         (["llm.size=one_more", f"llm.weights={folders['vicuna']}"], r"embedding: model \(65, 32\), weights \(64, 32\)"),
         (["llm.size=opt_tiny", f"llm.weights={tmp_path / 'x.gguf'}"], "not from GGUF"),
         (["connector.weights=/nowhere"], "no weights at /nowhere"),

@@ -108,7 +108,7 @@ def test_positions_are_resized_as_transformers_does(tower):
 
 def test_foreign_files_say_what_does_not_fit(tower):
     tensors, vit = tensors_of(tower), Siglip(**SIZE)
-    with pytest.raises(UserError, match="no SigLIP here"):
+    with pytest.raises(UserError, match="no SigLIP weights here"):
         siglip.from_torch(vit, {"cls_token": np.ones(3)})
     tensors["vision_model.extra"] = tensors.pop("vision_model.encoder.layers.1.mlp.fc1.bias")
     with pytest.raises(UserError, match=r"missing.*layers\.1\.mlp\.fc1\.bias\n.*not known.*extra"):
@@ -159,7 +159,7 @@ def test_what_cannot_be_built_or_exported_says_so(tmp_path):
     model = SimVLG(encoders.build(config.vit, jnp.float32), TomeFormer(32, 2, 2, (0, 0)), Llama(**LLAMA_SIZES["tiny"]))
     with pytest.raises(UserError, match="class token"):
         export.write_hf(tmp_path, model, {}, None, config)
-    with pytest.raises(ValueError, match="512 tokens at most and the vision encoder gives 729"):
+    with pytest.raises(ValueError, match="512 tokens at most, and the vision encoder gives 729"):
         build_tomeformer(config.connector, Siglip(**SIGLIP_SIZES["siglip_so400m14_384"]), jnp.float32)
     config = ConfigDict({"vit": {"size": "siglip_b16"}, "dtype": "float32"})
     with pytest.raises(UserError, match=r"vit\.size is 'siglip_b16'; it takes .*'clip_l'.*'siglip_b16_224'"):

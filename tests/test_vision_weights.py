@@ -132,7 +132,7 @@ def test_blip2_tower_equals_transformers_and_goes_out_as_eva(blip2):
     deeper = eva | {f"blocks.2.{n}": np.ones(1) for n in ("norm1.weight", "attn.q_bias")} | {"head.weight": np.ones(1)}
     jax.tree.map(np.testing.assert_array_equal, vision.from_torch(EVA, deeper), params)
     biased = next(name for name in tensors if name.endswith("qkv.bias"))
-    with pytest.raises(UserError, match="gives keys a bias"):
+    with pytest.raises(UserError, match="has a bias for the keys"):
         vision.from_torch(EVA, tensors | {biased: np.ones(72, np.float32)})
 
 
@@ -164,7 +164,7 @@ def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
 
 def test_foreign_vision_files_say_what_does_not_fit(clip):
     tensors = lavis_clip(state(clip))
-    with pytest.raises(UserError, match="no vision encoder known here"):
+    with pytest.raises(UserError, match="no known vision encoder here"):
         vision.from_torch(CLIP, {"layer1.0.conv1.weight": np.ones(3)})
     for name, message in (
         ("conv1.weight", r"missing.*: patch_embed\.proj\.weight\n"),
@@ -257,7 +257,7 @@ def test_unfinished_downloads_say_so_wherever_they_end(tmp_path, zipped):
     torch.save(as_torch(), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     whole = (tmp_path / "x.pth").read_bytes()
     # A pickle that ends within the name of a class looks like one of an unknown class.
-    message = "cannot read weights|is no PyTorch file" + ("" if zipped else "|could run code")
+    message = "cannot read weights|is not a PyTorch file" + ("" if zipped else "|could run code")
     for end in range(0, len(whole), 37):
         (tmp_path / "cut.pth").write_bytes(whole[:end])
         with pytest.raises(UserError, match=message):
@@ -295,13 +295,13 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         "zipped.pth": "could run code",
         "cut.safetensors": "cannot read weights",
         "cut.pth": "cannot read weights",
-        "list.pth": "no state dict",
-        "page.bin": "no PyTorch file",
+        "list.pth": "does not hold a state dict",
+        "page.bin": "not a PyTorch file",
         "float8.pth": "holds a as torch.float8_e4m3fn",
         "float8.safetensors": "holds a as F8_E4M3",
-        "list": "no index of shards",
-        "numbers": "no index of shards",
-        "shards": r"shards that are not there: gone\.safetensors",
+        "list": "not an index of shards",
+        "numbers": "not an index of shards",
+        "shards": r"shards that are missing: gone\.safetensors",
         "empty": r"looked for model\.safetensors",
         "nothing": "no weights at",
     }.items():
@@ -313,7 +313,7 @@ def test_names_of_the_hub_need_the_network(tmp_path):
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match="no such file or folder"):
         resolve(str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="facebook/opt-125m here, and the Hugging Face Hub does not give it"):
+    with pytest.raises(UserError, match="no folder facebook/opt-125m, and the Hugging Face Hub does not give"):
         resolve("facebook/opt-125m")
 
 
