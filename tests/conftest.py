@@ -9,8 +9,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compile.FLAGS]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests and the processes that they start compile the same small programs.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
+# Tests and the processes that they start compile the same small programs, so all of them share one folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers get the environment of the process that starts them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"

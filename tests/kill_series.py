@@ -47,7 +47,7 @@ class Work:
     """One verb with its arguments, done by one process or several.
 
     Args:
-      folder: gets the compiler's cache and the output of each process.
+      folder: gets the output of each process, and the compiler's cache unless the environment names one.
     """
 
     def __init__(self, folder: Path, verb: str, arguments: list[str], processes: int = 1):
@@ -61,7 +61,7 @@ class Work:
         environment = os.environ | {
             "XLA_FLAGS": quick_compile.FLAGS,
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self._folder / "compiled")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }

@@ -2,13 +2,15 @@
 whole global batch however it is cut into micro-batches or laid over devices.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
+from first_step import first_step
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
@@ -49,9 +51,10 @@ def test_loss_is_the_captions_plus_beta_times_the_contrast(tmp_path):
     assert batch["sentence_ids"].shape == batch["sentence_mask"].shape == (8, 24)
     model, params = trainer.task.model, trainer.params
     inputs = [batch[name] for name in ("image", "caption_ids", "caption_mask", "caption_targets")]
-    losses, counts = model.apply({"params": params}, *inputs, method="caption_losses")
-    visual = model.apply({"params": params}, batch["image"], method="encode_image")
-    sentences = SentenceEncoder(32, 2, 2, 98).apply(
+    losses, counts = jax.jit(functools.partial(model.apply, method="caption_losses"))({"params": params}, *inputs)
+    encode = jax.jit(functools.partial(model.apply, method="encode_image"))
+    visual = encode({"params": params}, batch["image"])
+    sentences = jax.jit(SentenceEncoder(32, 2, 2, 98).apply)(
         {"params": params["sentence_encoder"]}, batch["sentence_ids"], batch["sentence_mask"]
     )
 
@@ -117,14 +120,10 @@ def batch_of(task):
     return {name: batch[name] for name in task.batch.shapes(16)}
 
 
-def first_step(config):
-    """(loss, {top-level name: its gradient, flat}) of the first step on `drawn_batch`."""
-    task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
-    plan = Plan(task, config, mesh)
-    params, frozen = plan.init_params()
-    state, metrics = plan.step(plan.init_state(params), frozen, meshes.put_batch(batch_of(task), mesh))
-    moments = jax.device_get(optax.tree.get(state.opt_state, "mu"))
-    return float(metrics["loss"]), flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
+def step_gradients(config, params=None):
+    """(loss, {top-level name: its gradient, flat}, parameters before) of the first step on `drawn_batch`."""
+    loss, moments, params = first_step(config, batch_of, params)
+    return loss, flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments)), params
 
 
 def flat(tree):
@@ -148,9 +147,9 @@ def assert_same(found, wanted, limit=1e-5):
 )
 def test_contrast_is_over_the_global_batch_however_many_micro_batches(task, layouts):
     """Each layout: (micro-batches, mesh)."""
-    one = first_step(step_config(task, 1))
+    *one, params = step_gradients(step_config(task, 1))
     for layout in layouts:
-        assert_same(first_step(step_config(task, *layout)), one)
+        assert_same(step_gradients(step_config(task, *layout), params)[:2], one)
 
 
 def test_both_passes_over_micro_batches_draw_the_same_dropout():
@@ -171,7 +170,8 @@ def test_both_passes_over_micro_batches_draw_the_same_dropout():
         return captions + 0.5 * matching.mean()
 
     wanted, gradient = jax.jit(jax.value_and_grad(loss))(trained, drawn_batch())
-    assert_same(first_step(config), (float(wanted), flat(jax.device_get(gradient))), limit=5e-5)
+    start = jax.device_get((trained, frozen))
+    assert_same(step_gradients(config, start)[:2], (float(wanted), flat(jax.device_get(gradient))), limit=5e-5)
 
 
 def test_first_pass_over_micro_batches_leaves_the_language_model_out():
@@ -202,7 +202,7 @@ def test_validation_loss_is_of_each_example_once():
     assert [len(batch["image"]) for batch in batches] == [8, 8]
     total = 0.0
     for batch, real in zip(batches, (8, 3), strict=True):
-        pair = task.model.apply(
+        pair = jax.jit(task.model.apply)(
             {"params": params}, *(batch[name][:real] for name in ("image", "sentence_ids", "sentence_mask"))
         )
         total += matching_losses(*pair, jnp.exp(params["log_temperature"])).sum()

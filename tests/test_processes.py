@@ -25,8 +25,8 @@ from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import TRY_AGAIN
 
-CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")  # the same program is run again and again
-START = Path(CACHE) / "start.safetensors"  # what all runs start from: initialising takes long to compile
+# All runs start from these weights, since initialising takes long to compile.
+START = Path(tempfile.mkdtemp(prefix="simvlg_jax_start_")) / "start.safetensors"
 PRESETS = ("replicated", "fsdp", "fsdp+tensor")
 STEPS, SAVED = 4, 2
 # Five of the drawn val pictures and 16 test pictures in batches of six: what fills up the last must not count.
@@ -62,9 +62,6 @@ def start(count, devices, *arguments):
                 "XLA_FLAGS": f"{quick_compile.FLAGS} --xla_force_host_platform_device_count={devices}",
                 "JAX_PLATFORMS": "cpu",
                 "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                "JAX_COMPILATION_CACHE_DIR": CACHE,
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(i),

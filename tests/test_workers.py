@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,17 +13,14 @@ import pytest
 
 from simvlg_jax.training.checkpoint import Checkpoints
 
-CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
-
 
 def start(workdir, *flags):
     """Starts a run with two data workers in its own process group, as a terminal does."""
     command = [sys.executable, "-m", "simvlg_jax.train", "--config", "configs/tiny.py", "--workdir", str(workdir)]
     settings = {"data.workers": 2, "train.steps": 100_000, "evals.val.every": 0, "train.save_every": 100_000}
-    environment = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [*command, "--config.mesh.data=1", *(f"--config.{key}={value}" for key, value in settings.items()), *flags],
-        stderr=subprocess.PIPE, text=True, env=os.environ | environment, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
