@@ -30,6 +30,15 @@ for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test t
     os.environ.setdefault(name, value)
 
 
+# The files that take longest, longest first: two workers that begin with them end at the same time.
+LONGEST = ("processes", "kills", "training", "verbs", "contrastive", "train_compile", "tpu_runs", "wheel", "bfloat16")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def exact_matmuls():
     with jax.default_matmul_precision("highest"):
