@@ -1,4 +1,4 @@
-"""Eight devices on one CPU, so that sharded runs are tested on any machine; set before jax starts."""
+"""Settings of all tests. They come before jax is imported: eight devices on one CPU, to test sharded runs anywhere."""
 
 import os
 import tempfile
@@ -47,7 +47,7 @@ def exact_matmuls():
 
 @pytest.fixture(scope="session")
 def openmoji_data(tmp_path_factory):
-    """The prepared example data, as a data config."""
+    """Returns the data config of the prepared example data."""
     folder = tmp_path_factory.mktemp("data")
     prepare.prepare_openmoji(folder)
     return ConfigDict({"name": "openmoji", "dir": str(folder)})

@@ -1,4 +1,4 @@
-"""XLA_FLAGS for programs that are small: compiling them takes far longer than running them."""
+"""XLA_FLAGS for small programs, which take far longer to compile than to run."""
 
 from importlib.metadata import version
 

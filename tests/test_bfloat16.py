@@ -22,7 +22,7 @@ MODELS = {
 
 
 def random_batch(task):
-    """Random pictures and texts."""
+    """Returns random pictures and texts."""
     rng = np.random.default_rng(0)
     batch = {}
     for name, (shape, dtype) in task.batch.shapes(16, lengths=12).items():
@@ -32,7 +32,7 @@ def random_batch(task):
 
 
 def flat_step(*overrides, params=None):
-    """(loss, flat gradient, parameters before) of the first step on `random_batch`."""
+    """Returns loss, flat gradient and the parameters before the first step on `random_batch`."""
     flags = ["mesh.data=1", "connector.dropout=0.0", "train.batch_size=16", *overrides]
     config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
     loss, moments, params = first_step(config, random_batch, params)

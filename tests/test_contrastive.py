@@ -1,5 +1,6 @@
-"""The contrastive losses: their value against torch, what they add to the loss and train, and that they compare the
-whole global batch however it is cut into micro-batches or laid over devices.
+"""The contrastive losses: their value, what they train, and the batch that they compare.
+
+Their value equals torch's. They compare the whole global batch on any mesh and with any number of micro-batches.
 """
 
 import functools
@@ -105,7 +106,7 @@ def step_config(task, accumulate, mesh=(1, 1, 1)):
 
 
 def drawn_batch(size=16, length=12):
-    """Drawn pictures and texts, each text of its own length."""
+    """Returns random pictures and texts. Each text has its own length."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 98, (size, length)).astype(np.int32)
     mask = (np.arange(length) < rng.integers(2, length + 1, (size, 1))).astype(np.int32)
@@ -115,13 +116,13 @@ def drawn_batch(size=16, length=12):
 
 
 def batch_of(task):
-    """Those arrays of `drawn_batch` that a task takes."""
+    """Returns the arrays of `drawn_batch` that a task takes."""
     batch = drawn_batch()
     return {name: batch[name] for name in task.batch.shapes(16)}
 
 
 def step_gradients(config, params=None):
-    """(loss, {top-level name: its gradient, flat}, parameters before) of the first step on `drawn_batch`."""
+    """Returns loss, {top-level name: flat gradient} and the parameters before the first step on `drawn_batch`."""
     loss, moments, params = first_step(config, batch_of, params)
     return loss, flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments)), params
 
@@ -131,7 +132,7 @@ def flat(tree):
 
 
 def assert_same(found, wanted, limit=1e-5):
-    """Of single modules, the temperature's among them, most of the gradient cancels: they may round more."""
+    """Compares loss and gradients. In one module most of a gradient can cancel, so its limit is five times as high."""
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     whole = [np.concatenate([gradient[name] for name in wanted[1]]) for _, gradient in (found, wanted)]
     assert np.linalg.norm(whole[0] - whole[1]) < limit * np.linalg.norm(whole[1])
@@ -146,14 +147,14 @@ def assert_same(found, wanted, limit=1e-5):
     ids=["joint", "encoder"],
 )
 def test_contrast_is_over_the_global_batch_however_many_micro_batches(task, layouts):
-    """Each layout: (micro-batches, mesh)."""
+    """A layout is (micro-batches, mesh)."""
     *one, params = step_gradients(step_config(task, 1))
     for layout in layouts:
         assert_same(step_gradients(step_config(task, *layout), params)[:2], one)
 
 
 def test_both_passes_over_micro_batches_draw_the_same_dropout():
-    """The step's gradients against those of the loss written down as one function of all micro-batches."""
+    """The gradients of the step equal those of the loss that is written as one function of all micro-batches."""
     dropout = ["train.beta=0.5", "connector.dropout=0.1", "llm.size=opt_tiny", "llm.dropout=0.1", "vit.train=True"]
     config = step_config(dropout, 2)
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
@@ -175,7 +176,7 @@ def test_both_passes_over_micro_batches_draw_the_same_dropout():
 
 
 def test_first_pass_over_micro_batches_leaves_the_language_model_out():
-    """Compiled from shapes alone: one batch's work, and the pictures' and sentences' once more."""
+    """With micro-batches the work is that of one batch, plus embedding its pictures and sentences once more."""
     work = []
     for accumulate in (1, 2):
         config = step_config(CAPTION, accumulate, EIGHT_DEVICES)
@@ -192,7 +193,7 @@ def test_first_pass_over_micro_batches_leaves_the_language_model_out():
 
 
 def test_validation_loss_is_of_each_example_once():
-    """Eleven examples in batches of eight, the last filled up with repeats that do not count."""
+    """Eleven examples are in batches of eight. Repeats fill up the last batch and do not count."""
     flags = ["data.synthetic_size.val=11", "mesh.data=1"]
     config = load_config("configs/tiny.py:vit", [f"--config.{flag}" for flag in flags])
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)

@@ -1,4 +1,4 @@
-"""Greedy decoding against transformers' generate, against the published model, and by its invariants."""
+"""Greedy decoding equals transformers' generate and the published model, and keeps its invariants."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ PROMPTS = [[1, 5, 9, 4], [1, 7], [1], [1, 30, 31]]
 
 
 def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
-    """PROMPTS as ids, mask (B, Q), the text at the left or at the right."""
+    """Returns ids and mask (B, Q) of PROMPTS, padded on the right or on the left."""
     ids, mask = np.full((4, 4), PAD, np.int32), np.zeros((4, 4), np.int32)
     for row, prompt in enumerate(PROMPTS):
         place = slice(0, len(prompt)) if side == "right" else slice(4 - len(prompt), 4)
@@ -62,7 +62,7 @@ def decode(params, prefix, ids, mask, eos_id, max_new_tokens=NEW, min_new_tokens
 
 
 def reference(model: LlamaForCausalLM, eos_id: int, min_new_tokens: int = 0, penalty: float = 1.0) -> np.ndarray:
-    """transformers' greedy search from the same prefix and left-padded prompts -> (B, NEW), padded."""
+    """Returns the ids (B, NEW), padded, of transformers' greedy search from the same prefix and left-padded prompts."""
     ids, mask = padded("left")
     text = model.get_input_embeddings()(torch.tensor(ids))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def reference(model: LlamaForCausalLM, eos_id: int, min_new_tokens: int = 0, pen
 
 @pytest.fixture(scope="module")
 def eos_id(params) -> int:
-    """A token that ends some rows early and others not, so that the end matters."""
+    """Returns a token that ends some rows early and others not, so that the end token matters."""
     free = np.asarray(decode(params, PREFIX, *padded("left"), 0))
     early = [token for token in np.unique(free[:, 1:4]) if 0 < np.any(free == token, 1).sum() < 4]
     assert early
@@ -91,7 +91,7 @@ def eos_id(params) -> int:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("min_new_tokens", [0, 6])
 def test_equals_transformers(theirs, params, eos_id, side, min_new_tokens):
-    """On whichever side the prompts are padded."""
+    """The prompts may be padded on either side."""
     wanted = reference(theirs, eos_id, min_new_tokens)
     if min_new_tokens == 0:
         assert (wanted == PAD).any(), "no row ended: the test would not see the end token"
@@ -108,7 +108,7 @@ def test_penalty_on_repetition_equals_transformers(theirs, params, eos_id, penal
 
 
 def test_equals_the_published_model():
-    """`max_length` 14 counted the dummy start token of column 0, so 13 tokens are new."""
+    """The published `max_length` of 14 counts the dummy start token in column 0, so 13 tokens are new."""
     meta = json.loads((GOLDEN / "image_llama.json").read_text())
     golden = np.load(GOLDEN / "image_llama.npz")
     lm = meta["lm"]
@@ -131,7 +131,7 @@ def test_equals_the_published_model():
 
 
 def test_rows_do_not_depend_on_each_other(params, eos_id):
-    """A row alone and unpadded gets the tokens it got in the batch."""
+    """A row alone and without padding gets the same tokens as in the batch."""
     together = np.asarray(decode(params, PREFIX, *padded("left"), eos_id))
     ids = np.array(PROMPTS[1:2], np.int32)
     alone = decode(params, PREFIX[1:2], ids, np.ones_like(ids), eos_id)

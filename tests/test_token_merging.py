@@ -1,4 +1,4 @@
-"""Matching and merging: the published numbers, a brute-force reference, and invariants."""
+"""Matching and merging equal the published numbers and a brute-force reference, and keep their invariants."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def brute_force_groups(metric: np.ndarray, r: int, class_token: bool) -> list[list[int]]:
-    """One picture's output tokens as lists of input tokens, by loops and Python's stable sort."""
+    """Returns one picture's output tokens as lists of input tokens, by loops and Python's stable sort."""
     unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
     even, odd = range(0, len(unit), 2), range(1, len(unit), 2)
     r = min(r, (len(unit) - class_token) // 2)
@@ -93,7 +93,7 @@ def test_matching_equals_brute_force(tokens, r, levels, class_token, seed):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def merge_three_times(key, tokens, r):
-    """(random tokens, merged by three matches, their sizes, and the same tokens merged at once by the source map)."""
+    """Returns random tokens, the same after three merges, their sizes, and the same merged once by the source map."""
     keys = jax.random.split(key, 2)
     x = jax.random.normal(keys[0], (2, tokens, 4))
     source_map = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))

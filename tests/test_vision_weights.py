@@ -1,4 +1,4 @@
-"""Published vision encoders and BERTs, in each format they come in, against torch; and files that do not fit."""
+"""Published vision encoders and BERTs of every format equal torch's; files that do not fit are refused."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Random values for every parameter, norms and biases too, so that each matters."""
+    """Gives every parameter random values, also norms and biases, so that each matters."""
     generator = torch.Generator().manual_seed(0)
     for name, x in model.named_parameters():
         centre = 1.0 if x.ndim == 1 and name.endswith("weight") else 0.0
@@ -41,7 +41,7 @@ def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def common(**more) -> dict:
-    """Three layers: SimVLG takes the output of the last but one."""
+    """Returns the sizes of a model with three layers. SimVLG takes the output of the second."""
     return dict(
         hidden_size=24,
         num_hidden_layers=3,
@@ -79,7 +79,7 @@ def close(ours: jax.Array, theirs: np.ndarray) -> bool:
 
 
 def lavis_clip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights under the names of LAVIS's clip_vit_L.pth."""
+    """Returns the same weights under the names of LAVIS's clip_vit_L.pth."""
     tensors = {name[name.index("embeddings") :] if "embeddings" in name else name: x for name, x in tensors.items()}
     tensors = {name.removeprefix("vision_model."): x for name, x in tensors.items()}
     out = {
@@ -153,7 +153,7 @@ def test_positions_are_resized_as_torch_does(old, new, align_corners):
 
 
 def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
-    """CLIP's grid of 4 x 4 for pictures of 7 x 7 patches; everything else as it was."""
+    """The file has CLIP's grid of 4 x 4, and the pictures have 7 x 7 patches. Everything else is unchanged."""
     save_file({name: np.array(x) for name, x in state(clip).items()}, tmp_path / "model.safetensors")
     larger = Clip(**SIZE | dict(image_size=49))
     params, lazy = vision.from_torch(CLIP, state(clip)), ENCODERS["clip"].from_torch(larger, open_tensors(tmp_path))

@@ -1,4 +1,4 @@
-"""The wheel alone, installed in a folder without the repository: the example captions, recipes train."""
+"""The wheel in a folder without the repository: the example captions and recipes train."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with the unpacked wheel, as site-packages would have it."""
+    """Returns a folder with the unpacked wheel, like site-packages."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in ("simvlg_jax", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""Data worker processes: they receive Ctrl-C on a terminal too, and must not outlive the training process."""
+"""Data worker processes. They also receive Ctrl-C on a terminal, and must not outlive the training process."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def wait_for(process, words):
 
 
 def blocked_or_ignored(pid):
-    """Whether the process blocks or ignores both SIGINT and SIGTERM."""
+    """Returns whether the process blocks or ignores both SIGINT and SIGTERM."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     mask = int(fields["SigBlk"], 16) | int(fields["SigIgn"], 16)
     return all(mask >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
@@ -70,7 +70,7 @@ def test_signal_to_all_processes_of_a_terminal_saves(run, tmp_path, number):
 
 
 def test_signal_while_workers_start_is_survived_too(run, tmp_path):
-    """A worker takes seconds until it runs our code, and must survive signals before that."""
+    """A worker needs seconds before it runs our code, and must survive signals before that."""
     said = wait_for(run, "trained and")
     while len(workers_of(run)) < 2:
         time.sleep(0.001)
