@@ -1,11 +1,11 @@
-"""Holds the models against golden numbers of the published PyTorch code: one line for each, the worst one last.
+"""Compares the models with golden numbers of the published PyTorch code; prints a line for each and the worst one last.
 
     python tests/check_golden.py tests/golden
 
 Every known file of the folder is checked: NAME.json with NAME.safetensors and NAME.npz (whole models: outputs, loss,
 every gradient, decoded ids), keys_KIND_LLM.json (names and shapes of full-size models, never made), tome.npz,
 schedules.json, caption_metrics.json, text_and_answers.json (cleaned captions and questions). The exit status is 1 if an
-error exceeds 1e-4 (scores: 1e-6), ids or names differ or something is missing; 2 if a file cannot be read.
+error exceeds 1e-4 (scores: 1e-6), ids or names differ, or something is missing. It is 2 if a file cannot be read.
 """
 
 import json
@@ -52,7 +52,7 @@ Check = tuple[str, float]  # what was compared, and its error in units of its to
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
-    """||ours - theirs|| / ||theirs||; infinite where shapes differ or ours is not finite."""
+    """Returns ||ours - theirs|| / ||theirs||; infinity if the shapes differ or ours is not finite."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape or not np.isfinite(ours).all():
         return float("inf")
@@ -61,7 +61,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
 
 
 def is_trained(path: tuple[str, ...]) -> bool:
-    """What the published recipe trains: all but ViT and language model, and video's parts of the ViT."""
+    """Returns whether the published recipe trains a parameter: all but ViT and LLM, and video's part of the ViT."""
     return path[0] not in ("vit", "llm") or not partition.TEMPORAL.isdisjoint(path)
 
 
@@ -70,7 +70,7 @@ def exact(equal: bool) -> float:
 
 
 def build(sizes: dict, max_positions: int = 128, **options) -> SimVLG:
-    """The model of a NAME.json; `max_positions` is OPT's alone."""
+    """Returns the model of a NAME.json. Only OPT has `max_positions`."""
     v, c, lm = sizes["vit"], sizes["connector"], sizes["lm"]
     vit = ViT(
         v["img"],
@@ -92,7 +92,7 @@ def build(sizes: dict, max_positions: int = 128, **options) -> SimVLG:
 
 
 def read_model(folder: Path, name: str) -> tuple[dict, dict, dict]:
-    """(sizes, tensors, arrays) of NAME.json, .safetensors, .npz."""
+    """Returns (sizes, tensors, arrays) from NAME.json, .safetensors and .npz."""
     sizes = json.loads((folder / f"{name}.json").read_text())
     with np.load(folder / f"{name}.npz") as archive:
         arrays = dict(archive)
@@ -145,7 +145,7 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
 
 
 def decode(model: SimVLG, params: dict, sizes: dict, prefix: jax.Array, options: dict) -> np.ndarray:
-    """(B, max_length - 1): the start that the published generate() counts is not among ours."""
+    """Returns ids (B, max_length - 1). The published generate() counts a dummy start token, which ours lack."""
     start = jnp.full((prefix.shape[0], 1), sizes["bos_token_id"], jnp.int32)
     special = dict(eos_id=sizes["eos_token_id"], pad_id=sizes["pad_token_id"], bos_id=sizes["bos_token_id"])
     settings = Decoding(max_new_tokens=sizes["max_length"], count_bos=True, **options)
@@ -156,13 +156,13 @@ def decode(model: SimVLG, params: dict, sizes: dict, prefix: jax.Array, options:
 
 
 def same_ids(ours: np.ndarray, theirs: np.ndarray, sizes: dict) -> bool:
-    """Theirs begin with the dummy start and are cut to the longest row; the rest of ours must be padding."""
+    """Returns whether ids agree. Theirs have the dummy start and end with the longest row; then ours are padding."""
     width = theirs.shape[1] - 1
     return np.array_equal(ours[:, :width], theirs[:, 1:]) and bool((ours[:, width:] == sizes["pad_token_id"]).all())
 
 
 def check_keys(path: Path) -> Iterator[Check]:
-    """Names, shapes and what is trained of a full-size model, without making one of its arrays."""
+    """Checks names, shapes and the trained part of a full-size model without making its arrays."""
     _, kind, llm_name = path.stem.split("_")
     size = FULL_SIZE[llm_name]
     family = families.of_size(size)
@@ -219,10 +219,10 @@ def check_texts(path: Path) -> Iterator[Check]:
 
 
 def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
-    """(name, its checks) of every known file.
+    """Returns (name, its checks) of every known file.
 
     Raises:
-      UserError: no known file, or a model whose files are not all there.
+      UserError: there is no known file, or a file of a model is missing.
     """
     found = []
     for path in sorted(folder.glob("keys_*.json")):

@@ -1,8 +1,8 @@
-"""Compiles the full OPT-2.7b recipe for 16 chips of TPU v5e and holds it against what it may need.
+"""Compiles the full OPT-2.7b recipe for 16 chips of TPU v5e and checks its memory and work.
 
     python tests/check_recipe.py
 
-A minute or two on two cores; too long for the suite, so `.ci/run` runs it after.
+It takes a minute or two on two cores, too long for the suite, so `.ci/run` runs it afterwards.
 """
 
 import json

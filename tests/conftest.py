@@ -1,4 +1,4 @@
-"""Eight devices on one CPU, so that sharded runs are tested on any machine; set before jax starts."""
+"""Settings of all tests. They come before jax is imported: eight devices on one CPU, to test sharded runs anywhere."""
 
 import os
 import tempfile
@@ -9,8 +9,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick_compile.FLAGS]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests and the processes that they start compile the same small programs.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
+# Tests and the processes that they start compile the same small programs, so all of them share one folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers get the environment of the process that starts them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +30,15 @@ for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test t
     os.environ.setdefault(name, value)
 
 
+# The files that take longest, longest first: two workers that begin with them end at the same time.
+LONGEST = ("processes", "kills", "training", "verbs", "contrastive", "train_compile", "tpu_runs", "wheel", "bfloat16")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def exact_matmuls():
     with jax.default_matmul_precision("highest"):
@@ -37,7 +47,7 @@ def exact_matmuls():
 
 @pytest.fixture(scope="session")
 def openmoji_data(tmp_path_factory):
-    """The prepared example data, as a data config."""
+    """Returns the data config of the prepared example data."""
     folder = tmp_path_factory.mktemp("data")
     prepare.prepare_openmoji(folder)
     return ConfigDict({"name": "openmoji", "dir": str(folder)})

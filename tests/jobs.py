@@ -1,6 +1,6 @@
-"""Several training runs by one set of processes: each process joins the others once and then runs them in turn.
+"""Does several training runs in one set of processes, which join once and then do the runs in turn.
 
-Before, it is seen that every process puts its rows of a batch in their place when its devices are not neighbours.
+First it checks that each process puts its rows of a batch in the right place if its devices are not neighbours.
 
 python tests/jobs.py '[{"overrides": ["--config.train.steps=4"], "workdir": "DIR"}, ...]'
 python tests/jobs.py wait
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def wait() -> int:
-    """Says the number of a data worker, and waits for ever."""
+    """Prints the process id of a data worker and waits for ten minutes."""
     worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     worker.start()
     print(worker.pid, file=sys.stderr, flush=True)

@@ -1,11 +1,12 @@
-"""Kills work at random moments, starts it again, and compares what it leaves with the same work undisturbed.
+"""Kills a command at random moments, starts it again, and compares the result with that of an undisturbed one.
 
     python tests/kill_series.py FOLDER --kills 50 [--workers 2] [--processes 2] [--seed 1]
     python tests/kill_series.py FOLDER --kills 10 --verb export
     python tests/kill_series.py FOLDER --kills 10 --verb prepare
 
-Training is compared in every line of metrics.jsonl but timings, in all arrays of the last checkpoint and in the data's
-position; exporting and preparing in all that they write. Prints each kill and exits with 1 at the first difference.
+For training it compares metrics.jsonl except timings, all arrays of the last checkpoint and the position of the data.
+For exporting and preparing it compares all that they write. It prints each kill, and exits with 1 at the first
+difference.
 """
 
 import argparse
@@ -44,10 +45,10 @@ MODULE = {"train": "simvlg_jax.train", "export": "simvlg_jax.export", "prepare":
 
 
 class Work:
-    """One verb with its arguments, done by one process or several.
+    """A verb with its arguments, run by one process or several.
 
     Args:
-      folder: gets the compiler's cache and the output of each process.
+      folder: gets the output of each process, and the compiler's cache unless the environment names one.
     """
 
     def __init__(self, folder: Path, verb: str, arguments: list[str], processes: int = 1):
@@ -61,7 +62,7 @@ class Work:
         environment = os.environ | {
             "XLA_FLAGS": quick_compile.FLAGS,
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self._folder / "compiled")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
@@ -78,18 +79,18 @@ class Work:
         return "".join((self._folder / f"said-{index}.txt").read_text() for index in range(self._count))
 
     def _wait(self, processes: list[subprocess.Popen], until: Callable[[], bool]) -> float:
-        """Waits until something holds or all processes have ended; returns the seconds."""
+        """Waits until `until` is true or all processes have ended; returns the seconds."""
         start = time.monotonic()
         while not until() and any(process.poll() is None for process in processes):
             time.sleep(0.002)
         return time.monotonic() - start
 
     def is_started(self) -> bool:
-        """Whether a training has taken its first step."""
+        """Returns whether a training has taken its first step."""
         return FIRST_STEP in self.said()
 
     def finish(self) -> tuple[float, float]:
-        """Does the work undisturbed; returns the seconds of a training's start, and those after it."""
+        """Runs the verb undisturbed; returns the seconds up to a training's first step, and those after it."""
         processes = self.start()
         seconds = self._wait(processes, self.is_started), self._wait(processes, lambda: False)
         statuses = [process.wait() for process in processes]
@@ -97,12 +98,12 @@ class Work:
         return seconds
 
     def kill_after(self, seconds: float, victim: int, started: bool = False) -> bool:
-        """Starts the work and kills one process with SIGKILL; returns False if the work was done before.
+        """Starts the verb and kills one process with SIGKILL; returns False if it had finished before.
 
-        The other processes end by themselves, or are killed as a job controller would.
+        The other processes end by themselves, or are killed after 20 s, as by a job controller.
 
         Args:
-          seconds: from the start, or from the first step of a training if it is to have `started`.
+          seconds: from the start until the kill; with `started`, from the first step of a training.
         """
         processes = self.start()
         if started:
@@ -120,7 +121,7 @@ class Work:
 
 
 def moment(workdir: Path, said: str) -> str:
-    """What a killed training was doing, by what it had said and written."""
+    """Returns what a killed training was doing, judged by its output and its files."""
     checkpoints = workdir / "checkpoints"
     unfinished = [p for p in checkpoints.glob("*") if p.is_dir() and not (p / "commit_success.txt").exists()]
     if unfinished:
@@ -129,7 +130,7 @@ def moment(workdir: Path, said: str) -> str:
 
 
 def saved_step(workdir: Path) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
+    """Returns the step of the newest checkpoint, or 0 if there is none."""
     return max([int(path.parent.name) for path in (workdir / "checkpoints").glob("*/commit_success.txt")], default=0)
 
 
@@ -139,7 +140,7 @@ def lines_of(workdir: Path) -> list[dict]:
 
 
 def assert_same_training(workdir: Path, reference: Path, steps: int) -> None:
-    """Metrics, fingerprints of all arrays as they are read back, data position, and no leftovers."""
+    """Compares metrics, fingerprints of all arrays that are read back, the data's position, and names of files."""
     from simvlg_jax.training.fingerprints import array_fingerprints
 
     ours, theirs = lines_of(workdir), lines_of(reference)
@@ -153,7 +154,7 @@ def assert_same_training(workdir: Path, reference: Path, steps: int) -> None:
 
 
 def read_state(workdir: Path, step: int) -> dict:
-    """A checkpoint as numpy arrays, by any number of processes written, and the data's position."""
+    """Returns a checkpoint of any number of processes as numpy arrays, and the data's position."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -166,9 +167,9 @@ def read_state(workdir: Path, step: int) -> dict:
 
 
 def contents_of(folder: Path, verb: str) -> dict[str, str]:
-    """Name -> SHA-256 of what exporting or preparing wrote: files by their bytes, prepared splits by their records.
+    """Returns {name: SHA-256} of what was written: of the bytes of exported files, of the records of prepared splits.
 
-    The same records give other bytes each time: ArrayRecord compresses in several threads.
+    Bytes of prepared splits differ each time, since ArrayRecord compresses in several threads.
     """
     from ml_collections import ConfigDict
 
@@ -189,7 +190,7 @@ def contents_of(folder: Path, verb: str) -> dict[str, str]:
 def kill_training(
     folder: Path, kills: int, workers: int = 0, processes: int = 1, seed: int = 0, steps: int = 60
 ) -> collections.Counter:
-    """Kills trainings `kills` times in all, of as many runs as that takes; returns how often in which moment."""
+    """Kills trainings until there are `kills` kills, over several runs; returns how many there were at which moment."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = SETTINGS | {"data.workers": workers, "train.steps": steps}
     flags = ["--config", "configs/tiny.py", *(f"--config.{key}={value}" for key, value in settings.items())]
@@ -225,7 +226,7 @@ def kill_training(
 
 
 def kill_files(folder: Path, verb: str, kills: int, seed: int) -> None:
-    """Kills exporting or preparing; then every file is whole or absent, and the same command completes them."""
+    """Kills exporting or preparing. Every file must be whole or absent, and the same command must complete them."""
     folder.mkdir(parents=True, exist_ok=True)
     if verb == "export":
         arguments = ["--config", "configs/tiny.py", "--config.train.steps=4", "--config.mesh.data=1"]

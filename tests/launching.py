@@ -1,4 +1,4 @@
-"""What the tests of the launch scripts share: a repository, a stand-in for gcloud, and training that is faked."""
+"""What the tests of the launch scripts share: a repository, a stand-in for gcloud, and a fake training program."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 def make_environment(folder: Path, requirements: tuple[str, ...], program: str | None = None) -> None:
-    """A .venv that need_environment finds complete; its Python is this one, or always runs `program`."""
+    """Makes a .venv that need_environment accepts. Its Python is this one, or always runs `program`."""
     words = [sys.executable]
     if program is not None:
         words.append(str(executable(folder / "program.py", program)))
@@ -67,12 +67,12 @@ def make_environment(folder: Path, requirements: tuple[str, ...], program: str |
 
 
 def hear_interrupts() -> None:
-    """For a new process: shells cannot trap what is ignored when they start, as in a job put into the background."""
+    """Lets a new process receive SIGINT. A shell cannot trap a signal that is ignored when the shell starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def until(condition):
-    """The first true value of `condition`, asked again and again."""
+    """Calls `condition` until it returns a true value, and returns that."""
     end = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -86,7 +86,7 @@ def read(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def revision_folder(tmp_path_factory) -> Path:
-    """A git repository of one commit, with the files of this one but the large ones."""
+    """Returns a git repository of one commit with the files of this repository, except large ones."""
     folder = tmp_path_factory.mktemp("repository")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -145,7 +145,7 @@ class Cloud:
         )
 
     def __call__(self, *arguments: str, status: int = 0) -> str:
-        """What it prints; its exit status must be `status`."""
+        """Returns what the command prints. Its exit status must be `status`."""
         process = self.start(*arguments)
         said = process.communicate(timeout=WAIT_SECONDS)[0]
         assert process.returncode == status, said

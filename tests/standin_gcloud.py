@@ -1,4 +1,4 @@
-"""A stand-in for gcloud's TPU commands: slices are folders, their workers processes on this machine.
+"""A stand-in for gcloud's TPU commands. A slice is a folder, and its workers are processes on this machine.
 
     python standin_gcloud.py FOLDER compute tpus ...
 
@@ -34,7 +34,7 @@ ALPHA = {"create": {"autocheckpoint-enabled"}, "ssh": {"tunnel-through-iap"}, "s
 
 
 class Refused(Exception):
-    """What gcloud reports as its own error."""
+    """An error that gcloud reports."""
 
 
 def main(folder: Path, arguments: list[str]) -> int:
@@ -76,10 +76,10 @@ def changing(folder: Path):
 
 
 def preempt(folder: Path, name: str, noticed: bool = True) -> None:
-    """What happens to a spot slice: its machines are gone at once; a request in the queue stays and is SUSPENDED.
+    """Preempts a spot slice: its machines are gone at once. A request in the queue stays and becomes SUSPENDED.
 
     Args:
-      noticed: False when the request does not show it yet, and only its nodes do.
+      noticed: whether the request shows the preemption already; otherwise only its nodes do.
     """
     with changing(folder) as resources:
         queued = resources.get(f"queued-resources {name}")
@@ -93,7 +93,7 @@ def preempt(folder: Path, name: str, noticed: bool = True) -> None:
 
 
 def kill_processes(folder: Path, node: str, worker: str = "*") -> None:
-    """SIGKILL to all that training runs on a node's workers, or on one of them."""
+    """Sends SIGKILL to all training processes on a node's workers, or on one of them."""
     for path in (folder / node).glob(f"worker_{worker}/simvlg_jax/state/*.loop"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(path.read_text()), signal.SIGKILL)
@@ -166,9 +166,9 @@ def _scp(folder: Path, words: list[str], flags: dict[str, str]) -> int:
 
 
 def _ssh(folder: Path, words: list[str], flags: dict[str, str]) -> int:
-    """Runs the command with each worker's home; the environment tells JAX what a TPU VM's metadata would.
+    """Runs the command in each worker's home. The environment tells JAX what the metadata of a TPU VM would.
 
-    With the setting "runs" so many times, as when a connection breaks at the command's end.
+    The setting "runs" is how often the command runs, as if connections broke at the end of a command.
     """
     settings = _settings(folder)
     with socket.socket() as free:

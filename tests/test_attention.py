@@ -1,4 +1,4 @@
-"""Attention against its definition, and that its scores are never rounded to the compute dtype."""
+"""Attention equals its definition, and its scores are never rounded to the compute dtype."""
 
 import flax.linen as nn
 import jax
@@ -14,14 +14,14 @@ from simvlg_jax.models.llms import llama, opt
 
 
 def random_inputs(num_heads=6, kv_heads=2, value_dim=5):
-    """query (2, 4, N, 8), key (2, 7, K, 8), value (2, 7, K, V)."""
+    """Returns query (2, 4, N, 8), key (2, 7, K, 8) and value (2, 7, K, V)."""
     rng = np.random.default_rng(0)
     shapes = (2, 4, num_heads, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, value_dim)
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def by_loops(query, key, value, mask, bias, scale):
-    """The definition, one query of one head at a time, in float64."""
+    """Computes the definition for one query of one head at a time, in float64."""
     out = np.zeros((*query.shape[:3], value.shape[-1]))
     group = query.shape[2] // key.shape[2]
     for b, s, n in np.ndindex(query.shape[:3]):
@@ -55,7 +55,7 @@ def test_dropout_acts_on_the_weights():
 
 
 def test_bfloat16_inputs_are_attended_to_with_float32_scores():
-    """Scores of about 50 that differ by less than bfloat16 resolves there (0.25)."""
+    """The scores are about 50 and differ by less than bfloat16 resolves there (0.25)."""
     rng = np.random.default_rng(0)
     key = 4 + 0.1 * rng.normal(size=(1, 9, 1, 16))
     query, key, value = (
@@ -89,7 +89,7 @@ MODULES = {
 
 
 def products_of_heads(jaxpr):
-    """Dtypes of the matrix products with two batch axes in a jaxpr, scans included: scores, then weighted values."""
+    """Returns dtypes of a jaxpr's matrix products with two batch axes, also in scans: scores, then weighted values."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and len(equation.params["dimension_numbers"][1][0]) == 2:
             yield str(equation.outvars[0].aval.dtype)

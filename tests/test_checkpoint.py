@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged: noticed, named, and passed over by training."""
+"""Training notices damaged checkpoints, names them and passes over them."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ POSITION = {"window": 1, "iterator": {"next_index": 7}}
 
 
 def state_of(step):
-    """A tree of float32 and int32 arrays, of which one is large enough for a file of its own."""
+    """Returns a tree of float32 and int32 arrays. One is large enough for a file of its own."""
     keys = jax.random.split(jax.random.key(step), 3)
     return {
         "params": {"kernel": jax.random.normal(keys[0], (64, 96)), "bias": jnp.full(5, 0.25)},
@@ -36,7 +36,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A workdir with whole checkpoints of steps 1, 2 and 3."""
+    """Returns a workdir with whole checkpoints of steps 1, 2 and 3."""
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(workdir, keep_last=3)
     for step in (1, 2, 3):
@@ -70,7 +70,7 @@ def assert_equal(state, step):
 
 
 def test_no_flipped_bit_and_no_truncation_is_silent(saved, tmp_path, capsys):
-    """50, over all files: what is read is what was saved, or the checkpoint before it is used with a warning."""
+    """Does 50 damages over all files. Training reads what was saved, or warns and uses the checkpoint before it."""
     noticed, arrays = 0, 0
     for number in range(50):
         rng = np.random.default_rng(number)
@@ -94,7 +94,7 @@ def test_no_flipped_bit_and_no_truncation_is_silent(saved, tmp_path, capsys):
 
 
 def test_training_goes_on_from_the_newest_whole_checkpoint(workdir, capsys):
-    """A changed array in 3 and a missing file in 2: both are set aside, and their steps can be saved again."""
+    """Step 3 has a changed array and step 2 lacks a file. Both are set aside, and their steps can be saved again."""
     largest = max(files_of(workdir, 3), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 16
@@ -207,7 +207,7 @@ def test_of_equal_scores_the_newest_is_best_and_kept(tmp_path):
 
 
 def test_nothing_is_deleted_while_scores_are_lost(workdir, capsys):
-    """A workdir that was copied without its metrics.jsonl."""
+    """The workdir was copied without its metrics.jsonl."""
     checkpoints = Checkpoints(workdir, keep_last=1, keep_best=1)
     assert "metrics.jsonl is missing" in capsys.readouterr().err
     checkpoints.save(4, state_of(4), POSITION)
@@ -230,7 +230,7 @@ def test_checkpoint_of_an_older_version_has_vl_proj_beside_the_connector(tmp_pat
 
 
 def test_array_that_a_checkpoint_lacks_is_noticed_without_checksums_too(workdir):
-    """Checkpoints of versions before the checksums are read, and Orbax leaves absent arrays as they were."""
+    """Checkpoints of older versions have no checksums, and Orbax does not report arrays that are missing."""
     for step in (1, 2, 3):
         shutil.rmtree(workdir / "checkpoints" / str(step) / "checks")
         metadata = workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"

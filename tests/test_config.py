@@ -1,4 +1,4 @@
-"""Configs: every number has a range, and a config file that is wrong is named in one line."""
+"""Every number of a config has a range, and one line names what is wrong in a config file."""
 
 from fnmatch import fnmatch
 

@@ -1,14 +1,17 @@
-"""The contrastive losses: their value against torch, what they add to the loss and train, and that they compare the
-whole global batch however it is cut into micro-batches or laid over devices.
+"""The contrastive losses: their value, what they train, and the batch that they compare.
+
+Their value equals torch's. They compare the whole global batch on any mesh and with any number of micro-batches.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
+from first_step import first_step
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertModel
 
@@ -72,9 +75,10 @@ def test_loss_is_the_captions_plus_beta_times_the_contrast(tmp_path):
     assert batch["sentence_ids"].shape == batch["sentence_mask"].shape == (8, 24)
     model, params = trainer.task.model, trainer.params
     inputs = [batch[name] for name in ("image", "caption_ids", "caption_mask", "caption_targets")]
-    losses, counts = model.apply({"params": params}, *inputs, method="caption_losses")
-    visual = model.apply({"params": params}, batch["image"], method="encode_image")
-    sentences = SentenceEncoder(32, 2, 2, 98).apply(
+    losses, counts = jax.jit(functools.partial(model.apply, method="caption_losses"))({"params": params}, *inputs)
+    encode = jax.jit(functools.partial(model.apply, method="encode_image"))
+    visual = encode({"params": params}, batch["image"])
+    sentences = jax.jit(SentenceEncoder(32, 2, 2, 98).apply)(
         {"params": params["sentence_encoder"]}, batch["sentence_ids"], batch["sentence_mask"]
     )
 
@@ -125,7 +129,7 @@ def step_config(task, accumulate, mesh=(1, 1, 1)):
 
 
 def drawn_batch(size=16, length=12):
-    """Drawn pictures and texts, each text of its own length."""
+    """Returns random pictures and texts. Each text has its own length."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 98, (size, length)).astype(np.int32)
     mask = (np.arange(length) < rng.integers(2, length + 1, (size, 1))).astype(np.int32)
@@ -136,19 +140,15 @@ def drawn_batch(size=16, length=12):
 
 
 def batch_of(task):
-    """Those arrays of `drawn_batch` that a task takes."""
+    """Returns the arrays of `drawn_batch` that a task takes."""
     batch = drawn_batch()
     return {name: batch[name] for name in task.batch.shapes(16)}
 
 
-def first_step(config, change=lambda batch: batch):
-    """(loss, {top-level name: its gradient, flat}) of the first step on `drawn_batch`, changed."""
-    task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
-    plan = Plan(task, config, mesh)
-    params, frozen = plan.init_params()
-    state, metrics = plan.step(plan.init_state(params), frozen, meshes.put_batch(change(batch_of(task)), mesh))
-    moments = jax.device_get(optax.tree.get(state.opt_state, "mu"))
-    return float(metrics["loss"]), flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
+def step_gradients(config, params=None, change=lambda batch: batch):
+    """Returns loss, {top-level name: flat gradient} and the parameters before the first step on `batch_of`, changed."""
+    loss, moments, params = first_step(config, lambda task: change(batch_of(task)), params)
+    return loss, flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments)), params
 
 
 def flat(tree):
@@ -156,7 +156,7 @@ def flat(tree):
 
 
 def assert_same(found, wanted, limit=1e-5):
-    """Of single modules, the temperature's among them, most of the gradient cancels: they may round more."""
+    """Compares loss and gradients. In one module most of a gradient can cancel, so its limit is five times as high."""
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     whole = [np.concatenate([gradient[name] for name in wanted[1]]) for _, gradient in (found, wanted)]
     assert np.linalg.norm(whole[0] - whole[1]) < limit * np.linalg.norm(whole[1])
@@ -171,10 +171,10 @@ def assert_same(found, wanted, limit=1e-5):
     ids=["joint", "encoder"],
 )
 def test_contrast_is_over_the_global_batch_however_many_micro_batches(task, layouts):
-    """Each layout: (micro-batches, mesh)."""
-    one = first_step(step_config(task, 1))
+    """A layout is (micro-batches, mesh)."""
+    *one, params = step_gradients(step_config(task, 1))
     for layout in layouts:
-        assert_same(first_step(step_config(task, *layout)), one)
+        assert_same(step_gradients(step_config(task, *layout), params)[:2], one)
 
 
 def blanked(batch):
@@ -191,18 +191,18 @@ def blanked(batch):
 def test_blank_rows_teach_nothing_in_one_pass_and_in_two(task):
     """A batch with four blank rows of sixteen gives the step of the twelve others."""
     config = step_config(task, 1)
-    found = first_step(config, blanked)
+    *found, params = step_gradients(config, change=blanked)
     real = np.arange(16) % 4 != 3
     with config.unlocked():
         config.train.batch_size = 12
-    wanted = first_step(config, lambda batch: {name: x[real] for name, x in batch.items()})
-    assert_same(found, wanted)
-    assert_same(first_step(step_config(task, 4), blanked), found)
-    assert_same(first_step(step_config(task, 2, EIGHT_DEVICES), blanked), found)
+    wanted = step_gradients(config, params, lambda batch: {name: x[real] for name, x in batch.items()})
+    assert_same(found, wanted[:2])
+    for layout in ((4,), (2, EIGHT_DEVICES)):
+        assert_same(step_gradients(step_config(task, *layout), params, blanked)[:2], found)
 
 
 def test_both_passes_over_micro_batches_draw_the_same_dropout():
-    """The step's gradients against those of the loss written down as one function of all micro-batches."""
+    """The gradients of the step equal those of the loss that is written as one function of all micro-batches."""
     dropout = ["train.beta=0.5", "connector.dropout=0.1", "llm.size=opt_tiny", "llm.dropout=0.1", "vit.train=True"]
     config = step_config(dropout, 2)
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
@@ -219,11 +219,12 @@ def test_both_passes_over_micro_batches_draw_the_same_dropout():
         return captions + 0.5 * matching.mean()
 
     wanted, gradient = jax.jit(jax.value_and_grad(loss))(trained, drawn_batch())
-    assert_same(first_step(config), (float(wanted), flat(jax.device_get(gradient))), limit=5e-5)
+    start = jax.device_get((trained, frozen))
+    assert_same(step_gradients(config, start)[:2], (float(wanted), flat(jax.device_get(gradient))), limit=5e-5)
 
 
 def test_first_pass_over_micro_batches_leaves_the_language_model_out():
-    """Compiled from shapes alone: one batch's work, and the pictures' and sentences' once more."""
+    """With micro-batches the work is that of one batch, plus embedding its pictures and sentences once more."""
     work = []
     for accumulate in (1, 2):
         config = step_config(CAPTION, accumulate, EIGHT_DEVICES)
@@ -240,7 +241,7 @@ def test_first_pass_over_micro_batches_leaves_the_language_model_out():
 
 
 def test_validation_loss_is_of_each_example_once():
-    """Eleven examples in batches of eight, the last filled up with repeats that do not count."""
+    """Eleven examples are in batches of eight. Repeats fill up the last batch and do not count."""
     flags = ["data.synthetic_size.val=11", "mesh.data=1"]
     config = load_config("configs/tiny.py:vit", [f"--config.{flag}" for flag in flags])
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
@@ -250,7 +251,7 @@ def test_validation_loss_is_of_each_example_once():
     assert [len(batch["image"]) for batch in batches] == [8, 8]
     total = 0.0
     for batch, real in zip(batches, (8, 3), strict=True):
-        pair = task.model.apply(
+        pair = jax.jit(task.model.apply)(
             {"params": params}, *(batch[name][:real] for name in ("image", "sentence_ids", "sentence_mask"))
         )
         total += matching_losses(*pair, jnp.exp(params["log_temperature"])).sum()

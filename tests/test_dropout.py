@@ -1,4 +1,4 @@
-"""Dropout by hashing: the right share, independent of sharding, of neighbours and of other keys."""
+"""Dropout by hashing drops the right share, independently of the sharding, of neighbours and of other keys."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""SmolLM2 from its GGUF file: weights against transformers, tokenizer by what it must do."""
+"""SmolLM2 from its GGUF file: the weights equal transformers', and the tokenizer does what it must do."""
 
 import gguf as gguf_library
 import jax
@@ -69,7 +69,7 @@ def test_logits_equal_transformers(smollm2, loaded_tokenizer):
 
 
 def test_greedy_continuation(smollm2, loaded_tokenizer):
-    """Right only with weights, rotary layout, tokenizer and cache all right."""
+    """It is right only if weights, rotary layout, tokenizer and cache are all right."""
     tokenizer, special = loaded_tokenizer
     prompt = np.array([tokenizer.encode("A photo of a").ids], np.int32)
     no_prefix = np.zeros((1, 0, SMOLLM2.width), np.float32)
@@ -89,12 +89,12 @@ def test_greedy_continuation(smollm2, loaded_tokenizer):
 
 
 def llamacpp_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's rows of q or k as llama.cpp's converter writes them."""
+    """Returns Hugging Face's rows of q or k in the order of llama.cpp's converter."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_llama(path, tensors: dict[str, np.ndarray], architecture: str = "llama") -> None:
-    """A GGUF file, tensors under GGUF names; widths that are a multiple of 32 are quantised to Q8_0."""
+    """Writes a GGUF file. Tensors whose width is a multiple of 32 are quantised to Q8_0."""
     writer = gguf_library.GGUFWriter(path, architecture)
     writer.add_block_count(1)
     writer.add_head_count(4)
@@ -115,7 +115,7 @@ def write_llama(path, tensors: dict[str, np.ndarray], architecture: str = "llama
 
 
 def small_llama() -> dict[str, np.ndarray]:
-    """Hugging Face tensors of one layer, 4 heads of 8, 2 of them for keys, with an output matrix of its own."""
+    """Returns Hugging Face's tensors of a model with one layer, 4 heads, 2 key-value heads and an untied head."""
     shapes = {
         "model.embed_tokens": (11, 32),
         "model.norm": (32,),
@@ -181,10 +181,10 @@ def test_truncated_anywhere(tmp_path):
     data = (tmp_path / "whole.gguf").read_bytes()
     for length in (0, 3, 10, 24, 60, 200, 600, len(data) // 2, len(data) - 1):
         (tmp_path / "part.gguf").write_bytes(data[:length])
-        with pytest.raises(UserError, match=r"part\.gguf: it is truncated or no GGUF file"):
+        with pytest.raises(UserError, match=r"part\.gguf: it is truncated or not a GGUF file"):
             gguf.load_llama(tmp_path / "part.gguf", SMALL)
     (tmp_path / "part.gguf").write_text("<html>not found</html>" * 100)
-    with pytest.raises(UserError, match="truncated or no GGUF file"):
+    with pytest.raises(UserError, match="truncated or not a GGUF file"):
         gguf.load_llama(tmp_path / "part.gguf", SMALL)
 
 
@@ -230,7 +230,7 @@ def test_decoding_undoes_encoding(loaded_tokenizer, text):
 
 
 def write_sentencepiece(path) -> list[str]:
-    """A GGUF file with a LLaMA tokenizer of few pieces (and nothing else); returns them."""
+    """Writes a GGUF file that holds only a LLaMA tokenizer of few pieces; returns the pieces."""
     pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
     pieces += ["\u2581", "a", "c", "t", "d", "o", "g", "at", "cat", "\u2581a", "\u2581cat", "do", "dog", "\u2581dog"]
     kinds = [2, 3, 3, *[6] * 256]

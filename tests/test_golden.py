@@ -1,4 +1,4 @@
-"""The models against the published PyTorch code's numbers (`check_golden.py`), and what that check must notice."""
+"""The models give the numbers of the published PyTorch code (`check_golden.py`), and that check notices errors."""
 
 import json
 import shutil

@@ -15,7 +15,7 @@ CPU = (*RUN, "DEVICE=cpu")
 
 @pytest.fixture
 def node(tmp_path):
-    """launch/gpu.sh in a folder where training is faked, on a node without GPUs."""
+    """Returns launch/gpu.sh with a fake training program, on a node without GPUs."""
     folder = tmp_path / "node"
     shutil.copytree(ROOT / "launch", folder / "launch")
     for name in ("requirements.txt", "requirements-gpu.txt"):

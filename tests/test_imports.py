@@ -1,4 +1,4 @@
-"""Arrows between folders point one way: the table of docs/architecture.md names what each folder imports."""
+"""Imports between folders point one way, and the table of docs/architecture.md says what each folder imports."""
 
 import ast
 import re
@@ -11,12 +11,12 @@ ALIASES = {"data/prepare.py", "data/inspect.py", "convert/from_torch.py", "conve
 
 
 def folder_of(parts: tuple[str, ...]) -> str:
-    """The folder that a file or module of the package belongs to, by its path below the package."""
+    """Returns the folder of a file or module, given by its path below the package."""
     return parts[0] if len(parts) > 1 else VERBS
 
 
 def imported(path: Path) -> set[str]:
-    """Folders of the package that a file imports from, also late."""
+    """Returns the folders of the package that a file imports from, also inside functions."""
     folders = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -34,7 +34,7 @@ def imported(path: Path) -> set[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Folder -> other folders that its files import from."""
+    """Returns {folder: other folders that its files import from}."""
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).parts
@@ -46,7 +46,7 @@ def arrows() -> dict[str, set[str]]:
 
 
 def documented() -> dict[str, set[str]]:
-    """The table of folders in docs/architecture.md: folder -> what it imports."""
+    """Returns the table of folders in docs/architecture.md: {folder: what it imports}."""
     rows = re.findall(r"^\| `(\w+)/?`[^|]*\|[^|]*\| ([^|]*) \|$", (ROOT / "docs/architecture.md").read_text(), re.M)
     return {folder: set(re.findall(r"\w+", imports)) for folder, imports in rows}
 
@@ -56,7 +56,7 @@ def test_table_of_folders_is_what_the_files_import():
 
 
 def test_no_folder_imports_one_that_stands_below_it_in_the_table():
-    """So there is no circle either: each row imports from rows above it alone."""
+    """Each row imports only from rows above it, so there is no circle."""
     above: set[str] = set()
     for folder, imports in documented().items():
         assert imports <= above, folder

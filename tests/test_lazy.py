@@ -1,4 +1,4 @@
-"""Arrays that are read late: the same values as numpy gives, shapes without reading, one layer at a time."""
+"""Lazy arrays have numpy's values, know their shapes without reading, and are read one layer at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from simvlg_jax.parallel.lazy import Lazy, LazyStack, put, split
 
 
 class Counted:
-    """A lazy array of 6 x 4 that counts how often it is read."""
+    """A lazy array (6, 4) that counts how often it is read."""
 
     def __init__(self, offset: int = 0):
         self.array, self.reads = np.arange(24, dtype=np.float32).reshape(6, 4) + offset, 0

@@ -1,4 +1,4 @@
-"""The LLaMA decoder against transformers, and its own invariants: scan, remat, cache, padding."""
+"""The LLaMA decoder equals transformers', and scan, remat, cache and padding do not change it."""
 
 import functools
 import json
@@ -26,14 +26,14 @@ TINY = dict(width=24, depth=2, num_heads=6, num_kv_heads=2, ffn=40, vocab_size=5
 
 
 def logits_of_ids(llm: Llama, ids: jax.Array) -> jax.Array:
-    """(B, S) -> (B, S, V); every method once, so it serves to initialise too."""
+    """Maps ids (B, S) to logits (B, S, V). It calls every method, so it can initialise all parameters."""
     hidden = llm(llm.embed(ids), jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)).hidden
     return llm.logits(hidden)
 
 
 @functools.cache
 def init(llm: Llama) -> dict:
-    """Random parameters, drawn on the host and larger than usual so that every part matters."""
+    """Returns random parameters that are larger than usual, so that every part matters."""
     ids = jnp.zeros((1, 1), jnp.int32)
     abstract = jax.eval_shape(lambda: nn.unbox(llm.init(jax.random.key(0), ids, method=logits_of_ids))["params"])
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def params_of(model: LlamaForCausalLM, llm: Llama) -> dict:
 
 
 def inputs(batch: int, length: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random embeddings (B, S, D) and positions (B, S)."""
+    """Returns random embeddings (B, S, D) and positions (B, S)."""
     embeddings = np.random.default_rng(seed).normal(size=(batch, length, width)).astype(np.float32)
     return embeddings, np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
 
@@ -109,7 +109,7 @@ def test_equals_transformers(size):
 
 
 def test_equals_the_published_model():
-    """Logits over [prefix, caption] of the golden Vicuna-like model, right-padded."""
+    """Compares logits over [prefix, caption] of the golden model like Vicuna, padded on the right."""
     sizes = json.loads((GOLDEN / "image_llama.json").read_text())["lm"]
     golden = np.load(GOLDEN / "image_llama.npz")
     llm = Llama(sizes["dim"], sizes["layers"], sizes["heads"], sizes["heads"], sizes["ffn"], sizes["vocab"])
@@ -142,7 +142,7 @@ def test_weights_go_round(tied):
 def test_weights_missing_or_left_over():
     llm = Llama(**TINY)
     tensors = hf_llama.to_hf(llm, init(llm))
-    with pytest.raises(UserError, match=r"^lm_head\.weight is not model\.embed_tokens\.weight: .* has the two tied"):
+    with pytest.raises(UserError, match=r"^lm_head\.weight differs from model\.embed_tokens\.weight, but .* ties them"):
         hf_llama.from_hf(Llama(**TINY, tie_embeddings=True), tensors)
     with pytest.raises(UserError, match=r"o_proj\.weight \(24, 24\) cannot be split into the model's 5 heads"):
         hf_llama.from_hf(Llama(**TINY | dict(num_heads=5)), tensors)
@@ -157,7 +157,7 @@ def test_weights_missing_or_left_over():
 
 @pytest.mark.parametrize("variant", [dict(scan=False), dict(remat=True)])
 def test_scan_and_remat_change_nothing(variant):
-    """Hidden states and gradients to embeddings and parameters."""
+    """Compares hidden states, and gradients for embeddings and parameters."""
     size = TINY | dict(qkv_bias=True, qk_norm=True)
     llm, other = Llama(**size), Llama(**size, **variant)
     params = init(llm)
@@ -183,7 +183,7 @@ def test_scan_and_remat_change_nothing(variant):
 @settings(max_examples=8, deadline=None)
 @given(cuts=st.sets(st.sampled_from([1, 4])), scan=st.booleans())
 def test_cache_equals_no_cache(cuts, scan):
-    """The sequence fed in any pieces, one padded row included, gives the states of the whole."""
+    """A sequence that is fed in pieces gives the states of the whole, also in a padded row."""
     llm, spare = Llama(**TINY, scan=scan), 0 if scan else 3
     params = init(llm)
     embeddings, _ = inputs(2, 7, 24)

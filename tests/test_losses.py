@@ -1,4 +1,4 @@
-"""The caption loss against torch, its gradient included."""
+"""The caption loss and its gradient equal torch's."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Meshes and placements: presets, shares of a batch, and where every parameter of a published config lives."""
+"""Meshes and shardings: presets, shares of a batch, and the sharding of every parameter of a published config."""
 
 import json
 from types import SimpleNamespace
@@ -105,7 +105,7 @@ def test_fingerprint_changes_with_any_bit_and_not_with_the_placement():
 
 
 def places(config, mesh):
-    """{path: (dtype and shape, mesh axes of each dimension)}"""
+    """Returns {path: (dtype and shape, mesh axes of each dimension)}."""
     plan = Plan(build_task(config), config, mesh)
     shapes, shardings = (traverse_util.flatten_dict(tree, sep="/") for tree in (plan.shapes, plan.shardings))
     return {
@@ -115,7 +115,7 @@ def places(config, mesh):
 
 
 def placements(name):
-    """Every parameter of a config: on 16 chips as the recipe has it, and as 2 x 2 x 2 devices would split it."""
+    """Returns the sharding of every parameter of a config: on 16 chips as in the recipe, and on 2 x 2 x 2 devices."""
     config = load_config(name)
     sizes = [config.mesh[axis] for axis in meshes.AXES]
     recipe = AbstractMesh(tuple(16 // config.mesh.tensor if size == -1 else size for size in sizes), meshes.AXES)
@@ -132,13 +132,13 @@ def golden_file(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_of_a_published_config_lives_where_it_is_written(name):
-    """After a change that is meant, run `PYTHONPATH=. python tests/test_mesh.py` and read the difference."""
+    """After an intended change, run `PYTHONPATH=. python tests/test_mesh.py` and read the difference."""
     with open(golden_file(name)) as file:
         assert placements(name) == json.load(file)
 
 
 def test_only_small_parameters_are_left_whole():
-    """What no axis splits is norms, biases and scalars: all of it together is within a hundredth of the model."""
+    """Norms, biases and scalars are not split. All of them together are at most a hundredth of the model."""
     for name in CONFIGS:
         config = load_config(name, ["--config.mesh.split_trained=True"])
         total = left = 0

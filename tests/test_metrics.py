@@ -1,4 +1,4 @@
-"""Caption scores and their tokeniser against pycocoevalcap's numbers, and what must hold for any captions."""
+"""Caption scores and their tokeniser give pycocoevalcap's numbers, and keep what must hold for any captions."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What a run says and writes while it goes: metrics.jsonl, TensorBoard, bars, and what takes long."""
+"""What a run prints and writes: metrics.jsonl, TensorBoard, progress bars, and messages about what takes long."""
 
 import fcntl
 import json
@@ -41,7 +41,7 @@ def test_resumed_run_drops_later_steps_and_what_is_no_record(tmp_path):
 
 
 def test_run_that_has_logged_nothing_yet_has_its_file(tmp_path):
-    """Else its first checkpoint would be taken for one whose scores are lost."""
+    """Otherwise its first checkpoint would look like one whose scores are lost."""
     MetricsLog(tmp_path, total=1, start=0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -56,7 +56,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 @pytest.mark.parametrize(("columns", "shows"), [(100, True), (0, False)])
 def test_bar_needs_a_terminal_that_has_a_width(monkeypatch, columns, shows):
-    """A terminal of width 0, as some CI has, gets plain lines."""
+    """A terminal of width 0, as in some CI systems, gets plain lines."""
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(terminal, "w") as stream:

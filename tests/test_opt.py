@@ -1,4 +1,4 @@
-"""The OPT decoder against transformers, the 350m shape included, and its own invariants: scan, cache, padding."""
+"""The OPT decoder equals transformers', also with 350m's shape; scan, cache and padding do not change it."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Schedules and decay against the published formulas, computed here by hand."""
+"""Schedules and decay equal the published formulas, which are computed here."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_every_parameter_matches_one_rule_or_both_lists_are_shown():
 
 
 class TwoLayers(torch.nn.Module):
-    """Parameters of a tiny connector and projection under our names."""
+    """A module with parameters of a tiny connector and projection, under our names."""
 
     def __init__(self, values):
         super().__init__()
@@ -83,7 +83,7 @@ class TwoLayers(torch.nn.Module):
 
 
 def test_steps_equal_torchs_adamw_with_clipping_decay_groups_and_learning_rate_factors():
-    """Three groups of torch.optim.AdamW: decayed, not decayed, and a module with a factor on its learning rate."""
+    """torch.optim.AdamW has three groups: decayed, not decayed, and a module with a factor on its learning rate."""
     rng = np.random.default_rng(0)
     shapes = {"connector.kernel": (4, 3), "connector.bias": (3,), "llm_proj.kernel": (3, 5), "llm_proj.bias": (5,)}
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Weights named in a config: where they end up, what text each family is fed, and messages for what does not fit."""
+"""Weights that a config names: where they end up, the ids of each family, and messages for files that do not fit."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ WORDS = ["<s>", "<pad>", "</s>", "\n", *[f"w{i}" for i in range(60)]]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Tiny models as Hugging Face saves them, each beside a tokenizer."""
+    """Returns folders of tiny models as Hugging Face saves them, each with a tokenizer."""
     torch.manual_seed(0)
     opt = OPTForCausalLM(
         OPTConfig(
@@ -119,7 +119,7 @@ def test_vicuna_starts_with_its_end_and_gains_a_pad_row(folders, monkeypatch):
 
 
 def test_sentencepiece_tokenizer_is_read_as_vicuna_ships_it(tmp_path):
-    """tokenizer.model and no tokenizer.json."""
+    """There is a tokenizer.model and no tokenizer.json."""
     texts = tmp_path / "texts.txt"
     texts.write_text("a photo of a cat on a sofa\ntwo dogs play in the park\n" * 50)
     options = dict(vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2)
@@ -161,7 +161,7 @@ def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):
     for overrides, message in (
         (["llm.size=tiny", f"llm.weights={folders['opt']}"], "no Llama layers here"),
         (["llm.size=opt_tiny", f"llm.weights={folders['llama']}"], "no OPT here"),
-        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "has the two tied"),
+        (["llm.size=tiny", f"llm.weights={folders['vicuna']}"], "a model of this size ties them"),
         (["llm.size=one_more", f"llm.weights={folders['vicuna']}"], r"embedding: model \(65, 32\), weights \(64, 32\)"),
         (["llm.size=opt_tiny", f"llm.weights={tmp_path / 'x.gguf'}"], "not from GGUF"),
         (["connector.weights=/nowhere"], "no weights at /nowhere"),

@@ -1,4 +1,4 @@
-"""Several processes, as on several machines, on one CPU: what their number must not change, and how they stop."""
+"""Several processes on one CPU, as on several machines: what their number must not change, and how they stop."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import TRY_AGAIN
 
-CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")  # the same program is run again and again
-START = Path(CACHE) / "start.safetensors"  # what all runs start from: initialising takes long to compile
+# All runs start from these weights, since initialising takes long to compile.
+START = Path(tempfile.mkdtemp(prefix="simvlg_jax_start_")) / "start.safetensors"
 PRESETS = ("replicated", "fsdp", "fsdp+tensor")
 STEPS, SAVED = 4, 2
 # Five of the drawn val pictures and 16 test pictures in batches of six: what fills up the last must not count.
@@ -50,7 +50,7 @@ def overrides(**settings):
 
 
 def start(count, devices, *arguments):
-    """`count` processes, each with so many forced devices, of one python command."""
+    """Starts one python command in `count` processes with so many CPU devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,9 +62,6 @@ def start(count, devices, *arguments):
                 "XLA_FLAGS": f"{quick_compile.FLAGS} --xla_force_host_platform_device_count={devices}",
                 "JAX_PLATFORMS": "cpu",
                 "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-                "JAX_COMPILATION_CACHE_DIR": CACHE,
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(i),
@@ -79,7 +76,7 @@ def start(count, devices, *arguments):
 
 
 def finish(processes, seconds=400):
-    """(exit statuses, what each said)."""
+    """Returns (exit statuses, what each process printed on stderr)."""
     said = [process.communicate(timeout=seconds)[1] for process in processes]
     return [process.returncode for process in processes], said
 
@@ -115,14 +112,14 @@ def assert_same_run(workdir, reference):
 
 
 def preset_overrides(preset):
-    """Validation takes as long to compile as training: it is run in one preset, with tensors across processes."""
+    """Validation takes as long to compile as training, so only one preset has it, with tensors across processes."""
     if preset == "fsdp+tensor":
         return overrides(mesh__preset=preset)
     return overrides(mesh__preset=preset, evals__val__every=0, train__save_every=STEPS)
 
 
 def cut_back(workdir, copy):
-    """A copy of a finished run as it was after step SAVED."""
+    """Copies a finished run as it was after step SAVED."""
     shutil.copytree(workdir, copy)
     shutil.rmtree(copy / "checkpoints" / str(STEPS))
     return copy
@@ -137,7 +134,7 @@ def start_weights():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Workdirs of the same run by one process, by four and by two, and of runs begun by four and ended by fewer."""
+    """Workdirs of one run done by one, two and four processes, and of runs that fewer than four processes resumed."""
     folder = tmp_path_factory.mktemp("runs")
     loop.train(load_config("configs/tiny.py", overrides(mesh__data=1)), folder / "one")
     run_jobs(4, 1, [(preset_overrides(preset), folder / f"4 {preset}") for preset in PRESETS])
@@ -164,7 +161,7 @@ def test_run_of_four_processes_is_resumed_by_fewer(runs, count):
 
 
 def test_damaged_checkpoint_is_passed_over_by_all_processes(runs):
-    """One of them cannot read its part, and the other could."""
+    """One process cannot read its part; the other could."""
     names = {path.name for path in (runs / "damaged" / "checkpoints").iterdir()}
     assert names == {str(SAVED), str(STEPS), f"{STEPS}.damaged"}
     assert_same_run(runs / "damaged", runs / "one")
@@ -210,7 +207,7 @@ def train_long(workdir, *flags):
 
 
 def wait_for_step(workdir, step, processes):
-    """Until the run has logged the step."""
+    """Waits until the run has logged the step."""
     deadline = time.monotonic() + 200
     while not (workdir / "metrics.jsonl").exists() or ("train", step) not in logged(workdir):
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
@@ -219,7 +216,7 @@ def wait_for_step(workdir, step, processes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The long run without interruption, by one process."""
+    """Returns the log of the long run by one process, without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     loop.train(load_config("configs/tiny.py", [*LONG, "--config.mesh.data=1"]), folder)
     return logged(folder)
@@ -262,7 +259,7 @@ def test_error_of_one_process_stops_all_with_its_reason_and_status(tmp_path):
 
 
 def is_alive(pid):
-    """Whether a process runs; one that has ended and waits for nobody is not."""
+    """Returns whether a process runs. A zombie does not."""
     try:
         with open(f"/proc/{pid}/cmdline") as words:
             return bool(words.read())
@@ -272,7 +269,7 @@ def is_alive(pid):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_signal_ends_what_cannot_be_saved_and_leaves_nothing_behind(number, status):
-    """Work that does not ask the preemption service: Ctrl-C in one process ends all, SIGTERM is not swallowed."""
+    """The work does not ask the preemption service. Ctrl-C in one process ends all, and SIGTERM is not swallowed."""
     processes = start(2, 1, "tests/jobs.py", "wait")
     workers = [int(process.stderr.readline()) for process in processes]
     processes[1].send_signal(number)

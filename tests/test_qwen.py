@@ -1,4 +1,4 @@
-"""Qwen2.5 and Qwen3 against transformers: states, gradients, greedy ids, weights and text."""
+"""Qwen2.5 and Qwen3 equal transformers' in states, gradients, greedy ids, weights and text."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ SPLIT = (  # of the published tokenizer.json
 
 @functools.cache
 def pair(name: str, tied: bool) -> tuple[PreTrainedModel, Llama, dict]:
-    """transformers' model of random weights, all of which matter, ours and its parameters."""
+    """Returns transformers' model with random weights, our model, and its parameters. Every weight matters."""
     torch.manual_seed(0)
     size = SIZES[name] | dict(tie_embeddings=tied)
     config = CONFIGS[name](
@@ -67,7 +67,7 @@ def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(("name", "tied"), MODELS)
 def test_states_and_gradients_equal_transformers(name, tied):
-    """Of a soft prompt before padded texts: hidden states, logits, and the slopes of a loss along every array."""
+    """Compares hidden states, logits and all gradients, with a soft prompt before padded texts."""
     model, llm, params = pair(name, tied)
     rng = np.random.default_rng(1)
     prefix = rng.normal(size=(3, 4, 24)).astype(np.float32)
@@ -138,7 +138,7 @@ def test_weights_go_out_as_they_came_in(name, tied):
 
 
 def write_tokenizer(folder: Path, eos_token: str) -> Tokenizer:
-    """A Qwen tokenizer of few words, in the files that Qwen's are published in."""
+    """Writes a Qwen tokenizer of few words, in the files in which Qwen's is published."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
@@ -165,7 +165,7 @@ def task_of(*overrides: str) -> Task:
 @pytest.mark.parametrize("eos_token", ["<|endoftext|>", "<|im_end|>"], ids=["base", "instruct"])
 @pytest.mark.parametrize(("name", "size"), [("qwen2.5", "qwen2.5_tiny"), ("qwen3", "qwen3_tiny")])
 def test_from_a_folder(name, size, eos_token, tmp_path, monkeypatch):
-    """Weights in shards beside a tokenizer without BOS: the end token starts a caption, too."""
+    """The folder has sharded weights and a tokenizer without BOS, so the end token also starts a caption."""
     family = families.FAMILIES[name]
     monkeypatch.setitem(family.sizes, size, SIZES[name] | dict(tie_embeddings=name == "qwen3"))
     model = pair(name, name == "qwen3")[0]

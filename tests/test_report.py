@@ -1,4 +1,4 @@
-"""The report: what is in it, what happens to odd captions and missing pieces, and the merge map."""
+"""The report: its contents, odd captions, missing parts, and the merge map."""
 
 import base64
 import io
@@ -72,7 +72,7 @@ def make_run(workdir, caption="a dog", split="test"):
 
 
 class Page(HTMLParser):
-    """Tags with attributes, and the text, of a well-nested page."""
+    """Parses a page into tags with attributes and text; the page must be well nested."""
 
     VOID = frozenset(["meta", "img", "br", "link"])
 

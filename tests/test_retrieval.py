@@ -1,4 +1,4 @@
-"""Retrieval scores by value."""
+"""Retrieval scores have the values that are computed by hand."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Two trainings in one workdir: the second is refused, on one machine or several; a dead one does not count."""
+"""The second of two trainings in one workdir is refused, on one machine or several. A dead one does not count."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ HOLD = "import sys, pathlib; from simvlg_jax.training.run_lock import hold\nwith
 
 
 def start(workdir, then):
-    """Another process that holds the workdir."""
+    """Starts another process that holds the workdir."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"{HOLD}  print('held', flush=True); {then}", str(workdir)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -31,7 +31,7 @@ def quick(monkeypatch):
 
 
 def elsewhere(workdir, **fields):
-    """What a process of another machine leaves in the workdir."""
+    """Writes what a process of another machine leaves in the workdir."""
     owner = {"host": "elsewhere", "process": 7, "started": 1, "beats": 1, **fields}
     (workdir / run_lock.OWNER).write_text(json.dumps(owner))
 
@@ -57,7 +57,7 @@ def test_killed_process_does_not_block(tmp_path, quick):
 
 
 def test_process_of_another_machine_that_is_alive_is_refused(tmp_path, quick, monkeypatch):
-    """On a disk whose locks stay within one machine, the other one is known by its beats."""
+    """If the locks of a disk hold within one machine only, the file that a run renews shows that it is alive."""
     elsewhere(tmp_path)
     reads = iter(range(2, 100))
 

@@ -1,4 +1,4 @@
-"""SigLIP's vision encoder against transformers, its weights in and out, and SimVLG without a class token."""
+"""SigLIP's vision encoder equals transformers'; its weights in and out; SimVLG without a class token."""
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (2, 30, 30, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def tower() -> SiglipVisionModel:
-    """Three layers, one more than our penultimate one; random values for every parameter, so that each matters."""
+    """Returns a tower of three layers, one more than ours. All parameters are random, so that each matters."""
     config = SiglipVisionConfig(
         hidden_size=24,
         num_hidden_layers=3,
@@ -49,7 +49,7 @@ def tensors_of(tower: SiglipVisionModel) -> dict[str, np.ndarray]:
 
 
 def as_torch(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) in -1..1, as SigLIP's image processor does."""
+    """Maps uint8 (B, H, W, 3) to (B, 3, H, W) in -1..1, as SigLIP's image processor does."""
     return torch.from_numpy(pictures.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1)
 
 
@@ -83,7 +83,7 @@ def test_output_and_gradients_equal_transformers(tower, scan):
 
 
 def test_weights_go_out_as_they_came_in(tower):
-    """From a vision tower, alone or beside a text tower, and back: all but the last layer and the pooling head."""
+    """From a vision tower, with or without a text tower, and back. Only last layer and pooling head are lost."""
     vit, tensors = Siglip(**SIZE), tensors_of(tower)
     params = siglip.from_torch(vit, tensors)
     bare = {name.removeprefix("vision_model."): x for name, x in tensors.items()}
@@ -97,7 +97,7 @@ def test_weights_go_out_as_they_came_in(tower):
 
 
 def test_positions_are_resized_as_transformers_does(tower):
-    """A grid of 4 x 4 for pictures of 6 x 6 patches; no row is a class token's."""
+    """The file has a grid of 4 x 4, and the pictures have 6 x 6 patches. No row belongs to a class token."""
     larger = Siglip(**SIZE | dict(image_size=42))
     pictures = np.random.default_rng(2).integers(0, 256, (1, 42, 42, 3), np.uint8)
     params = siglip.from_torch(larger, tensors_of(tower))
@@ -108,7 +108,7 @@ def test_positions_are_resized_as_transformers_does(tower):
 
 def test_foreign_files_say_what_does_not_fit(tower):
     tensors, vit = tensors_of(tower), Siglip(**SIZE)
-    with pytest.raises(UserError, match="no SigLIP here"):
+    with pytest.raises(UserError, match="no SigLIP weights here"):
         siglip.from_torch(vit, {"cls_token": np.ones(3)})
     tensors["vision_model.extra"] = tensors.pop("vision_model.encoder.layers.1.mlp.fc1.bias")
     with pytest.raises(UserError, match=r"missing.*layers\.1\.mlp\.fc1\.bias\n.*not known.*extra"):
@@ -116,7 +116,7 @@ def test_foreign_files_say_what_does_not_fit(tower):
 
 
 def test_soft_prompt_is_made_of_transformers_tokens(tower):
-    """The whole SimVLG on uint8 pictures, against its connector on the tokens that transformers gives."""
+    """SimVLG on uint8 pictures gives the same as its connector on transformers' tokens."""
     vit, llm = Siglip(**SIZE), Llama(**LLAMA_SIZES["tiny"])
     model = SimVLG(vit, TomeFormer(24, 2, 3, (5, 5), class_token=False), llm)
     token = jnp.ones((2, 1), jnp.int32)
@@ -159,7 +159,7 @@ def test_what_cannot_be_built_or_exported_says_so(tmp_path):
     model = SimVLG(encoders.build(config.vit, jnp.float32), TomeFormer(32, 2, 2, (0, 0)), Llama(**LLAMA_SIZES["tiny"]))
     with pytest.raises(UserError, match="class token"):
         export.write_hf(tmp_path, model, {}, None, config)
-    with pytest.raises(ValueError, match="512 tokens at most and the vision encoder gives 729"):
+    with pytest.raises(ValueError, match="512 tokens at most, and the vision encoder gives 729"):
         build_tomeformer(config.connector, Siglip(**SIGLIP_SIZES["siglip_so400m14_384"]), jnp.float32)
     config = ConfigDict({"vit": {"size": "siglip_b16"}, "dtype": "float32"})
     with pytest.raises(UserError, match=r"vit\.size is 'siglip_b16'; it takes .*'clip_l'.*'siglip_b16_224'"):

@@ -1,4 +1,4 @@
-"""Parameter counts of the real sizes, without making one of them, and that merging needs no communication."""
+"""Parameter counts of the full sizes, without making their arrays; merging needs no communication."""
 
 import flax.linen as nn
 import jax
@@ -87,13 +87,13 @@ AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "layers", "nor
 
 
 def logits_of_ids(llm: nn.Module, ids: jax.Array) -> jax.Array:
-    """(B, S) -> (B, S, V), by every method once."""
+    """Maps ids (B, S) to logits (B, S, V), by calling every method."""
     return llm.logits(llm(llm.embed(ids), jnp.ones_like(ids), jnp.zeros_like(ids)).hidden)
 
 
 @pytest.mark.parametrize("name", [size for family in FAMILIES.values() for size in family.sizes])
 def test_llm_sizes(name):
-    """Parameters, each axis of theirs with a logical name."""
+    """Checks the number of parameters; each of their axes has a logical name."""
     llm, ids = of_size(name).module(**of_size(name).sizes[name]), jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(lambda: llm.init(jax.random.key(0), ids, method=logits_of_ids))["params"]
     assert count(nn.unbox(params)) == LLMS[name]
@@ -102,7 +102,7 @@ def test_llm_sizes(name):
 
 
 def test_a_size_names_one_family():
-    """Else `llm.size` would not choose; and a model shows which family it is of."""
+    """`llm.size` chooses one family, and the class of a model identifies its family."""
     sizes = [size for family in FAMILIES.values() for size in family.sizes]
     assert len(set(sizes)) == len(sizes)
     assert len({family.module for family in FAMILIES.values()}) == len(FAMILIES)

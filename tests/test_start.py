@@ -1,4 +1,4 @@
-"""What will fail fails before the first step, and leaves nothing behind that refuses the corrected command."""
+"""A run that will fail does so before the first step, and leaves nothing that refuses the corrected command."""
 
 import json
 
@@ -16,7 +16,7 @@ FOLDER = [*TINY, "--config.data.name=folder"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 pictures: 8 for training, 2 each for val and test."""
+    """Makes 12 pictures: 8 for training, 2 each for val and test."""
     path = tmp_path / "pictures"
     path.mkdir()
     lines = []

@@ -1,4 +1,4 @@
-"""When a run stops, with the preemption service of several processes played by a list."""
+"""When a run stops. A list plays the preemption service of several processes."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def test_signal_waits_until_it_is_asked_for_and_a_second_one_acts():
 
 
 def test_repeated_sigterm_waits_like_the_first():
-    """A machine that goes down sends it to every process, and the restart loop passes its own on."""
+    """A machine that goes down sends SIGTERM to every process, and the restart loop passes on its own."""
     with Stop(0) as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -49,7 +49,7 @@ def test_time_runs_from_the_first_step_on_and_evaluating_does_not_count(monkeypa
 
 @pytest.fixture
 def several(monkeypatch):
-    """Two processes, of which this is number `index[0]`; SIGTERM reaches a service that stops all at step 7."""
+    """Plays two processes; this one has the number `index[0]`. A service hears SIGTERM and stops all at step 7."""
     index, heard = [0], []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: index[0])

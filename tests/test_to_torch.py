@@ -1,4 +1,4 @@
-"""Models carried to PyTorch: our own PyTorch code against the published numbers, and the same captions as in JAX."""
+"""Models in PyTorch: our PyTorch code gives the published numbers, and the same captions as JAX."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_exported_model_gives_the_published_numbers(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A workdir with a checkpoint of random weights, larger than at initialisation so that pictures differ."""
+    """Returns a workdir with a checkpoint of random weights, which are so large that captions of pictures differ."""
     workdir = tmp_path_factory.mktemp("run")
     flags = [
         "mesh.data=1",

@@ -1,5 +1,6 @@
-"""Matching and merging: the published numbers, a brute-force reference, and invariants."""
+"""Matching and merging equal the published numbers and a brute-force reference, and keep their invariants."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def brute_force_groups(metric: np.ndarray, r: int, class_token: bool) -> list[list[int]]:
-    """One picture's output tokens as lists of input tokens, by loops and Python's stable sort."""
+    """Returns one picture's output tokens as lists of input tokens, by loops and Python's stable sort."""
     unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
     even, odd = range(0, len(unit), 2), range(1, len(unit), 2)
     r = min(r, (len(unit) - class_token) // 2)
@@ -63,6 +64,9 @@ def test_unusable_schedules_raise(r):
         token_merging.merge_schedule(2, r)
 
 
+match = jax.jit(token_merging.match, static_argnums=(1, 2))
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     tokens=st.sampled_from([1, 2, 3, 6, 17, 48]),
@@ -77,7 +81,7 @@ def test_matching_equals_brute_force(tokens, r, levels, class_token, seed):
     metric = rng.integers(1, levels, (2, tokens, 3), endpoint=True).astype(np.float32)
     if levels == 1000:
         metric += rng.random(metric.shape, np.float32)
-    slots = np.asarray(token_merging.match(jnp.asarray(metric), r, class_token))
+    slots = np.asarray(match(jnp.asarray(metric), r, class_token))
     num_slots = tokens - token_merging.mergeable(tokens, r, class_token)
     for picture in range(2):
         groups = [sorted(np.flatnonzero(slots[picture] == s)) for s in range(num_slots)]
@@ -87,10 +91,10 @@ def test_matching_equals_brute_force(tokens, r, levels, class_token, seed):
             assert groups == [sorted(g) for g in brute_force_groups(metric[picture], r, class_token)]
 
 
-@settings(deadline=None, max_examples=20)
-@given(tokens=st.sampled_from([2, 9, 40]), r=st.sampled_from([0, 1, 7, 40]), seed=st.integers(0, 2**16))
-def test_sum_is_preserved_and_source_maps_compose(tokens, r, seed):
-    keys = jax.random.split(jax.random.key(seed), 2)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def merge_three_times(key, tokens, r):
+    """Returns random tokens, the same after three merges, their sizes, and the same merged once by the source map."""
+    keys = jax.random.split(key, 2)
     x = jax.random.normal(keys[0], (2, tokens, 4))
     source_map = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
     merged = x
@@ -100,9 +104,15 @@ def test_sum_is_preserved_and_source_maps_compose(tokens, r, seed):
         sizes = token_merging.slot_sizes(source_map, count)
         merged = token_merging.merge(merged, slots, count - token_merging.mergeable(count, r), sizes)
         source_map = token_merging.compose(source_map, slots)
-    sizes = token_merging.slot_sizes(source_map, merged.shape[1])[..., None]
-    np.testing.assert_allclose((merged * sizes).sum(1), x.sum(1), rtol=1e-4, atol=1e-4)
-    direct = token_merging.merge(x, source_map, merged.shape[1])
+    sizes = token_merging.slot_sizes(source_map, merged.shape[1])
+    return x, merged, sizes, token_merging.merge(x, source_map, merged.shape[1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(tokens=st.sampled_from([2, 9, 40]), r=st.sampled_from([0, 1, 7, 40]), seed=st.integers(0, 2**16))
+def test_sum_is_preserved_and_source_maps_compose(tokens, r, seed):
+    x, merged, sizes, direct = merge_three_times(jax.random.key(seed), tokens, r)
+    np.testing.assert_allclose((merged * sizes[..., None]).sum(1), x.sum(1), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(merged, direct, rtol=1e-4, atol=1e-4)
 
 

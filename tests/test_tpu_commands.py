@@ -1,4 +1,4 @@
-"""launch/tpu.sh: its words and flags, what it asks gcloud to do, and what it makes of the answers."""
+"""launch/tpu.sh: its commands and flags, its calls of gcloud, and how it uses the answers."""
 
 import ast
 import shlex

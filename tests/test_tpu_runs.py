@@ -10,11 +10,8 @@ from launching import CONFIG, FAKE_TRAINING, TYPE, WAIT_SECONDS, read, until
 
 
 def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
-    """The real training program: both workers are killed amid a run, the same command goes on and finishes."""
-    cached = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    """The real training program: both workers are killed during a run, and the same command resumes and finishes it."""
+    cached = {name: os.environ[name] for name in os.environ if name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
     cloud.set(environment={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compile.FLAGS, **cached})
     cloud.prepare_homes()
     shared = tmp_path / "shared"
@@ -45,7 +42,7 @@ def test_killed_run_resumes_on_two_workers(cloud, tmp_path):
 
 @pytest.fixture
 def ready(cloud, tmp_path):
-    """The arguments of `run` on a slice that is set up, where training is faked."""
+    """Returns the arguments of `run` on a slice that is set up, with a fake training program."""
     cloud.prepare_homes(FAKE_TRAINING)
     keys = [TYPE, f"SHARED={tmp_path / 'shared'}"]
     cloud("create", *keys)

@@ -77,7 +77,7 @@ def test_bucket_is_mounted_once_on_every_worker(cloud, tmp_path):
 
 @pytest.fixture
 def worker(tmp_path):
-    """launch/worker.sh on one worker, where Python exits with the statuses given, one after another."""
+    """Returns launch/worker.sh on one worker, where Python exits with the given statuses in turn."""
     folder = tmp_path / "home" / "simvlg_jax" / "revision"
     shutil.copytree(ROOT / "launch", folder / "launch")
     for name in TPU_REQUIREMENTS:

@@ -1,4 +1,4 @@
-"""Compiling for TPU slices that are not there, by the real TPU compiler, and reading what it made."""
+"""Compiles for TPU slices that are not attached, with the real TPU compiler, and reads the compiled programs."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_work_is_the_models_and_what_chips_share_is_counted_on_each(replicated):
 
 
 def test_fsdp_gathers_weights_and_no_activations(replicated):
-    """At full effort, where gathering runs beside other work and is written into that work."""
+    """At full effort, the compiler overlaps gathering with other work and merges it into that work."""
     result = reduced("v5e:4x4", "--config.mesh.preset=fsdp", effort="")
     bytes_of = {c["op"]: c["bytes"] for c in result.collectives}
     weights = 44_096 + 45_504
@@ -91,7 +91,7 @@ def test_slices_put_data_across_and_only_gradients_between_them():
 )
 @pytest.mark.parametrize("sizes", [(-1, 1, 1), (1, -1, 1), (1, -1, 2), (-1, 1, 4), (2, -1, 2)])
 def test_every_host_of_a_slice_reads_the_rows_that_its_chips_hold(monkeypatch, topology, slices, sizes):
-    """The chips of a host are scattered over the mesh, which follows the links between chips."""
+    """The chips of a host are not adjacent in the mesh, which follows the links between chips."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in zip(meshes.AXES, sizes, strict=True)]
     mesh = ahead.topology_mesh(load_config("configs/tiny.py", flags), parse_topology(topology), slices)
     assert mesh.size == slices * parse_topology(topology).num_chips == len(set(mesh.devices.flat))

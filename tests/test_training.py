@@ -1,4 +1,4 @@
-"""Training as a whole, on the tiny config: what resuming, sharding, accumulating and freezing must not change."""
+"""Training with the tiny config: what resuming, sharding, accumulating and freezing must not change."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from simvlg_jax.utils.files import read_metrics
 
 
 def tiny(mode="", mesh=(1, 1, 1), **overrides):
-    """configs/tiny.py with `train__steps=3` for train.steps, on mesh (data, fsdp, tensor)."""
+    """Returns configs/tiny.py on a mesh (data, fsdp, tensor); `train__steps=3` sets train.steps."""
     overrides = {"train__log_every": 1, "evals__val__max_examples": 4, **overrides}
     overrides |= dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
     flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in overrides.items()]
@@ -48,12 +48,12 @@ def final_params(config, workdir):
 
 
 def moments_of(trainer):
-    """AdamW's first moments, a tree like the trained parameters."""
+    """Returns AdamW's first moments, a tree like the trained parameters."""
     return optax.tree.get(trainer.state.opt_state, "mu")
 
 
 def interrupt_at(monkeypatch, step):
-    """SIGTERM to this process while it takes its `step`th step."""
+    """Sends SIGTERM to this process during its `step`th step."""
     run_step, taken = loop.Trainer.run_step, []
 
     def run_and_interrupt(trainer, batch):
@@ -123,7 +123,7 @@ def test_every_evaluation_of_the_config_runs_when_it_is_due_and_one_chooses_the_
 
 
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
-    """One process and all axes at once; each preset, in several processes, with validation: test_processes.py."""
+    """One process uses all axes at once. test_processes.py tests each preset in several processes, with validation."""
     for name, mesh in (("one", (1, 1, 1)), ("many", (2, 2, 2))):
         loop.train(tiny(mesh=mesh, train__steps=4, evals__val__every=0), tmp_path / name)
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
@@ -214,7 +214,7 @@ def test_frozen_weights_that_cannot_be_checked_are_a_warning(tmp_path, capsys, t
 
 
 def test_step_that_was_saved_but_not_evaluated_is_evaluated_when_it_is_resumed(tmp_path, monkeypatch):
-    """Saving comes first: what ends the run while it evaluates loses no step."""
+    """A run saves before it evaluates, so it loses no step if it ends while it evaluates."""
     config = tiny(train__steps=4, evals__val__every=2, train__save_every=2)
     loop.train(config, tmp_path / "whole")
 

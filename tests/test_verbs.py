@@ -1,4 +1,4 @@
-"""The command line: what each verb prints, its exit status, and one clear message for wrong input."""
+"""The command line: output and exit status of each verb, and one clear message for wrong input."""
 
 import json
 import os
@@ -30,7 +30,7 @@ OPENMOJI = ["--config", "configs/openmoji.py", "--config.mesh.data=1"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of configs/tiny.py."""
+    """Returns the workdir of a finished run of configs/tiny.py."""
     workdir = tmp_path_factory.mktemp("run")
     assert call(train, *TINY, "--config.train.steps=4", "--workdir", workdir) == 0
     return workdir
@@ -104,7 +104,7 @@ def test_evaluate_writes_results_and_report(run, capsys):
 
 
 def folder_of(path, lines):
-    """A data folder with these (picture, captions) as test lines, and one picture each for train and val."""
+    """Makes a data folder with (picture, captions) as test lines, and one picture each for train and val."""
     path.mkdir()
     fields = [{"image": image, "caption": captions, "split": "test"} for image, captions in lines]
     fields += [{"image": f"{split}.png", "caption": "x", "split": split} for split in ("train", "val")]
@@ -118,7 +118,7 @@ CAPTIONS = {"a.png": ["a red circle", "one red circle", "red"], "b.png": ["a blu
 
 
 def test_lines_of_one_picture_score_as_one_picture(run, tmp_path, capsys):
-    """As in COCO, with a line for each caption, in any order, or one line with all of them."""
+    """A picture may have a line for each caption, in any order, as in COCO, or one line with all captions."""
     single = [(image, caption) for image, captions in CAPTIONS.items() for caption in captions]
     mixed = [single[i] for i in (5, 0, 3, 4, 1, 2)]
     results = []
@@ -234,7 +234,7 @@ def test_unreadable_picture_and_missing_model_raise_user_errors(run, pictures):
 
 
 def noted(error):
-    """An error with the note that Grain adds to whatever fails in it."""
+    """Returns an error with the note that Grain adds to all errors."""
     error.add_note("--------------------\nFor simplicity, Grain has removed its internal frames")
     return error
 
@@ -265,9 +265,8 @@ def test_errors_have_their_message_and_exit_status(capsys, error, status, beginn
 def test_terminated_process_saves_and_the_same_command_resumes(tmp_path):
     arguments = [*TINY, "--config.train.steps=100000", "--config.evals.val.every=100000", "--config.train.log_every=1"]
     command = [sys.executable, "-m", "simvlg_jax.train", *arguments, "--workdir", str(tmp_path / "run")]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for resumed in (False, True):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | cache)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         said = []
         for line in process.stderr:
             said.append(line)
@@ -281,9 +280,9 @@ def test_terminated_process_saves_and_the_same_command_resumes(tmp_path):
 
 
 def test_committed_example_names_held_out_pictures(openmoji_data, tmp_path):
-    """The example checkpoint beats its shuffled control by far on pictures it has not seen.
+    """On pictures that it has not seen, the example model beats its shuffled control by far.
 
-    In a process of its own, which compiles as users' do: this model is large enough for it.
+    It runs in a process of its own without the flags of the tests: this model is so large that they make it slower.
     """
     source = load_source(openmoji_data, "test")
     records = {f"{i}.png": source[i] for i in range(0, len(source), 12)}

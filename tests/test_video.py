@@ -1,4 +1,4 @@
-"""Video: the temporal merge by its definition, what an untrained and a trained one can tell apart, what is trained."""
+"""Video: the temporal merge equals its definition; what it distinguishes before and after training; what is trained."""
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ CLIPS = np.random.default_rng(0).normal(size=(2, 4, 32, 32, 3)).astype(np.float3
 
 
 def random_params(module: nn.Module, *inputs, seed: int = 0) -> dict:
-    """Drawn larger than at initialisation, so that every part matters."""
+    """Returns random parameters that are larger than at initialisation, so that every part matters."""
     abstract = nn.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), abstract)

@@ -1,4 +1,4 @@
-"""Published vision encoders and BERTs, in each format they come in, against torch; and files that do not fit."""
+"""Published vision encoders and BERTs of every format equal torch's; files that do not fit are refused."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """Random values for every parameter, norms and biases too, so that each matters."""
+    """Gives every parameter random values, also norms and biases, so that each matters."""
     generator = torch.Generator().manual_seed(0)
     for name, x in model.named_parameters():
         centre = 1.0 if x.ndim == 1 and name.endswith("weight") else 0.0
@@ -41,7 +41,7 @@ def state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def common(**more) -> dict:
-    """Three layers: SimVLG takes the output of the last but one."""
+    """Returns the sizes of a model with three layers. SimVLG takes the output of the second."""
     return dict(
         hidden_size=24,
         num_hidden_layers=3,
@@ -79,7 +79,7 @@ def close(ours: jax.Array, theirs: np.ndarray) -> bool:
 
 
 def lavis_clip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights under the names of LAVIS's clip_vit_L.pth."""
+    """Returns the same weights under the names of LAVIS's clip_vit_L.pth."""
     tensors = {name[name.index("embeddings") :] if "embeddings" in name else name: x for name, x in tensors.items()}
     tensors = {name.removeprefix("vision_model."): x for name, x in tensors.items()}
     out = {
@@ -132,7 +132,7 @@ def test_blip2_tower_equals_transformers_and_goes_out_as_eva(blip2):
     deeper = eva | {f"blocks.2.{n}": np.ones(1) for n in ("norm1.weight", "attn.q_bias")} | {"head.weight": np.ones(1)}
     jax.tree.map(np.testing.assert_array_equal, vision.from_torch(EVA, deeper), params)
     biased = next(name for name in tensors if name.endswith("qkv.bias"))
-    with pytest.raises(UserError, match="gives keys a bias"):
+    with pytest.raises(UserError, match="has a bias for the keys"):
         vision.from_torch(EVA, tensors | {biased: np.ones(72, np.float32)})
 
 
@@ -153,7 +153,7 @@ def test_positions_are_resized_as_torch_does(old, new, align_corners):
 
 
 def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
-    """CLIP's grid of 4 x 4 for pictures of 7 x 7 patches; everything else as it was."""
+    """The file has CLIP's grid of 4 x 4, and the pictures have 7 x 7 patches. Everything else is unchanged."""
     save_file({name: np.array(x) for name, x in state(clip).items()}, tmp_path / "model.safetensors")
     larger = Clip(**SIZE | dict(image_size=49))
     params, lazy = vision.from_torch(CLIP, state(clip)), ENCODERS["clip"].from_torch(larger, open_tensors(tmp_path))
@@ -164,7 +164,7 @@ def test_positions_of_a_file_are_resized_to_the_model(tmp_path, clip):
 
 def test_foreign_vision_files_say_what_does_not_fit(clip):
     tensors = lavis_clip(state(clip))
-    with pytest.raises(UserError, match="no vision encoder known here"):
+    with pytest.raises(UserError, match="no known vision encoder here"):
         vision.from_torch(CLIP, {"layer1.0.conv1.weight": np.ones(3)})
     for name, message in (
         ("conv1.weight", r"missing.*: patch_embed\.proj\.weight\n"),
@@ -257,7 +257,7 @@ def test_unfinished_downloads_say_so_wherever_they_end(tmp_path, zipped):
     torch.save(as_torch(), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     whole = (tmp_path / "x.pth").read_bytes()
     # A pickle that ends within the name of a class looks like one of an unknown class.
-    message = "cannot read weights|is no PyTorch file" + ("" if zipped else "|could run code")
+    message = "cannot read weights|is not a PyTorch file" + ("" if zipped else "|could run code")
     for end in range(0, len(whole), 37):
         (tmp_path / "cut.pth").write_bytes(whole[:end])
         with pytest.raises(UserError, match=message):
@@ -295,13 +295,13 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         "zipped.pth": "could run code",
         "cut.safetensors": "cannot read weights",
         "cut.pth": "cannot read weights",
-        "list.pth": "no state dict",
-        "page.bin": "no PyTorch file",
+        "list.pth": "does not hold a state dict",
+        "page.bin": "not a PyTorch file",
         "float8.pth": "holds a as torch.float8_e4m3fn",
         "float8.safetensors": "holds a as F8_E4M3",
-        "list": "no index of shards",
-        "numbers": "no index of shards",
-        "shards": r"shards that are not there: gone\.safetensors",
+        "list": "not an index of shards",
+        "numbers": "not an index of shards",
+        "shards": r"shards that are missing: gone\.safetensors",
         "empty": r"looked for model\.safetensors",
         "nothing": "no weights at",
     }.items():
@@ -313,7 +313,7 @@ def test_names_of_the_hub_need_the_network(tmp_path):
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(UserError, match="no such file or folder"):
         resolve(str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="facebook/opt-125m here, and the Hugging Face Hub does not give it"):
+    with pytest.raises(UserError, match="no folder facebook/opt-125m, and the Hugging Face Hub does not give"):
         resolve("facebook/opt-125m")
 
 

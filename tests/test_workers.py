@@ -1,11 +1,10 @@
-"""Data worker processes: they receive Ctrl-C on a terminal too, and must not outlive the training process."""
+"""Data worker processes. They also receive Ctrl-C on a terminal, and must not outlive the training process."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,17 +14,14 @@ import pytest
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.utils.errors import UNEXPECTED
 
-CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
-
 
 def start(workdir, *flags):
     """Starts a run with two data workers in its own process group, as a terminal does."""
     command = [sys.executable, "-m", "simvlg_jax.train", "--config", "configs/tiny.py", "--workdir", str(workdir)]
     settings = {"data.workers": 2, "train.steps": 100_000, "evals.val.every": 0, "train.save_every": 100_000}
-    environment = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [*command, "--config.mesh.data=1", *(f"--config.{key}={value}" for key, value in settings.items()), *flags],
-        stderr=subprocess.PIPE, text=True, env=os.environ | environment, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -40,7 +36,7 @@ def wait_for(process, words):
 
 
 def blocked_or_ignored(pid):
-    """Whether the process blocks or ignores both SIGINT and SIGTERM."""
+    """Returns whether the process blocks or ignores both SIGINT and SIGTERM."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     mask = int(fields["SigBlk"], 16) | int(fields["SigIgn"], 16)
     return all(mask >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
@@ -75,7 +71,7 @@ def test_signal_to_all_processes_of_a_terminal_saves(run, tmp_path, number):
 
 
 def test_signal_while_workers_start_is_survived_too(run, tmp_path):
-    """A worker takes seconds until it runs our code, and must survive signals before that."""
+    """A worker needs seconds before it runs our code, and must survive signals before that."""
     said = wait_for(run, "trained and")
     while len(workers_of(run)) < 2:
         time.sleep(0.001)

@@ -7,7 +7,7 @@ from simvlg_jax.utils import errors
 
 
 def call(module: ModuleType, *arguments) -> int:
-    """The exit status of a verb in this process."""
+    """Runs a verb in this process and returns its exit status."""
     before, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
     try:
         errors.run_verb(module.main)

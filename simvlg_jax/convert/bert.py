@@ -1,4 +1,4 @@
-"""BERT weights from Hugging Face names, for the connector and for the sentence encoder."""
+"""Reads BERT weights under Hugging Face's names, for the connector and the sentence encoder."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from simvlg_jax.convert.weight_map import Row
 
 
 def layer_rows(ours: str, torch: str) -> list[Row]:
-    """One encoder layer, as `models.bert.BertLayer` holds it."""
+    """Returns the rows of one `models.bert.BertLayer`."""
     attention = f"{torch}.attention"
     return [
         *weight_map.query_key_value(f"{ours}/query", f"{attention}.self.query"),
@@ -26,7 +26,7 @@ def layer_rows(ours: str, torch: str) -> list[Row]:
 
 
 def encoder_rows(depth: int, prefix: str = "") -> list[Row]:
-    """Embeddings without words, and `depth` layers: what the connector uses."""
+    """Returns the rows that a connector uses: `depth` layers and the embeddings without words."""
     return [
         Row("embeddings/position", f"{prefix}embeddings.position_embeddings.weight"),
         Row("embeddings/token_type", f"{prefix}embeddings.token_type_embeddings.weight"),
@@ -36,17 +36,17 @@ def encoder_rows(depth: int, prefix: str = "") -> list[Row]:
 
 
 def load_bert(path: Path, depth: int, num_heads: int, words: bool, pooler: bool = False) -> dict:
-    """A BERT from anything `open_tensors` opens, as our nested float32 tree.
+    """Returns the first `depth` layers and the embeddings of a BERT, as our nested float32 tree.
 
-    Of a deeper BERT the first `depth` layers are used. Names with "bert." before them and the old names of
-    LayerNorm's parameters (gamma, beta) are known.
+    Names may start with "bert.", and LayerNorm's parameters may have their old names (gamma, beta).
 
     Args:
-      words: include the word embeddings.
-      pooler: include the layer on the class token.
+      path: anything that `open_tensors` opens.
+      words: whether to include the word embeddings.
+      pooler: whether to include the layer on the class token.
 
     Raises:
-      UserError: a file that cannot be read; names missing or left over.
+      UserError: the file cannot be read, or names are missing or left over.
     """
     tensors = open_tensors(path)
     names = {}

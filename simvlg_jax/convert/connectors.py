@@ -1,4 +1,4 @@
-"""The connectors by name, each with how it is built and where its first weights come from."""
+"""The table of connectors: how to build each, and how to load its first weights."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -15,8 +15,9 @@ class ConnectorKind(NamedTuple):
     """One line of the table.
 
     Attributes:
-      build: (a config's `connector`, the vision encoder, compute dtype) -> the module; ValueError if it cannot be.
-      load: (`connector.weights`, the module) -> parameters to start from.
+      build: (a config's `connector`, the vision encoder, compute dtype) -> the module. Raises ValueError if the config
+        does not fit.
+      load: (`connector.weights`, the module) -> its first parameters.
     """
 
     build: Callable[[Mapping, ViT, DTypeLike], Connector]

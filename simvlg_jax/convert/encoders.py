@@ -1,4 +1,4 @@
-"""The vision encoders: everything outside a model's own module that depends on which encoder it is."""
+"""The table of vision encoders: all that depends on the encoder, except its module itself."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ class Encoder(NamedTuple):
     """Vision encoders of one architecture.
 
     Attributes:
-      module: their Linen module, of this entry alone; a `ViT`, with the same fields and methods.
+      module: their Linen module, a `ViT` or a subclass. No other entry has it.
       sizes: name, a value of `config.vit.size` -> fields of the module.
       from_torch: (model, published tensors) -> the scanned model's parameters.
       to_torch: (model, parameters of a scanned model) -> tensors that `from_torch` reads.
@@ -38,10 +38,10 @@ ENCODERS = {
 
 
 def build(config: Mapping, dtype: DTypeLike) -> ViT:
-    """The vision encoder that a config's `vit` asks for.
+    """Returns the vision encoder of a config's `vit`.
 
     Raises:
-      UserError: its size is no encoder's.
+      UserError (status 2): no encoder has this size.
     """
     known = {name: encoder for encoder in ENCODERS.values() for name in encoder.sizes}
     if config.size not in known:
@@ -52,5 +52,5 @@ def build(config: Mapping, dtype: DTypeLike) -> ViT:
 
 
 def of_model(model: ViT) -> Encoder:
-    """The entry of a vision encoder."""
+    """Returns the entry of a vision encoder."""
     return next(encoder for encoder in ENCODERS.values() if encoder.module is type(model))

@@ -1,4 +1,4 @@
-"""The published checkpoint's names (EVLGen: image or video, OPT or LLaMA) and our SimVLG parameters."""
+"""Converts between published checkpoints (EVLGen: image or video, OPT or LLaMA) and our SimVLG parameters."""
 
 from collections.abc import Mapping
 
@@ -20,12 +20,12 @@ CONTRAST = [  # of checkpoints trained with beta > 0
     Row("temperature", "temp"),
 ]
 VISION, CONNECTOR = "visual_encoder.", "VLconnector."
-# The published code saves what `named_parameters` calls trained and what it does not name: tied heads, buffers.
+# Files of the trained part have these too: the published code leaves out only what `named_parameters` calls frozen.
 LEFTOVERS = ("lm_head.weight", "rotary_emb.inv_freq", "position_ids", "token_type_ids")
 
 
 def projections(model: SimVLG) -> list[Row]:
-    """The small trained modules around the connector."""
+    """Returns the rows of the small trained modules around the connector."""
     return [
         *weight_map.layer_norm("ln_vision", "ln_vision"),
         *weight_map.linear("connector/vl_proj", "VL_proj"),
@@ -35,13 +35,13 @@ def projections(model: SimVLG) -> list[Row]:
 
 
 def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
-    """The parameters in a published state dict: all of a scanned SimVLG's, or the trained ones alone.
+    """Returns the parameters that a published state dict holds, as those of a scanned SimVLG.
 
-    Whatever else the file holds whole is read too: the vision encoder, the language model. A module that it lacks is
-    absent from the result.
+    The trained part must be there. The vision encoder and the language model may be there; if one is not, the result
+    lacks it too.
 
     Raises:
-      UserError: names of a module missing, or names of none; both lists shown.
+      UserError: names are missing, or belong to no module. The message lists both.
     """
     family = families.of_model(model.llm)
     llm = f"{family.evlgen}_model."
@@ -59,9 +59,12 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
 
 
 def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
-    """The vision encoder's part: image blocks, temporal merging, both or neither.
+    """Returns what the file holds of the vision encoder: image blocks, temporal merging, both or neither.
 
-    A video model may start from an image model's file: what it lacks then starts as the identity.
+    A video model may start from an image model's file. Its temporal merging then starts as the identity.
+
+    Raises:
+      UserError: the file holds temporal merging and the model is an image model.
     """
     depth = model.vit.depth
     temporal, image = (
@@ -69,7 +72,7 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
         for wanted in (True, False)
     )
     if temporal and not model.vit.temporal:
-        raise UserError("this checkpoint is a video model's and the config an image model's: set vit.temporal=True")
+        raise UserError("this checkpoint holds a video model, and the config an image model: set vit.temporal=True")
     parts = {}
     if image:
         parts = encoders.of_model(model.vit).from_torch(model.vit, image)
@@ -82,9 +85,12 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
 
 
 def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
-    """Published names for the modules in `params`: all of a scanned SimVLG, or the trained part, or its gradients.
+    """Returns tensors under published names: of a whole scanned SimVLG, of its trained part, or of its gradients.
 
-    Traceable: `jax.eval_shape` gives names and shapes of a model too big for this machine.
+    It can be traced: `jax.eval_shape` gives names and shapes of a model that is too big for this machine.
+
+    Raises:
+      UserError: the model has temporal positions, which the published model lacks.
     """
     tensors: Tensors = {}
     if "vit" in params:

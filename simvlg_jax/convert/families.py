@@ -1,4 +1,4 @@
-"""The families of language models: everything outside a model's own module that depends on which model it is."""
+"""The table of language-model families: all that depends on the family, except its module itself."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,36 +26,36 @@ class CaptionIds(NamedTuple):
 
 
 def llama_ids(tokenizer: Tokenizer, special: SpecialIds, size: Mapping) -> CaptionIds:
-    """From BOS, or EOS where there is none, to EOS."""
+    """A caption starts with BOS, or with EOS if there is no BOS, and ends with EOS."""
     start = special.eos_id if special.bos_id is None else special.bos_id
     return CaptionIds(start, special.eos_id, special.pad_id)
 
 
 def opt_ids(tokenizer: Tokenizer, special: SpecialIds, size: Mapping) -> CaptionIds:
-    """A line break ends the caption, as published."""
+    """BOS starts a caption and a line break ends it, as published."""
     end = tokenizer.encode("\n", add_special_tokens=False).ids[0]
     return CaptionIds(special.bos_id, end, special.pad_id)
 
 
 def vicuna_ids(tokenizer: Tokenizer, special: SpecialIds, size: Mapping) -> CaptionIds:
-    """EOS starts and ends the caption, as published; the row added to the vocabulary pads it."""
+    """EOS starts and ends a caption, as published. The token that is added to the vocabulary pads it."""
     return CaptionIds(special.eos_id, special.eos_id, size["vocab_size"] - 1)
 
 
 class Family(NamedTuple):
-    """Models of one architecture whose captions follow one rule.
+    """Language models of one architecture whose captions start and end in the same way.
 
     Attributes:
-      module: their Linen module, of this family alone.
+      module: their Linen module. No other family has it.
       sizes: name, a value of `config.llm.size` -> fields of the module.
       from_hf: (model, tensors, prefix of their names, "" by default) -> the scanned model's parameters.
       to_hf: (model, parameters, prefix) -> tensors, as Hugging Face's state dict has them.
       hf_config: model -> fields of transformers' config, "tie_word_embeddings" among them.
       hf_type: the "model_type" of transformers' config.
       caption_ids: (tokenizer, its special ids, fields of the size) -> the ids of a caption.
-      from_gguf: (file, model) -> the scanned model's parameters; None where GGUF files are not read.
-      evlgen: the word that the published names of the model and of its projection begin with.
-      added_tokens: rows at the end of the vocabulary that the original weights lack.
+      from_gguf: (file, model) -> the scanned model's parameters; None if GGUF files are not supported.
+      evlgen: the first word in the published names of the model and of its projection.
+      added_tokens: number of tokens at the end of the vocabulary that the original weights lack.
     """
 
     module: type[nn.Module]
@@ -81,10 +81,10 @@ FAMILIES = {
 
 
 def of_size(size: str) -> Family:
-    """The family of a `config.llm.size`.
+    """Returns the family of a `config.llm.size`.
 
     Raises:
-      UserError: it has none.
+      UserError (status 2): no family has this size.
     """
     known = {name: family for family in FAMILIES.values() for name in family.sizes}
     if size not in known:
@@ -93,5 +93,5 @@ def of_size(size: str) -> Family:
 
 
 def of_model(llm: nn.Module) -> Family:
-    """The family of a language model."""
+    """Returns the family of a language model."""
     return next(family for family in FAMILIES.values() if family.module is type(llm))

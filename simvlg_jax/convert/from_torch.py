@@ -1,4 +1,4 @@
-"""Another name of `simvlg_jax.from_torch`, which is where the other verbs are."""
+"""`python -m simvlg_jax.convert.from_torch` runs the verb `simvlg_jax.from_torch`."""
 
 from simvlg_jax.from_torch import main
 from simvlg_jax.utils.errors import run_verb

@@ -1,4 +1,4 @@
-"""SmolLM2 and other LLaMA-family models from GGUF files: weights dequantised, tokenizer rebuilt. No PyTorch needed."""
+"""Reads weights and tokenizers of SmolLM2 and other LLaMA models from GGUF files. Weights do not need PyTorch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ LAYER_TENSORS = {
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids of a tokenizer; bos_id is None where there is no start token, pad_id may equal eos_id."""
+    """The special ids of a tokenizer. bos_id is None if there is no start token; pad_id may equal eos_id."""
 
     bos_id: int | None
     eos_id: int
@@ -47,26 +47,26 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise UserError(f"no GGUF file at {path}: {INSTALL}, or correct the path") from None
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise UserError(
-            f"cannot read {path}: it is truncated or no GGUF file ({error}); install or download it again"
+            f"cannot read {path}: it is truncated or not a GGUF file ({error}); install or download it again"
         ) from error
 
 
 def _field(reader: gguf.GGUFReader, path: Path, name: str):
     field = reader.get_field(name)
     if field is None:
-        raise UserError(f"{path} has no {name!r}: it is no complete LLaMA model; download it again")
+        raise UserError(f"{path} has no {name!r}: it is not a complete LLaMA model; download it again")
     return field.contents()
 
 
 def _half_split(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows (N H, D) of q or k from GGUF's interleaved rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + H / 2)."""
+    """Reorders the rows (N H, D) of q or k from GGUF's rotary pairs (2i, 2i + 1) to Hugging Face's (i, i + H / 2)."""
     rows, width = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own and is refused as left over."""
+    """Returns Hugging Face's name of a GGUF tensor. An unknown tensor keeps its name and is refused later."""
     base, _, kind = name.rpartition(".")
     if base in TENSORS:
         return f"{TENSORS[base]}.{kind}"
@@ -78,13 +78,13 @@ def _hf_name(name: str) -> str:
 
 
 def load_llama(path: str | Path, llm: Llama) -> dict:
-    """Weights of a LLaMA-architecture GGUF file of any quantisation that `gguf` knows.
+    """Reads the weights of a LLaMA model from a GGUF file, in any quantisation that the package `gguf` reads.
 
     Returns:
       The parameters of a scanned `llm`, lazy float32 arrays.
 
     Raises:
-      UserError: unreadable file, another architecture or size, tensors missing or not known.
+      UserError: the file cannot be read, holds another architecture or size, or lacks tensors or has unknown ones.
     """
     path = Path(path)
     reader = _open(path)
@@ -92,12 +92,12 @@ def load_llama(path: str | Path, llm: Llama) -> dict:
     if architecture != "llama":
         raise UserError(f"{path} holds a {architecture!r} model; only 'llama' can be read")
 
-    # What no tensor's shape shows.
+    # The shapes of the tensors do not show these.
     stated = dict(
         num_heads=_field(reader, path, "llama.attention.head_count"),
         num_kv_heads=_field(reader, path, "llama.attention.head_count_kv"),
         rope_theta=_field(reader, path, "llama.rope.freq_base"),
-        # Stored in float32: the shortest decimal that rounds to it is the number that was meant.
+        # It is stored in float32; the shortest decimal that rounds to it is the number that was meant.
         norm_eps=float(str(np.float32(_field(reader, path, "llama.attention.layer_norm_rms_epsilon")))),
     )
     if wrong := [
@@ -121,13 +121,13 @@ def load_llama(path: str | Path, llm: Llama) -> dict:
 
 
 def load_tokenizer(path: str | Path) -> tuple[Tokenizer, SpecialIds]:
-    """The tokenizer of a GGUF file.
+    """Returns the tokenizer of a GGUF file and its special ids.
 
-    SmolLM2's is read here: byte-level BPE, every digit a token, control tokens kept whole. Any other is left to
-    transformers, which needs PyTorch for it.
+    SmolLM2's tokenizer is built here: byte-level BPE, every digit a token, control tokens kept whole. transformers
+    reads all others, and needs PyTorch for that.
 
     Raises:
-      UserError: unreadable file, or a tokenizer that transformers does not know either.
+      UserError: the file cannot be read, or transformers does not know the tokenizer.
     """
     path = Path(path)
     reader = _open(path)
@@ -169,10 +169,10 @@ def _tokenizer_by_transformers(path: Path) -> tuple[Tokenizer, SpecialIds]:
 
 
 def special_ids(tokenizer, path: Path) -> SpecialIds:
-    """The special ids of transformers' tokenizer, read from `path`.
+    """Returns the special ids of a tokenizer of transformers that was read from `path`.
 
     Raises:
-      UserError: it names no end token.
+      UserError: the tokenizer has no end token.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if eos is None:

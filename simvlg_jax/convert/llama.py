@@ -1,4 +1,4 @@
-"""LLaMA and Qwen weights between our scanned tree and Hugging Face names (LlamaForCausalLM and its like)."""
+"""Converts LLaMA and Qwen weights between our scanned tree and Hugging Face's names (LlamaForCausalLM)."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def rows(llm: Llama) -> list[Row]:
-    """Every parameter of a model; the head of a tied one is its embedding and has no row."""
+    """Returns a row for every parameter of a model. A tied model has no row for its head, which is the embedding."""
     ours, theirs = "blocks_{i}", "model.layers.{i}"
     layer = [
         Row(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
@@ -41,31 +41,32 @@ def rows(llm: Llama) -> list[Row]:
 
 
 def from_hf(llm: Llama, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:
-    """Parameters of a scanned model from the tensors whose names start with `prefix`; dtypes are kept.
+    """Returns the parameters of a scanned model from the tensors whose names start with `prefix`, in their dtypes.
 
-    Files may hold more: a tied model's head, which is its embedding, and in old ones the rotary frequencies.
+    A file may also hold the head of a tied model, which must equal the embedding, and the rotary frequencies (in old
+    files).
 
     Raises:
-      UserError: names missing or left over, both lists shown; a head that differs from the embedding of a tied model.
+      UserError: names are missing or left over (the message lists both), or the head of a tied model differs.
     """
     tensors = weight_map.within(tensors, prefix)
     if not any(name.startswith("model.layers.") for name in tensors):
         raise UserError(f"no {type(llm).__name__} layers here: no name starts with '{prefix}model.layers.'")
     if llm.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise UserError(f"{prefix}{HEAD} is not {prefix}{EMBEDDING}: the model of this size has the two tied")
+        raise UserError(f"{prefix}{HEAD} differs from {prefix}{EMBEDDING}, but a model of this size ties them")
     dropped = ("rotary_emb.inv_freq", *[HEAD] * llm.tie_embeddings)
     kept = weight_map.View(tensors, {name: name for name in tensors if not name.endswith(dropped)})
     return stacking.stack_layers(weight_map.from_torch(rows(llm), kept, llm.num_heads))
 
 
 def to_hf(llm: Llama, params: Mapping, prefix: str = "") -> Tensors:
-    """The inverse of `from_hf`, the head of a tied model included, as Hugging Face's state dict has it."""
+    """The inverse of `from_hf`. It also writes the head of a tied model, as Hugging Face's state dict does."""
     tensors = weight_map.to_torch(rows(llm), stacking.unstack_layers(dict(params)))
     return {prefix + name: x for name, x in (tensors | {HEAD: tensors.get(HEAD, tensors[EMBEDDING])}).items()}
 
 
 def hf_config(llm: Llama) -> dict:
-    """Fields of transformers' config, without its type."""
+    """Returns the fields of transformers' config, without its type."""
     rope = {"rope_type": "default", "rope_theta": llm.rope_theta}
     if scaling := llm.rope_scaling:
         rope |= {

@@ -1,4 +1,4 @@
-"""OPT weights between our scanned tree and Hugging Face names (OPTForCausalLM)."""
+"""Converts OPT weights between our scanned tree and Hugging Face's names (OPTForCausalLM)."""
 
 from collections.abc import Mapping
 
@@ -25,24 +25,24 @@ PROJECTIONS = [
     Row("project_in/kernel", "project_in.weight", "linear"),
     Row("project_out/kernel", "project_out.weight", "linear"),
 ]
-HEAD = "lm_head.weight"  # the embedding once more, which files may leave out
+HEAD = "lm_head.weight"  # equals the embedding; files may lack it
 DECODER = "model.decoder."
 
 
 def rows(llm: Opt) -> list[Row]:
-    """Every parameter of a model: OPT-350m has no last norm, and it alone has projections."""
+    """Returns a row for every parameter of a model. OPT-350m has no last norm; it alone has projections."""
     norm = NORM if llm.pre_norm else []
     projections = PROJECTIONS if llm.embed_width not in (None, llm.width) else []
     return [*ENDS, *norm, *projections, *weight_map.numbered(LAYER, llm.depth)]
 
 
 def from_hf(llm: Opt, tensors: Mapping[str, np.ndarray], prefix: str = "") -> dict:
-    """Parameters of a scanned model from the tensors whose names start with `prefix`; dtypes are kept.
+    """Returns the parameters of a scanned model from the tensors whose names start with `prefix`, in their dtypes.
 
-    Files saved from the bare decoder ("decoder.layers...") are read too.
+    Files of the decoder alone ("decoder.layers...") are read too.
 
     Raises:
-      UserError: names missing or left over, both lists shown.
+      UserError: names are missing or left over. The message lists both.
     """
     start = next((s for s in (prefix + DECODER, prefix + "decoder.") if f"{s}embed_tokens.weight" in tensors), None)
     if start is None:
@@ -52,14 +52,14 @@ def from_hf(llm: Opt, tensors: Mapping[str, np.ndarray], prefix: str = "") -> di
 
 
 def to_hf(llm: Opt, params: Mapping, prefix: str = "") -> Tensors:
-    """The inverse of `from_hf`, the tied head included, as Hugging Face's state dict has it."""
+    """The inverse of `from_hf`. It also writes the tied head, as Hugging Face's state dict does."""
     tensors = weight_map.to_torch(rows(llm), stacking.unstack_layers(dict(params)))
     named = {f"{prefix}{DECODER}{name}": x for name, x in tensors.items()}
     return {**named, prefix + HEAD: tensors["embed_tokens.weight"]}
 
 
 def hf_config(llm: Opt) -> dict:
-    """Fields of transformers' config, without its type."""
+    """Returns the fields of transformers' config, without its type."""
     return dict(
         hidden_size=llm.width,
         num_hidden_layers=llm.depth,

@@ -1,4 +1,4 @@
-"""Our own weight files: one nested tree of arrays in one safetensors file, named by their paths."""
+"""Our own weight files: a nested tree of arrays in one safetensors file, each array named by its path."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,29 +13,29 @@ from simvlg_jax.utils.errors import UserError
 
 
 def write_tree(path: Path, tree: dict, dtype: np.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
-    """Writes host or device arrays, cast to `dtype` if given; the file appears whole or not at all."""
+    """Writes host or device arrays, cast to `dtype` if it is given. The file appears whole or not at all."""
     flat = traverse_util.flatten_dict(tree, sep="/")
     write_arrays(path, {name: np.asarray(x).astype(dtype or x.dtype) for name, x in flat.items()}, metadata)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file of named arrays; it appears whole or not at all, and readable to all."""
+    """Writes named arrays as one safetensors file. It appears whole or not at all, and every user can read it."""
     with files.atomic_write(path) as partial:
-        # safetensors writes an array's memory as it lies, whatever its strides.
+        # safetensors writes the memory of an array and ignores its strides.
         save_file({name: np.asarray(x, order="C") for name, x in arrays.items()}, partial, metadata)
         partial.chmod(0o644)
 
 
 def current_name(name: str) -> str:
-    """Today's name of a parameter in a file that an older version wrote: vl_proj is in the connector now."""
+    """Returns the current name of a parameter. In files of older versions, vl_proj is not in the connector."""
     return f"connector/{name}" if name.startswith("vl_proj/") else name
 
 
 def read_flat(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file by name, bfloat16 included.
+    """Returns all arrays of a safetensors file by name, also those in bfloat16.
 
     Raises:
-      UserError: absent, truncated or not a safetensors file.
+      UserError: the file is missing, truncated or not a safetensors file.
     """
     try:
         with safe_open(path, "np") as file:
@@ -49,6 +49,6 @@ def read_flat(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write_tree` was given as metadata."""
+    """Returns the metadata that `write_tree` was given."""
     with safe_open(path, "np") as file:
         return file.metadata() or {}

@@ -1,7 +1,7 @@
-"""Pre-trained weights by the names a config gives them.
+"""Loads pre-trained weights by the names that a config has for them.
 
 A name is a package of the example ("minilm", "smollm2"), a local file or folder in any format that `convert` reads, or
-a model on the Hugging Face Hub. "" stands for random weights.
+a model on the Hugging Face Hub. The caller handles "", which stands for random weights.
 """
 
 from collections.abc import Mapping
@@ -23,34 +23,34 @@ from simvlg_jax.utils.packages import minilm_folder, smollm2_path
 
 
 def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
-    """The nested tree of a file that `weights.write_tree` wrote, known by the "/" in its names; None of another."""
+    """Returns the nested tree of a file of `own_files.write_tree`; None for other files, whose names have no "/"."""
     if not any("/" in name for name in tensors):
         return None
     return traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
 
 
 def load_vit(name: str, model: ViT) -> dict:
-    """A vision encoder's parameters: a file that `configs/openmoji.py:vit` wrote, or a published one."""
+    """Returns a vision encoder's parameters from a file of `configs/openmoji.py:vit`, or from a published one."""
     tensors = open_tensors(resolve(name))
     params = own_tree(tensors) or encoders.of_model(model).from_torch(model, tensors)
     return params if model.scan else stacking.unstack_layers(params)
 
 
 def load_bert(name: str, connector: Connector) -> dict:
-    """A BERT's parameters for a connector of its depth and heads."""
+    """Returns a BERT's parameters for a connector."""
     path = minilm_folder() if name == "minilm" else resolve(name)
     return own_tree(open_tensors(path)) or bert.load_bert(path, connector.depth, connector.num_heads, words=False)
 
 
 def load_sentence_encoder(sentence: ConfigDict) -> dict:
-    """The frozen sentence encoder's parameters, words included."""
+    """Returns the frozen sentence encoder's parameters, with the word embeddings."""
     name, size = sentence.weights, BERT_SIZES[sentence.size]
     path = minilm_folder() if name == "minilm" else resolve(name)
     return bert.load_bert(path, size["depth"], size["num_heads"], words=True, pooler=sentence.pooling == "pooler")
 
 
 def load_llm(name: str, llm: nn.Module) -> dict:
-    """A language model's parameters; the tokens that its family adds to the original ones get rows of zeros."""
+    """Returns a language model's parameters. Tokens that its family adds to the original ones get rows of zeros."""
     family = families.of_model(llm)
     path = smollm2_path() if name == "smollm2" else resolve(name)
     if path.suffix != ".gguf":
@@ -69,7 +69,7 @@ def load_llm(name: str, llm: nn.Module) -> dict:
 
 
 def load_published(name: str, model: SimVLG) -> dict:
-    """Whatever a published SimVLG/EVLGen checkpoint holds: the trained part, or more."""
+    """Returns all parameters that a published SimVLG/EVLGen checkpoint holds: the trained part, or more."""
     tensors = open_tensors(resolve(name))
     params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
     for module in ("vit", "llm"):

@@ -1,4 +1,4 @@
-"""SigLIP's and SigLIP 2's vision weights between our scanned `Siglip` tree and Hugging Face's names."""
+"""Converts vision weights of SigLIP and SigLIP 2 between our scanned `Siglip` tree and Hugging Face's names."""
 
 from collections.abc import Mapping
 
@@ -33,16 +33,16 @@ def rows(depth: int) -> list[Row]:
 
 
 def from_torch(model: Siglip, tensors: Mapping) -> dict:
-    """The scanned model's parameters from a vision tower, alone or beside the text tower.
+    """Returns the scanned model's parameters from a vision tower. The file may also hold the text tower.
 
-    Blocks after the model's last are ignored. Positions of another picture size are resized.
+    Blocks after the model's last one are ignored. Positions of another picture size are resized.
 
     Raises:
-      UserError: another format; names missing or left over.
+      UserError: the file has another format, or names are missing or left over.
     """
     start = next((name for name in tensors if name.endswith(f"{PATCHES}.bias")), None)
     if start is None:
-        raise UserError(f"no SigLIP here: looked for vision_model.{PATCHES}.bias")
+        raise UserError(f"no SigLIP weights here: looked for vision_model.{PATCHES}.bias")
     vision = weight_map.within(tensors, start.removesuffix(f"{PATCHES}.bias"))
     ignored = [name for name in vision if name.startswith("encoder.layers.") and int(name.split(".")[2]) >= model.depth]
     params = weight_map.from_torch(rows(model.depth), vision, model.num_heads, [*IGNORED, *ignored])
@@ -51,6 +51,6 @@ def from_torch(model: Siglip, tensors: Mapping) -> dict:
 
 
 def to_torch(model: Siglip, params: Mapping) -> Tensors:
-    """The inverse of `from_torch`, in the names of transformers' `SiglipModel`. Traceable."""
+    """The inverse of `from_torch`, in the names of transformers' `SiglipModel`. It can be traced."""
     tensors = weight_map.to_torch(rows(model.depth), stacking.unstack_layers(dict(params)))
     return {f"vision_model.{name}": x for name, x in tensors.items()}

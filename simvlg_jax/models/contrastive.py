@@ -1,7 +1,7 @@
 """Locked-text contrastive training of a ViT against a frozen sentence encoder.
 
-The loss is the auxiliary image-text contrastive loss of the published code (temperature learned, label
-smoothing 0.1, 256 shared dimensions), taken over the global batch, with the mean of the ViT's tokens as the picture.
+The loss is the auxiliary image-text contrastive loss of the published code: learned temperature, label smoothing 0.1,
+256 shared dimensions. It is taken over the global batch. The mean of the ViT's tokens represents a picture.
 """
 
 from typing import NamedTuple
@@ -18,19 +18,21 @@ LEFT_OUT = -1e9  # similarity to a row that does not count; minus infinity would
 
 
 class Pair(NamedTuple):
-    """picture, text: (B, S) float32 unit vectors, row i of the one belonging to row i of the other."""
+    """The embeddings that the loss compares: picture and text, (B, S) float32 unit vectors, example i in row i."""
 
     picture: jax.Array
     text: jax.Array
 
 
 class ContrastiveViT(nn.Module):
-    """A trained ViT beside a frozen `SentenceEncoder`. Parameters: vit, head_norm, vision_proj, text_proj, ...
+    """A trained ViT beside a frozen `SentenceEncoder`.
+
+    Parameters: vit, sentence_encoder, head_norm, vision_proj, text_proj, log_temperature.
 
     Attributes:
       vit: a `ViT`.
       sentence_encoder: a `SentenceEncoder`.
-      shared_width: width of the space both are compared in.
+      shared_width: S, the width of both embeddings.
     """
 
     vit: nn.Module
@@ -46,7 +48,7 @@ class ContrastiveViT(nn.Module):
         self.log_temperature = self.param("log_temperature", nn.initializers.constant(jnp.log(0.07)), ())
 
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> Pair:
-        """images (B, H, W, 3) uint8, ids and mask (B, L)."""
+        """Returns the pair of images (B, H, W, 3) uint8 and of texts with ids and mask (B, L) int32."""
         tokens = self.vit(self.vit.normalize(images))
         picture = self.vision_proj(self.head_norm(tokens).mean(1))
         sentence = jax.lax.stop_gradient(self.sentence_encoder(ids, mask))
@@ -54,20 +56,22 @@ class ContrastiveViT(nn.Module):
         return Pair(unit(picture), unit(text))
 
     def contrastive_losses(self, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
-        """`matching_losses` at the learned temperature: (B,)."""
+        """Returns `matching_losses` at the learned temperature: (B,) float32."""
         return matching_losses(picture, text, jnp.exp(self.log_temperature), weight)
 
 
 def matching_losses(
     picture: jax.Array, text: jax.Array, temperature: jax.Array, weight: jax.Array | None = None
 ) -> jax.Array:
-    """Which text belongs to which picture, and the reverse: the mean of both cross-entropies of each row, (B,) nats.
+    """Returns each example's contrastive loss, (B,) float32 nats.
+
+    It is the mean of two cross-entropies: finding the text of the picture, and the picture of the text.
 
     Rows of weight 0 have a loss of 0, and no other row is compared with them.
 
     Args:
       picture, text: (B, S), a `Pair`. B is the global batch.
-      temperature: () divides the similarities; held within 0.001 and 0.5, as published.
+      temperature: (), divides the similarities. It is clipped to 0.001..0.5, as published.
       weight: (B,) float32, 1 or 0; default: all 1.
     """
     size = picture.shape[0]
@@ -85,6 +89,6 @@ def matching_losses(
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """(B, S) -> float32 rows of unit length."""
+    """Returns the rows of (B, S) in float32, scaled to unit length."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,8 +1,11 @@
-"""Dropout whose mask is a hash of each element's place.
+"""Dropout whose mask is a hash of the index of each element, so it is the same on any mesh.
 
-JAX's own generators were rejected. Threefry gives the same mask on any mesh too, but takes eleven times as long to draw
-and longer to compile for a TPU; `docs/architecture.md` has the measured numbers. `rbg` draws the whole array on every
-device, or with XLA's flag against that bits which depend on the sharding, and other bits on every kind of device.
+JAX's own generators were rejected:
+
+* Threefry gives the same mask on any mesh too, but takes eleven times as long to draw and longer to compile for a TPU;
+  `docs/architecture.md` has the measured numbers.
+* `rbg` draws the whole array on every device. An XLA flag prevents that, but then the bits depend on the sharding. They
+  also differ between kinds of device.
 """
 
 import flax.linen as nn
@@ -15,7 +18,7 @@ from simvlg_jax.utils.hashing import element_numbers
 class Dropout(nn.Module):
     """Sets a share `rate` of the elements to zero and scales the others by 1 / (1 - rate).
 
-    It acts only where an rng named "dropout" is given, which is how the whole model is told that it is training.
+    It acts only if an rng named "dropout" is given. This rng is what tells the whole model that it is training.
     """
 
     rate: float
@@ -29,9 +32,9 @@ class Dropout(nn.Module):
 
 
 def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns pseudo-random uint32 of a shape: two rounds of MurmurHash3's finaliser over each element's place.
+    """Returns pseudo-random uint32 of a shape: two rounds of MurmurHash3's finaliser over the index of each element.
 
-    The bits are good for dropout, not for more. Arrays of over 2^32 elements repeat.
+    The bits are good enough for dropout, not for other uses. In an array of more than 2^32 elements they repeat.
     """
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     return _avalanche(_avalanche(element_numbers(shape) ^ first) + second)

@@ -6,8 +6,9 @@ device mesh. Heads are an axis of their own in the kernels, so that tensor paral
 The letters of axes are the same everywhere: B batch, S tokens (queries), T tokens (keys), N query heads, K key-value
 heads, H head_dim, D width, F hidden width of an MLP, V vocabulary.
 
-A key's bias adds the same to all scores of a query, so softmax takes it out again and its gradient is zero. Where keys
-have a bias it is held constant (`bias_grad=False`): differentiating it gives rounding noise, which AdamW would magnify.
+A key's bias adds the same number to all scores of a query. Softmax ignores that, so the exact gradient of the bias is
+zero. Keys that have a bias hold it constant (`bias_grad=False`): a computed gradient would be rounding noise, which
+AdamW would magnify.
 """
 
 from collections.abc import Callable
@@ -22,16 +23,17 @@ NORMAL_INIT = nn.initializers.normal(0.02)  # BERT's, and OPT's and LLaMA's
 
 
 def partitioned(init: Initializer, *axes: str | None) -> Initializer:
+    """Returns the initialiser with logical names for the axes of its parameter."""
     return nn.with_logical_partitioning(init, axes)
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """Keeps the first axis, and no other, split over the devices, if the caller has named a mesh."""
+    """Constrains x (B, ...) to be sharded by its first axis alone; without a mesh in context it does nothing."""
     return nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
 
 
 class LayerNorm(nn.LayerNorm):
-    """Flax's with the two-pass formula and named axes; statistics in float32, in and out in the input's dtype."""
+    """Flax's LayerNorm with named axes and the two-pass variance, in float32; the result has the input's dtype."""
 
     use_fast_variance: bool = False
     scale_init: Initializer = partitioned(nn.initializers.ones, "norm")
@@ -50,11 +52,11 @@ class Einsum(nn.Module):
     """A linear map whose kernel keeps its axes apart.
 
     Attributes:
-      equation: of input and kernel, "BSD,DNH->BSNH" say.
-      shape: the kernel's, its first axes those that are summed over.
+      equation: of input and kernel, for example "BSD,DNH->BSNH".
+      shape: the shape of the kernel; the axes that are summed over come first.
       axes: logical names of the kernel's axes.
-      use_bias: whether a bias over the kernel's other axes, those that the input lacks, is added.
-      bias_grad: whether the bias takes a gradient.
+      use_bias: whether to add a bias. Its axes are those of the kernel that are not summed over.
+      bias_grad: whether the bias gets a gradient.
       kernel_init, bias_init: initialisers.
       dtype: compute dtype.
     """
@@ -86,7 +88,7 @@ def dense(fan_in: int, features: int, axes: tuple[str | None, str | None], **opt
 
 
 def torch_dense(fan_in: int, features: int, axes: tuple[str | None, str | None], **options) -> Einsum:
-    """Returns `dense` with the initialisation of PyTorch's nn.Linear: uniform in +-1/sqrt(fan_in), the bias too."""
+    """Returns `dense` initialised like PyTorch's nn.Linear: kernel and bias uniform in +-1/sqrt(fan_in)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)

@@ -12,12 +12,12 @@ def token_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each example's cross-entropy summed over its targets, and how many targets it has.
 
-    The logits are made here and nowhere outside, so they need not exist all at once.
+    Callers pass states instead of logits, so that the logits of all tokens need not exist at the same time.
 
     Args:
       hidden: (B, S, D), the language model's states.
       logits: maps states (B, S, D) to logits (B, S, V) float32.
-      targets: (B, S) int32, the token expected of each state; negative where no loss is taken.
+      targets: (B, S) int32, the token that each state should predict; negative where no loss is taken.
 
     Returns:
       ((B,) nats, (B,) counts), float32.

@@ -1,4 +1,4 @@
-"""The frozen sentence encoder whose embeddings of captions the contrastive loss compares pictures with."""
+"""The frozen sentence encoder. It embeds captions, and the contrastive loss compares them with pictures."""
 
 import flax.linen as nn
 import jax
@@ -9,11 +9,11 @@ from simvlg_jax.models import bert, layers
 
 
 class SentenceEncoder(nn.Module):
-    """A BERT that embeds sentences, without dropout because it is never trained.
+    """A BERT that embeds sentences. It is never trained, so it has no dropout.
 
     Attributes:
-      pooling: "mean" of the token states, normalised (all-MiniLM-L6-v2), or "pooler", BERT's tanh layer on the class
-        token (sup-simcse-bert-base-uncased, the published choice).
+      pooling: "mean" is the mean of the token states, scaled to unit length (all-MiniLM-L6-v2). "pooler" is BERT's tanh
+        layer on the class token (sup-simcse-bert-base-uncased, the published choice).
     """
 
     width: int
@@ -25,7 +25,7 @@ class SentenceEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """ids, mask (B, L) int32 -> (B, D) float32; of unit length if it is a mean."""
+        """Returns embeddings (B, D) float32 of ids and mask (B, L) int32."""
         init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
         words = self.param("word", init, (self.vocab_size, self.width))
         x = bert.BertEmbeddings(dropout=0.0, name="embeddings")(words[ids].astype(self.dtype))

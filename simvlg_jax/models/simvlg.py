@@ -28,30 +28,36 @@ class VisualOutput:
 
 @struct.dataclass
 class SimVLGOutput:
-    """visual: see `VisualOutput`; hidden: (B, P + L, E), the language model's states over [prefix; text]."""
+    """What the captioner returns.
+
+    Attributes:
+      visual: see `VisualOutput`.
+      hidden: (B, P + L, E), the language model's states over [prefix; text].
+    """
 
     visual: VisualOutput
     hidden: jax.Array
 
 
-CONTRAST_WIDTH = 256  # of the space that pictures and sentences are compared in
+CONTRAST_WIDTH = 256  # of the embeddings of pictures and sentences
 
 
 class SimVLG(nn.Module):
     """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
 
-    With a sentence encoder also sentence_encoder, vision_proj, text_proj, temperature: the auxiliary contrastive loss.
+    A sentence encoder adds the auxiliary contrastive loss and its parameters: sentence_encoder, vision_proj, text_proj,
+    temperature.
 
     Attributes:
       vit: a `ViT`.
       connector: a `Connector`.
       llm: a language model with `width`, `embed`, `logits` and `__call__` as `Llama` has.
       dtype: compute dtype of the projections.
-      start_first: the start token stands before the soft prompt ([start; prefix; text]) instead of after it as
-        published ([prefix; start; text]).
-      sentence_encoder: a `SentenceEncoder` whose embeddings of captions the connector's class token (or mean token) is
-        held against, or None (published recipes).
-      vit_grad: let gradients into the ViT (for training it jointly, or video's temporal merging inside it).
+      start_first: whether the start token comes before the soft prompt: [start; prefix; text]. Published:
+        [prefix; start; text].
+      vit_grad: whether gradients flow into the ViT, to train it jointly or to train the temporal merging inside it.
+      sentence_encoder: a `SentenceEncoder`, or None (published recipes). The contrastive loss compares its embedding of
+        a caption with the connector's class token, or with the mean token if there is no class token.
     """
 
     vit: nn.Module
@@ -72,12 +78,16 @@ class SimVLG(nn.Module):
             self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
 
     def encode_image(self, images: jax.Array) -> VisualOutput:
-        """images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or already normalised floats."""
+        """Returns the soft prompt of pictures, and what it is made of.
+
+        Args:
+          images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or normalised floats.
+        """
         merged = self._connect(images)
         return VisualOutput(merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
 
     def _connect(self, images: jax.Array) -> ConnectorOutput:
-        """`encode_image` as far as the connector."""
+        """Runs `encode_image` up to the connector."""
         if images.dtype == jnp.uint8:
             images = self.vit.normalize(images)
         if self.vit.temporal and images.ndim == 4:
@@ -89,17 +99,22 @@ class SimVLG(nn.Module):
         return self.connector(self.ln_vision(tokens))
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
-        """ids (B, L) int32 -> (B, L, E)."""
+        """Returns the embeddings (B, L, E) of ids (B, L) int32."""
         return self.llm.embed(ids)
 
     @nn.nowrap
     def prompted(self, prefix: jax.Array, start: jax.Array) -> jax.Array:
-        """prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
+        """Joins prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
         prefix = prefix.astype(start.dtype)
         return jnp.concatenate([start, prefix] if self.start_first else [prefix, start], 1)
 
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> SimVLGOutput:
-        """images (B, H, W, 3); ids, mask (B, L) int32, right-padded, mask 1 for real tokens."""
+        """Runs the language model over the soft prompt and the text.
+
+        Args:
+          images: as for `encode_image`.
+          ids, mask: (B, L) int32, padded on the right; the mask is 1 for real tokens.
+        """
         visual = self.encode_image(images)
         text = self.llm.embed(ids)
         parts = self.prompted(visual.prefix, text[:, :1]), text[:, 1:]
@@ -111,11 +126,11 @@ class SimVLG(nn.Module):
     def caption_losses(
         self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Next-token cross-entropy of each caption, summed over its targets, and how many it has.
+        """Returns the next-token cross-entropy of each caption, summed over its targets, and their number.
 
         Args:
           images, ids, mask: as for `__call__`.
-          targets: (B, L) int32, the token expected at each text position, -100 where no loss is taken.
+          targets: (B, L) int32, the token to predict at each text position; -100 where no loss is taken.
 
         Returns:
           ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32).
@@ -123,7 +138,7 @@ class SimVLG(nn.Module):
         return self.next_token_losses(self(images, ids, mask).hidden, targets)
 
     def next_token_losses(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`caption_losses` from the language model's states (B, P + L, E)."""
+        """Returns `caption_losses` from the language model's states (B, P + L, E)."""
         # Text token i is predicted from the position before it, the first one from the last prefix token.
         return token_cross_entropy(hidden[:, -targets.shape[1] - 1 : -1], self.llm.logits, targets)
 
@@ -136,7 +151,7 @@ class SimVLG(nn.Module):
         sentence_ids: jax.Array,
         sentence_mask: jax.Array,
     ) -> tuple[jax.Array, jax.Array, contrastive.Pair]:
-        """`caption_losses` and, of the same forward pass, what `contrastive_losses` (section 3.2) compares.
+        """Returns `caption_losses`, and the pair for `contrastive_losses` (section 3.2) from the same forward pass.
 
         Args:
           sentence_ids, sentence_mask: (B, L') int32, the captions for the sentence encoder.
@@ -146,15 +161,18 @@ class SimVLG(nn.Module):
         return *self.next_token_losses(out.hidden, targets), pair
 
     def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
-        """The pair of `losses_and_pair`, without the language model."""
+        """Returns the pair of `losses_and_pair` without running the language model."""
         return self._pair(self._connect(images).tokens, sentence_ids, sentence_mask)
 
     def _pair(self, connector: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
-        """The connector's class token, of (B, P, D), or its mean token if it has none, and the captions (B, L')."""
+        """Returns the pair from the connector's tokens (B, P, D) and the captions (B, L').
+
+        The class token represents a picture, or the mean token if there is no class token.
+        """
         sentences = jax.lax.stop_gradient(self.sentence_encoder(sentence_ids, sentence_mask))
         picture = self.vision_proj(connector[:, 0] if self.vit.class_token else connector.mean(1))
         return contrastive.Pair(contrastive.unit(picture), contrastive.unit(self.text_proj(sentences)))
 
     def contrastive_losses(self, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
-        """`contrastive.matching_losses` at the learned temperature: (B,), B the global batch."""
+        """Returns `contrastive.matching_losses` at the learned temperature: (B,) float32, B the global batch."""
         return contrastive.matching_losses(picture, text, self.temperature, weight)

@@ -1,4 +1,4 @@
-"""What every connector is: a trained module between the vision encoder and the language model."""
+"""The interface of connectors, the trained modules between the vision encoder and the language model."""
 
 from typing import Protocol
 
@@ -8,11 +8,12 @@ from flax import struct
 
 @struct.dataclass
 class ConnectorOutput:
-    """What a connector makes of visual tokens.
+    """What a connector returns.
 
     Attributes:
       tokens: (B, P, D).
-      source_map: (B, N) int32, the output token that each visual token became part of; None if they mix.
+      source_map: (B, N) int32, the output token that each visual token became part of; None for a
+        connector that mixes them.
     """
 
     tokens: jax.Array
@@ -20,10 +21,10 @@ class ConnectorOutput:
 
 
 class Connector(Protocol):
-    """A Linen module; `width` is D, the width of its tokens."""
+    """A Linen module. Its `width` is D, the width of its tokens."""
 
     width: int
 
     def __call__(self, visual: jax.Array) -> ConnectorOutput:
-        """visual: (B, N, C), the vision encoder's tokens after LayerNorm."""
+        """Returns the output for `visual` (B, N, C), the vision encoder's tokens after LayerNorm."""
         ...

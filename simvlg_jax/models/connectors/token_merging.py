@@ -2,8 +2,8 @@
 
 Source: ToMe (arXiv 2210.09461, section 3) as SimVLG uses it (arXiv 2310.03291, section 3.2): a class token is
 never merged, no proportional attention, plain mean of the merged tokens. Written from the description of the
-method. A merge is one integer per input token, the slot it lands in, so that merging, tracing tokens back to
-patches and counting token sizes are the same operation on different arrays.
+method. A merge is one integer per input token: its slot, the place of the output token that it becomes part of. The
+slots are all that is needed to merge tokens, to trace them back to patches and to count token sizes.
 """
 
 import itertools
@@ -14,15 +14,16 @@ import jax.numpy as jnp
 
 
 def merge_schedule(num_layers: int, r: int | Sequence[int] | Mapping[str, float]) -> tuple[int, ...]:
-    """Tokens to remove in each layer.
+    """Returns how many tokens each layer removes.
 
     Args:
       num_layers: number of layers L.
-      r: the same number for every layer (published: 19); a list, padded with zeros to L; or
-        `{"r": r, "inflect": i}`, a linear ramp of the same total with i in [-1, 1] (-1: all early, 1: all late).
+      r: one number for every layer (published: 19); or a list, padded with zeros to L; or `{"r": r, "inflect": i}`, a
+        linear ramp that removes as many in total as r in every layer. i is between -1 (from 2 r down to 0) and 1 (from
+        0 up to 2 r).
 
     Returns:
-      L non-negative ints. Layers cap them at what they can remove, see `mergeable`.
+      L non-negative ints. Each layer caps its number at what it can remove, see `mergeable`.
 
     Raises:
       ValueError: a list longer than L, or a negative entry.
@@ -41,12 +42,13 @@ def merge_schedule(num_layers: int, r: int | Sequence[int] | Mapping[str, float]
 
 
 def schedule_down_to(num_layers: int, num_tokens: int, wanted: int, class_token: bool = True) -> tuple[int, ...]:
-    """Tokens to remove in each layer so that `wanted` of `num_tokens` are left, the same number in each if possible.
+    """Returns how many tokens each layer removes so that `wanted` of `num_tokens` are left.
 
-    What does not divide is removed early; layers that cannot remove as many (half at most) remove what they can.
+    All layers remove the same number if possible. Of a remainder, the early layers remove one more each. A layer that
+    cannot remove as many (half of its tokens at most) removes what it can.
 
     Raises:
-      ValueError: more than can be merged in so many layers, or fewer than one wanted.
+      ValueError: `wanted` is less than one, more than `num_tokens`, or too few for so many layers.
     """
     for r in range(num_tokens):
         counts = token_counts(num_tokens, [r] * num_layers, class_token)
@@ -62,12 +64,12 @@ def schedule_down_to(num_layers: int, num_tokens: int, wanted: int, class_token:
 
 
 def mergeable(num_tokens: int, r: int, class_token: bool = True) -> int:
-    """Caps r at what one bipartite step can remove: half of the tokens, the class token not counted if there is one."""
+    """Returns r, or what one bipartite step can remove if that is less: half of the tokens without the class token."""
     return max(0, min(r, (num_tokens - class_token) // 2))
 
 
 def token_counts(num_tokens: int, schedule: Sequence[int], class_token: bool = True) -> list[int]:
-    """Token count entering the first layer, then leaving each one. 257 with twelve times 19: 257, 238, ..., 29."""
+    """Returns the token counts before the first layer and after each one: 257, 238, ..., 29 as published."""
     counts = [num_tokens]
     for r in schedule:
         counts.append(counts[-1] - mergeable(counts[-1], r, class_token))
@@ -75,16 +77,19 @@ def token_counts(num_tokens: int, schedule: Sequence[int], class_token: bool = T
 
 
 def match(metric: jax.Array, r: int, class_token: bool = True) -> jax.Array:
-    """Decides which tokens merge: slots (B, T) int32 in [0, T - r').
+    """Decides which tokens merge. Gradients do not pass.
 
-    Even-index tokens (A) seek their most cosine-similar odd-index token (B); the r' = `mergeable(T, r, class_token)`
-    best pairs merge into B. Output order is [unmerged A ascending; all B ascending]; with r' = 0 nothing moves. Ties
-    go to the lower index. No gradient passes.
+    Every token with an even index (A) finds the most similar token with an odd index (B), by cosine. The r' =
+    `mergeable(T, r, class_token)` most similar pairs merge. The output tokens are the unmerged A, then all B, both in
+    their old order; with r' = 0 nothing moves. Ties go to the lower index.
 
     Args:
-      metric: (B, T, C) features to compare, any float dtype; similarities are taken in float32.
-      r: tokens wanted removed.
-      class_token: the first token is one, so it stays alone and first.
+      metric: (B, T, C) features to compare, any float dtype; similarities are computed in float32.
+      r: how many tokens to remove.
+      class_token: whether the first token is a class token. A class token stays alone and first.
+
+    Returns:
+      The slot of each token: (B, T) int32 in [0, T - r').
     """
     num_tokens = metric.shape[1]
     r = mergeable(num_tokens, r, class_token)
@@ -101,7 +106,7 @@ def match(metric: jax.Array, r: int, class_token: bool = True) -> jax.Array:
     best = similarity.max(-1)  # (B, A)
     partner = similarity.argmax(-1)  # (B, A)
 
-    # A rank by counting instead of sorting: no sort in the compiled program, and stable by construction.
+    # Counting gives the ranks without a sort in the compiled program, and ties keep their order.
     ahead = best[:, None, :] > best[:, :, None]  # (B, A, A): is the last-axis token ahead?
     index = jnp.arange(best.shape[1])
     tied_before = (best[:, None, :] == best[:, :, None]) & (index[None, :] < index[:, None])
@@ -115,27 +120,32 @@ def match(metric: jax.Array, r: int, class_token: bool = True) -> jax.Array:
 
 
 def merge(tokens: jax.Array, slots: jax.Array, num_slots: int, sizes: jax.Array | None = None) -> jax.Array:
-    """Averages tokens (B, T, D) that share a slot of `match`: (B, num_slots, D), the dtype of `tokens`.
+    """Returns the mean of the tokens in each slot: (B, num_slots, D), the dtype of `tokens`.
 
     Args:
       tokens: (B, T, D).
-      slots: (B, T) int32, every slot used at least once.
+      slots: (B, T) int32 from `match`; every slot is used at least once.
       num_slots: T - r'.
-      sizes: optional (B, T), how much each token counts (ToMe: how many patches it is made of; published: one each).
+      sizes: (B, T), the weight of each token in its mean (ToMe: how many patches it is made of); None (published): 1.
     """
     weights = jax.nn.one_hot(slots, num_slots, dtype=jnp.float32 if sizes is not None else tokens.dtype)  # (B, T, S)
     if sizes is not None:
         weights = weights * sizes[..., None]
-    # "highest": the sum must not lose bits where the default matmul precision is lower than the tokens' own.
+    # "highest", since the default matmul precision can be lower than that of the tokens, and the sum would lose bits.
     total = jnp.einsum("BTS,BTD->BSD", weights, tokens, precision="highest", preferred_element_type=jnp.float32)
     return (total / jnp.sum(weights, 1, dtype=jnp.float32)[..., None]).astype(tokens.dtype)
 
 
 def slot_sizes(source_map: jax.Array, num_slots: int) -> jax.Array:
-    """How many input tokens each of the slots of `source_map` (B, N) is made of: (B, num_slots) float32."""
+    """Returns how many input tokens are in each slot of `source_map` (B, N): (B, num_slots) float32."""
     return jax.nn.one_hot(source_map, num_slots, dtype=jnp.float32).sum(1)
 
 
 def compose(source_map: jax.Array, slots: jax.Array) -> jax.Array:
-    """Follows one more merge: `source_map` (B, N) of input tokens to tokens, `slots` (B, T); returns (B, N)."""
+    """Returns a source map (B, N) int32 that includes one more merge.
+
+    Args:
+      source_map: (B, N) int32, the token that each input token became part of before this merge.
+      slots: (B, T) int32, the slot of each of these tokens.
+    """
     return jnp.take_along_axis(slots, source_map, axis=1)

@@ -14,17 +14,17 @@ from simvlg_jax.models.encoders.vit import ViT
 
 
 class TomeFormer(nn.Module):
-    """A linear map (published as VL_proj) and BERT layers over visual tokens, unrolled since each has its token count.
+    """A linear map (published as VL_proj), then BERT layers over visual tokens.
 
-    There is no attention mask: every input is a visual token. Visual tokens take BERT's own position rows
-    0..N-1 and token type 0, as published.
+    The layers are not scanned, since each has another number of tokens. There is no attention mask, since all inputs
+    are visual tokens. They take rows 0..N-1 of BERT's position table and token type 0, as published.
 
     Attributes:
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
       merges: tokens to remove in each layer, from `token_merging.merge_schedule`.
-      class_token: the first visual token is a class token, which is never merged.
+      class_token: whether the first visual token is a class token. A class token is never merged.
       dropout: rate at BERT's usual places.
-      weighted_mean, proportional_attention: ToMe's ways of accounting for sizes, which SimVLG leaves out; see
+      weighted_mean, proportional_attention: what ToMe does with the sizes of tokens and SimVLG does not; see
         `bert.BertLayer`.
     """
 
@@ -40,7 +40,7 @@ class TomeFormer(nn.Module):
 
     @nn.compact
     def __call__(self, visual: jax.Array) -> ConnectorOutput:
-        """visual: (B, N, C), N at most 512. A class token stays the first."""
+        """Returns the output for `visual` (B, N, C), N at most 512. A class token stays first."""
         source_map = jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2])
         axes = ("mlp", "embed")
         x = layers.torch_dense(visual.shape[-1], self.width, axes, dtype=self.dtype, name="vl_proj")(visual)
@@ -64,20 +64,20 @@ class TomeFormer(nn.Module):
 
 
 def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeFormer:
-    """The TomeFormer for the tokens of a vision encoder, with the schedule that a config's `connector` asks for.
+    """Returns the TomeFormer of a config's `connector` for the tokens of a vision encoder.
 
     Raises:
-      ValueError: no such size, a schedule that does not fit, or more tokens than BERT has positions.
+      ValueError: an unknown size, a schedule that does not fit, or more tokens than BERT has positions.
     """
     if vit.num_tokens > bert.MAX_POSITIONS:
         raise ValueError(
-            f"a BERT takes {bert.MAX_POSITIONS} tokens at most and the vision encoder gives {vit.num_tokens}"
+            f"a BERT takes {bert.MAX_POSITIONS} tokens at most, and the vision encoder gives {vit.num_tokens}"
         )
     if connector.size not in bert.BERT_SIZES:
         raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
     size = bert.BERT_SIZES[connector.size]
     if connector.r and connector.tokens:
-        raise ValueError("connector.r and connector.tokens are two ways to say one thing: set one of them to 0")
+        raise ValueError("connector.r and connector.tokens both set the merges: set one of them to 0")
     try:
         if connector.tokens:
             merges = token_merging.schedule_down_to(size["depth"], vit.num_tokens, connector.tokens, vit.class_token)

@@ -2,8 +2,9 @@
 
 from simvlg_jax.models.encoders.vit import ViT
 
-# One block fewer than published: like the published recipe for EVA-CLIP, we take the penultimate layer. It is
-# transformers' hidden_states[-2], before post_layernorm and the pooling head, which are trained for the contrast alone.
+# One block fewer than published: we take the penultimate layer, as the published recipe does with EVA-CLIP. It is
+# transformers' hidden_states[-2]. It comes before post_layernorm and the pooling head, which serve only the contrastive
+# training.
 BASE = dict(width=768, depth=11, num_heads=12, mlp_dim=3072)
 LARGE = dict(width=1024, depth=23, num_heads=16, mlp_dim=4096)
 SO400M = dict(width=1152, depth=26, num_heads=16, mlp_dim=4304)
@@ -27,7 +28,7 @@ SIGLIP_SIZES = {  # siglip_b16_224: google/siglip-base-patch16-224, google/sigli
 
 
 class Siglip(ViT):
-    """A `ViT` without a class token, with biased keys, the tanh form of GELU and pictures in -1..1."""
+    """A `ViT` without a class token, with biased keys, the tanh form of GELU and pictures scaled to -1..1."""
 
     class_token: bool = False
     key_bias: bool = True

@@ -1,4 +1,4 @@
-"""Temporal attentive soft merging: how a ViT shares what it sees across the frames of a clip (SimVLG, section 3.3)."""
+"""Temporal attentive soft merging, which mixes a ViT's tokens across the frames of a clip (SimVLG, section 3.3)."""
 
 import einops
 import flax.linen as nn
@@ -11,13 +11,13 @@ from simvlg_jax.models.attention import attend
 
 
 class TemporalMerge(nn.Module):
-    """Each token attends to the tokens of its own place in all frames; the result is scaled by a learned alpha.
+    """Lets each token attend to the tokens at the same place in all F frames; a learned alpha scales the result.
 
-    Values are the tokens themselves, without projections, so each output is a soft merge of F tokens. alpha is 0 at
-    first: an image model starts unchanged.
+    The values are the tokens themselves, without a projection, so each output is a soft merge of F tokens. alpha starts
+    at 0, so an image model starts unchanged.
 
     Attributes:
-      width: of queries and keys, all heads together; the softmax is scaled by width^-0.5, as published.
+      width: of queries and keys, all heads together. The scores are scaled by width^-0.5, as published.
       num_heads: heads; each merges its own slice of the token.
     """
 

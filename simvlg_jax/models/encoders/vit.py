@@ -1,7 +1,7 @@
-"""The vision encoder: a pre-LayerNorm ViT whose residual stream after the last block is its output.
+"""The vision encoder: a ViT with LayerNorm before attention and MLP, and none after the last block.
 
-`ViT` as it stands is EVA-CLIP's. Other published encoders are subclasses with other defaults, see `clip.Clip` and
-`siglip.Siglip`; what depends on the encoder elsewhere follows from these fields.
+The defaults of `ViT` are EVA-CLIP's. Other published encoders are subclasses with other defaults, see `clip.Clip` and
+`siglip.Siglip`. Except for weights, the rest of the program depends on these fields and not on the class.
 """
 
 import einops
@@ -14,7 +14,7 @@ from simvlg_jax.models import layers
 from simvlg_jax.models.attention import attend
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 
-# Published encoders lack their file's last block: SimVLG takes the penultimate layer.
+# A depth is one less than in the published file, since SimVLG takes the penultimate layer.
 VIT_SIZES = {
     "eva_g": dict(image_size=224, patch_size=14, width=1408, depth=39, num_heads=16, mlp_dim=6144),
     "small_64px": dict(image_size=64, patch_size=8, width=128, depth=6, num_heads=2, mlp_dim=512),
@@ -27,7 +27,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Block(nn.Module):
-    """x += attention(LN x); for video x += alpha temporal(x); x += mlp(LN x). Fields as in `ViT`."""
+    """x += attention(LN x); x += alpha temporal(x), for video alone; x += mlp(LN x). Fields as in `ViT`."""
 
     num_heads: int
     mlp_dim: int
@@ -57,23 +57,23 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches and perhaps a class token through `depth` blocks; no final norm, every token returned.
+    """Runs patches, and a class token if there is one, through `depth` blocks; returns every token, without a norm.
 
     Attributes:
-      image_size: side of the square picture, pixels; those beyond the last whole patch are not seen.
+      image_size: side of the square picture, pixels. Pixels beyond the last whole patch are cut off.
       patch_size: side of a patch, pixels.
       width, depth, num_heads, mlp_dim: sizes, see `VIT_SIZES`.
-      class_token: whether a learned token stands before the patches. It is never merged.
+      class_token: whether a learned token comes before the patches. It is never merged.
       key_bias, patch_bias: whether the keys and the patch embedding have a bias.
       activation: of the MLPs, a key of `ACTIVATIONS`.
-      input_norm: a LayerNorm before the first block.
+      input_norm: whether there is a LayerNorm before the first block.
       norm_eps: of every LayerNorm.
-      image_mean, image_std: of each colour in 0..1, which pictures are normalised by.
-      temporal: video, see `TemporalMerge`: every block softly merges tokens across frames.
-      max_frames: learned temporal positions, zero at first, for so many frames; 0 (published): none, and then a clip
-        and its reverse are the same to the model.
-      scan: the blocks as one scanned block with stacked parameters, else unrolled.
-      remat: recompute each block's activations in the backward pass.
+      image_mean, image_std: mean and standard deviation of each colour in 0..1, for normalising pictures.
+      temporal: whether every block merges tokens across frames, for video; see `TemporalMerge`.
+      max_frames: number of frames that have learned temporal positions, zero at first. With 0 (published) there are no
+        positions, and the model cannot distinguish a clip from its reverse.
+      scan: whether the blocks are one scanned block with stacked parameters; otherwise they are unrolled.
+      remat: whether the backward pass recomputes each block's activations.
     """
 
     image_size: int
@@ -102,20 +102,20 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def normalize(self, images: jax.Array) -> jax.Array:
-        """uint8 (..., 3) in 0..255 -> what `__call__` takes, in the compute dtype."""
+        """Normalises uint8 pictures (..., 3) in 0..255 for `__call__`; returns the compute dtype."""
         scaled = images.astype(jnp.float32) / 255.0
         return ((scaled - jnp.array(self.image_mean)) / jnp.array(self.image_std)).astype(self.dtype)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images: (B, H, W, 3) normalised -> (B, N, D), N = `num_tokens`, the class token first if there is one.
+        """Returns the tokens (B, N, D) of normalised images (B, H, W, 3), N = `num_tokens`, a class token first.
 
-        A temporal ViT takes clips: (B, F, H, W, 3) -> (B, F, N, D).
+        A temporal ViT maps clips (B, F, H, W, 3) to (B, F, N, D).
         """
         batch, side = images.shape[:-3], self.patch_size
         height, width = (size // side * side for size in images.shape[-3:-1])
         images = images[..., :height, :width, :]
-        # A strided convolution as a matmul over patches.
+        # A matmul over patches equals the published strided convolution.
         patches = einops.rearrange(images, "... (rows p) (columns q) c -> ... (rows columns) (p q c)", p=side, q=side)
         axes = ("patch", "embed")
         embed = layers.dense(

@@ -1,9 +1,9 @@
-"""What the frozen language models share: their output, their key-value cache, and which keys a query sees.
+"""What all language models share: their output, their key-value cache, and which keys a query sees.
 
-A language model here is a Linen module fed with embeddings. It has `width`, `embed(ids)`,
+A language model is a Linen module that takes embeddings instead of ids. It has `width`, `embed(ids)`,
 `__call__(embeddings, mask, positions, cache=None) -> LlmOutput`, `logits(hidden)` and `init_cache(batch, max_length)`;
-see `llama.Llama` and `opt.Opt`. Its blocks take `((x, cached key, cached value), layer number, visible, cache index,
-*what all blocks share)`.
+see `llama.Llama` and `opt.Opt`. A block takes `((x, cached key, cached value), layer number, visible, cache index,
+*shared)`; the shared arguments are the same for all blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +22,25 @@ Cache = dict[str, jax.Array]
 
 @struct.dataclass
 class LlmOutput:
-    """hidden: (B, S, D) after the final norm; cache: the one given with S tokens more in it, None if none was given."""
+    """What a language model returns.
+
+    Attributes:
+      hidden: (B, S, D), after the last norm.
+      cache: the given cache with the S tokens added; None if none was given.
+    """
 
     hidden: jax.Array
     cache: Cache | None = None
 
 
 def make_blocks(block: type[nn.Module], fields: Sequence, depth: int, scan: bool, remat: bool, shared: int):
-    """`depth` blocks for a `setup`: one scanned block with stacked parameters, or a list of blocks.
+    """Returns the blocks of a language model, for its `setup`.
 
     Args:
-      fields: the block's own.
-      shared: how many more arguments its call takes that are the same for all blocks.
+      fields: the fields of a block.
+      scan: whether to return one scanned block with stacked parameters; otherwise a list of `depth` blocks.
+      remat: whether the backward pass recomputes each block's activations.
+      shared: the number of arguments that are the same for all blocks.
     """
     block = nn.remat(block, prevent_cse=not scan) if remat else block
     if not scan:
@@ -51,7 +58,7 @@ def make_blocks(block: type[nn.Module], fields: Sequence, depth: int, scan: bool
 def run_blocks(
     blocks: Callable | Sequence[Callable], depth: int, x: jax.Array, mask: jax.Array, cache: Cache | None, *shared
 ) -> tuple[jax.Array, Cache | None]:
-    """x (B, S, D) with mask (B, S) through `make_blocks`'s blocks, and the cache with its keys and values in it."""
+    """Runs x (B, S, D) with mask (B, S) through the blocks; returns it and the cache with the new keys and values."""
     x = layers.split_batch(x)
     visible, key_mask = visible_keys(mask, cache)
     index = None if cache is None else cache["index"]
@@ -70,7 +77,7 @@ def run_blocks(
 def empty_cache(
     depth: int, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
-    """Room for `max_length` tokens in each row; the caller writes no more than that."""
+    """Returns a cache for `max_length` tokens in each row. The caller must not write more."""
     shape = (depth, batch, max_length, num_kv_heads, head_dim)
     return {
         "key": jnp.zeros(shape, dtype),
@@ -81,11 +88,11 @@ def empty_cache(
 
 
 def visible_keys(mask: jax.Array, cache: Cache | None) -> tuple[jax.Array, jax.Array]:
-    """Which keys each of S new queries sees: real ones, none later than itself.
+    """Returns which keys each of S new queries sees: real ones that are not later than itself.
 
     Args:
       mask: (B, S), 1 for real tokens.
-      cache: where the new keys go, or None to attend to the S tokens alone (then T = S).
+      cache: where the new keys are written; None if there are only the S tokens (then T = S).
 
     Returns:
       (visible (B, S, T) bool, the mask of all keys (B, T) int32).
@@ -102,7 +109,7 @@ def visible_keys(mask: jax.Array, cache: Cache | None) -> tuple[jax.Array, jax.A
 def write_layer(stack: jax.Array, new: jax.Array, layer: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Puts `new` (B, S, K, H) into `stack` (L, B, T, K, H) from slot `index` on.
 
-    The whole stack travels through the scan over layers, so that XLA updates it in place and copies no layer.
+    The scan over layers carries the whole stack, so that XLA updates it in place and copies no layer.
 
     Returns:
       (the new stack, its layer (B, T, K, H)).

@@ -1,4 +1,4 @@
-"""LLaMA decoder (LLaMA, TinyLlama, SmolLM2; Vicuna and Qwen in files of their own), fed with embeddings."""
+"""The LLaMA decoder: LLaMA, TinyLlama, SmolLM2, and the base of Vicuna and Qwen."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ from simvlg_jax.models.llms.language_model import Cache, LlmOutput
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3's stretching of the rotary frequencies to contexts longer than it was first trained on.
+    """How Llama 3 scales the rotary frequencies for contexts longer than those of its first training.
 
-    Wavelengths beyond original_length / low are slowed by `factor`, those below original_length / high are kept, and
-    between them the two are blended.
+    Wavelengths above original_length / low become `factor` times as long. Those below original_length / high are kept.
+    Between the two limits, both frequencies are blended.
     """
 
     factor: float
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Radians each position turns the pairs of a head by: (H / 2,) float32."""
+    """Returns by how many radians each position turns each pair of a head: (H / 2,) float32."""
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if scaling:
         turns = scaling.original_length * frequencies / (2 * np.pi)  # over the original context
@@ -96,13 +96,13 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
 
 
 def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine (B, S, 1, H / 2), float32, of positions (B, S)."""
+    """Returns cosine and sine (B, S, 1, H / 2), float32, for positions (B, S)."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of x (B, S, N, H) in float32; the pairs are (i, i + H / 2), Hugging Face's layout."""
+    """Applies the rotary embedding to x (B, S, N, H), in float32. Pairs are (i, i + H / 2), as in Hugging Face."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, -1).astype(x.dtype)
@@ -132,7 +132,7 @@ class Block(nn.Module):
         x, key_cache, value_cache = carry
         width, heads, kv_heads, head_dim = x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim
         plain = dict(use_bias=False, dtype=self.dtype)
-        # A key's bias is turned by the key's position, so softmax does not take it out and it has a gradient.
+        # The rotation makes a key's bias depend on the key's position, so unlike in other models it has a gradient.
         split = dict(use_bias=self.qkv_bias, dtype=self.dtype)
 
         y = RMSNorm(self.norm_eps, name="attention_norm")(x)
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings in, hidden states out; `embed` and `logits` are the two ends, called by the user.
+    """Maps embeddings to hidden states. The caller uses `embed` before it and `logits` after it.
 
     Attributes:
       width, depth, num_heads, ffn: sizes, see `LLAMA_SIZES`.
@@ -166,13 +166,14 @@ class Llama(nn.Module):
       rope_theta: base of the rotary frequencies.
       rope_scaling: see `RopeScaling`.
       norm_eps: of RMSNorm.
-      tie_embeddings: the output matrix is the embedding's.
+      tie_embeddings: whether the output matrix is the embedding.
       head_dim: width of a head; width / num_heads when None.
-      qkv_bias: query, key and value have a bias.
-      qk_norm: RMSNorm over each head of query and key, before they are turned.
-      scan: the blocks as one scanned block with stacked parameters ("blocks"), else unrolled ("blocks_0", ...).
-      remat: recompute each block's activations in the backward pass.
-      dtype: compute dtype; norms and softmax are float32 whatever it is.
+      qkv_bias: whether query, key and value have a bias.
+      qk_norm: whether RMSNorm is applied to each head of query and key, before the rotation.
+      scan: whether the blocks are one scanned block with stacked parameters ("blocks"); otherwise they are unrolled
+        ("blocks_0", ...).
+      remat: whether the backward pass recomputes each block's activations.
+      dtype: compute dtype; norms and softmax are always float32.
     """
 
     width: int
@@ -212,17 +213,17 @@ class Llama(nn.Module):
             self.lm_head = self.param("lm_head", head_init, (self.width, self.vocab_size))
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """ids (B, S) int32 -> (B, S, D)."""
+        """Returns the embeddings (B, S, D) of ids (B, S) int32."""
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def __call__(
         self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
     ) -> LlmOutput:
-        """Runs the blocks; token i sees the tokens up to i whose mask is 1, and those in the cache.
+        """Runs the blocks. Token i sees the real tokens up to i and those in the cache.
 
         Args:
           embeddings: (B, S, D).
-          mask: (B, S), 1 for real tokens; no query sees the others.
+          mask: (B, S), 1 for real tokens.
           positions: (B, S) int32, for the rotary embedding.
           cache: from `init_cache` or from an earlier call; the S tokens are added to it.
         """
@@ -232,11 +233,11 @@ class Llama(nn.Module):
         return LlmOutput(self.norm(x), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden (B, S, D) -> (B, S, V) float32."""
+        """Returns the logits (B, S, V) float32 of hidden states (B, S, D)."""
         equation, kernel = ("BSD,VD->BSV", self.embedding) if self.tie_embeddings else ("BSD,DV->BSV", self.lm_head)
         return layers.linear(equation, hidden, kernel, self.dtype, preferred_element_type=jnp.float32)
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for `batch` rows of up to `max_length` tokens; needs no parameters."""
+        """Returns an empty cache for `batch` rows of up to `max_length` tokens. It needs no parameters."""
         return language_model.empty_cache(self.depth, batch, max_length, self.num_kv_heads, self._head_dim, self.dtype)

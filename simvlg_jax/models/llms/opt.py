@@ -1,4 +1,4 @@
-"""OPT decoder, fed with embeddings."""
+"""The OPT decoder."""
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ OPT_SIZES = {
 
 
 class Block(nn.Module):
-    """x += attention(LN x); x += fc2(relu(fc1(LN x))); after the sum with post-LayerNorm. Fields as in `Opt`."""
+    """x += attention(LN x); x += fc2(relu(fc1(LN x))). Without `pre_norm`, LN follows each sum. Fields as in `Opt`."""
 
     num_heads: int
     ffn: int
@@ -68,19 +68,20 @@ class Block(nn.Module):
 
 
 class Opt(nn.Module):
-    """Embeddings in, hidden states out; `embed` and `logits` are the two ends, called by the user.
+    """Maps embeddings to hidden states. The caller uses `embed` before it and `logits` after it.
 
-    The output matrix is the embedding's. Positions are learned; their table holds POSITION_OFFSET more rows.
+    The output matrix is the embedding. Positions are learned; their table has POSITION_OFFSET more rows.
 
     Attributes:
       width, depth, num_heads, ffn: sizes, see `OPT_SIZES`.
       vocab_size: rows of the embedding.
-      max_positions: greatest number of tokens.
-      embed_width: width of the token embeddings; other than `width` only in OPT-350m, which projects them in and out
-        (a soft prompt enters behind the projection).
-      pre_norm: LayerNorm before each half of a block and at the end; OPT-350m has it after each half instead.
-      dropout: on both residual branches while an rng named "dropout" is given. The published training left OPT's 0.1
-        on in the frozen model.
+      max_positions: the largest number of tokens.
+      embed_width: width of the token embeddings; None for `width`. OPT-350m alone has another, and projects embeddings
+        in and states out. A soft prompt is not projected in.
+      pre_norm: whether LayerNorm comes before attention and MLP, and after the last block. OPT-350m has it after
+        attention and MLP instead.
+      dropout: rate on both residual branches while an rng named "dropout" is given. The published training left OPT's
+        0.1 on in the frozen model.
       scan, remat, dtype: see `llama.Llama`.
     """
 
@@ -117,27 +118,27 @@ class Opt(nn.Module):
             self.project_out = layers.dense(self.width, self.embed_width, ("embed", None), **plain)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """ids (B, S) int32 -> (B, S, D), without positions."""
+        """Returns the embeddings (B, S, D) of ids (B, S) int32, without positions."""
         x = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
         return self.project_in(x) if self._projects else x
 
     def __call__(
         self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
     ) -> LlmOutput:
-        """Runs the blocks; arguments as for `llama.Llama`, positions (B, S) int32 counted from 0."""
+        """Runs the blocks. Arguments as for `llama.Llama`; positions (B, S) int32 count from 0."""
         x = embeddings.astype(self.dtype)
         x = x + jnp.take(self.position, positions + POSITION_OFFSET, axis=0).astype(self.dtype)
         x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache)
         return LlmOutput(self.norm(x) if self.pre_norm else x, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden (B, S, D) -> (B, S, V) float32."""
+        """Returns the logits (B, S, V) float32 of hidden states (B, S, D)."""
         if self._projects:
             hidden = self.project_out(hidden)
         return layers.linear("BSD,VD->BSV", hidden, self.embedding, self.dtype, preferred_element_type=jnp.float32)
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for `batch` rows of up to `max_length` tokens; needs no parameters."""
+        """Returns an empty cache for `batch` rows of up to `max_length` tokens. It needs no parameters."""
         head_dim = self.width // self.num_heads
         return language_model.empty_cache(self.depth, batch, max_length, self.num_heads, head_dim, self.dtype)

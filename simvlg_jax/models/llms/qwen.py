@@ -1,4 +1,4 @@
-"""Qwen2.5 and Qwen3: LLaMA with biases on query, key and value, or with these first two normalised."""
+"""Qwen2.5 and Qwen3: LLaMA with biases on query, key and value, or with RMSNorm on query and key."""
 
 from simvlg_jax.models.llms.llama import Llama
 
@@ -32,14 +32,14 @@ QWEN3_SIZES = {
 
 
 class Qwen2(Llama):
-    """`Llama` as Qwen2.5 is."""
+    """`Llama` with the defaults of Qwen2.5."""
 
     rope_theta: float = 1e6
     qkv_bias: bool = True
 
 
 class Qwen3(Llama):
-    """`Llama` as Qwen3 is: heads of 128 whatever the width."""
+    """`Llama` with the defaults of Qwen3. A head is 128 wide in every size."""
 
     rope_theta: float = 1e6
     head_dim: int | None = 128

@@ -1,4 +1,4 @@
-"""Vicuna: LLaMA with one more token, for padding, which the published code adds to it."""
+"""Vicuna: LLaMA with one more token. The published code adds it, for padding."""
 
 from simvlg_jax.models.llms.llama import Llama
 
@@ -9,4 +9,4 @@ VICUNA_SIZES = {
 
 
 class Vicuna(Llama):
-    """`Llama`; its vocabulary counts the added token, the last one."""
+    """`Llama`. The last token of its vocabulary is the added one."""
