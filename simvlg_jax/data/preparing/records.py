@@ -1,10 +1,10 @@
 """The records of a prepared split as TFDS reads them: features, serialisation, names and metadata."""
 
-import json
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
@@ -16,7 +16,7 @@ SUFFIX = "array_record"
 # Random access needs one record for each group. Encoded pictures do not get smaller by compression.
 WRITER = "group_size:1,uncompressed"
 VERSION = "1.0.0"
-INFO, FEATURES = "dataset_info.json", "features.json"
+FEATURES, INFO = "features.json", "dataset_info.json"
 
 
 def features(media: str, questions: bool) -> tfds.features.FeaturesDict:
@@ -25,7 +25,7 @@ def features(media: str, questions: bool) -> tfds.features.FeaturesDict:
     A video is a scalar of bytes, as TFDS stores a text.
     """
     text = tfds.features.Text
-    picture = tfds.features.Image(shape=(None, None, 3)) if media == "image" else tfds.features.Scalar(dtype=bytes)
+    picture = tfds.features.Image(shape=(None, None, 3)) if media == "image" else tfds.features.Scalar(dtype=np.object_)
     texts = (
         {"question": text(), "answers": tfds.features.Sequence(text())}
         if questions
@@ -91,10 +91,8 @@ def read_info(folder: str) -> tfds.core.DatasetInfo | None:
         ) from error
 
 
-def same_features(folder: str, media: str, questions: bool) -> bool:
-    """Whether a data set in a folder has these features."""
-    found = json.loads((epath.Path(folder) / FEATURES).read_text())
-    return found == features(media, questions).to_json()
+def same_features(info: tfds.core.DatasetInfo, media: str, questions: bool) -> bool:
+    return info.features.to_json() == features(media, questions).to_json()
 
 
 def write_metadata(

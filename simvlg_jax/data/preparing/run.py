@@ -82,6 +82,8 @@ def prepare(settings: Settings) -> Summary:
     images = settings.images
     if images and not paths.is_remote(images):
         images = os.path.abspath(images)
+    if inside := next((source for source in sources if f"{output}/".startswith(f"{source.rstrip('/')}/")), None):
+        raise UserError(f"--output {output} lies in the source {inside}: choose a folder outside of it", status=2)
     kind, reader = choose(sources, settings.format)
     plan = reader.plan(sources, Options(settings.split, images, settings.index_only))
     if settings.index_only and any(shard.tar is None for shard in plan.shards or [None]):
@@ -170,7 +172,7 @@ def _finished(output: str, settings: Settings, fingerprint: str) -> dict | None:
 def _begin(settings: Settings, output: str, plan: Plan, staging: Staging, fingerprint: str) -> str:
     """Makes the staging folder, or checks that it is of the same plan; returns the name of the data set."""
     info = records.read_info(output)
-    if info is not None and not settings.index_only and not records.same_features(output, plan.media, plan.questions):
+    if info is not None and not settings.index_only and not records.same_features(info, plan.media, plan.questions):
         raise UserError(
             f"{output} holds splits with other features ({', '.join(info.features)}) than "
             f"{', '.join(records.features(plan.media, plan.questions))}: choose another --output"
@@ -188,9 +190,11 @@ def _begin(settings: Settings, output: str, plan: Plan, staging: Staging, finger
             # Shards of an unfinished preparation whose staging folder was deleted.
             for old in epath.Path(output).glob(f"{name}-{settings.split}.{records.SUFFIX}-*"):
                 old.unlink()
+            staging.examples.unlink(missing_ok=True)  # of a run that was killed before it wrote its state
         if plan.entries:
             listing.spool(plan, staging.examples)
-        staging.write_state(fingerprint, name)
+        if not state:
+            staging.write_state(fingerprint, name)
     except PermissionError as error:
         raise UserError(f"cannot write to {output} ({error.strerror}): choose another --output") from error
     return name

@@ -66,7 +66,7 @@ class Staging:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[Path]:
-        """A local folder of this attempt at a shard. Two attempts never share one, also if one is thought to be dead."""
+        """A local folder of this attempt at a shard, so that one that is wrongly thought dead does no harm."""
         where = None if paths.is_remote(self.output) else self.folder
         with tempfile.TemporaryDirectory(prefix="attempt-", dir=where, ignore_cleanup_errors=True) as folder:
             yield Path(folder)

@@ -10,32 +10,13 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from simvlg_jax.data.captions import well_formed
 from simvlg_jax.data.readers import listing, paths
 from simvlg_jax.data.readers.reader import Example, Options, Plan
 
-SUFFIXES = tuple(
-    f".{name}"
-    for name in [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "gif",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "avif",
-        "jp2",
-        "j2k",
-        "ppm",
-        "pgm",
-        "pnm",
-        "tga",
-        "mpo",
-    ]
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".mpo"),
 )
 BESIDE = (".txt", ".json")
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "metadata.parquet")  # of a folder that is a table
@@ -75,10 +56,10 @@ def plan_folders(sources: Iterable[str], media: str, suffixes: tuple[str, ...]) 
                 side = next((stem + ending for ending in BESIDE if stem + ending in stamps), "")
                 stamp = f"{stamps[path]} {stamps.get(side, '')}"
                 entries.append(Example(where, root, path, "", None, None, side, stamp))
-                names.append(listing.well_formed(path))
+                names.append(well_formed(path))
             elif suffix.lower() in BESIDE and stem not in named:
                 entries.append(Example(where, root, "", "", None, None, path, stamps[path]))
-                names.append(listing.well_formed(path))
+                names.append(well_formed(path))
     ids = listing.distinct(names)
     entries = [entry._replace(id=name) for entry, name in zip(entries, ids, strict=True)]
     return Plan(media, entries=entries, roots=roots)

@@ -1,5 +1,6 @@
 """Examples that a plan lists by path: rows become examples, and shards of examples are read."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -16,6 +17,7 @@ from simvlg_jax.data.readers import paths, texts
 from simvlg_jax.data.readers.fields import Fields
 from simvlg_jax.data.readers.reader import Example, Item, Plan, Skip
 from simvlg_jax.data.skips import Fault, reason
+from simvlg_jax.utils.files import atomic_write
 
 SHARD = 4096  # most examples of a shard
 SMALLEST = 64  # a data set of fewer examples is one shard
@@ -168,7 +170,7 @@ class ListedShard:
 
 
 def beside(root: str, example: Example) -> tuple[list[str], tuple[str, ...]] | None:
-    """Captions in the file beside a picture, and faults of others; None if there is no picture, and the file is no caption either.
+    """Captions in the file beside a picture, and faults of others; None if the file belongs to no picture.
 
     Raises Fault or OSError if there is no good caption.
     """
@@ -202,15 +204,19 @@ def captions_of(data: bytes, is_json: bool) -> tuple[list[str], tuple[str, ...]]
 
 
 def spool(plan: Plan, path: epath.Path) -> None:
-    """Writes the entries of a plan to a file, one JSON line each, and replaces them by shards."""
+    """Replaces the entries of a plan by shards, which read them from a file; writes that file unless it exists."""
     count = len(plan.entries)
     size = min(SHARD, max(SMALLEST, -(-count // PARTS)))
     position = 0
-    with path.open("wb") as file:
+    with contextlib.ExitStack() as stack:
+        file = None
+        if not path.exists():
+            file = stack.enter_context(stack.enter_context(atomic_write(path)).open("wb"))
         for first in range(0, count, size):
             part = plan.entries[first : first + size]
             data = "".join(json.dumps(entry) + "\n" for entry in part).encode()
-            file.write(data)
+            if file is not None:
+                file.write(data)
             plan.shards.append(
                 ListedShard(os.fspath(path), position, len(data), len(part), tuple(plan.roots), plan.media)
             )

@@ -94,13 +94,16 @@ def first_files(folder: str, count: int = 20_000) -> list[str]:
 
 def relative(name: str, root: str) -> str:
     """Returns the normalised path of a name below `root`. Raises Fault if it leads out of it."""
-    if re.match(r"[A-Za-z]+://", name) and not name.startswith(root):
-        raise Fault("an address, not a file")
-    path = name[len(root) :].lstrip("/") if is_remote(name) else name
-    if posixpath.isabs(path):
-        path = posixpath.relpath(posixpath.normpath(path), root)
-    path = posixpath.normpath(path)
-    if path.split("/")[0] == ".." or posixpath.isabs(path):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        if not name.startswith(f"{root}/"):
+            raise Fault("an address, not a file")
+        name = name[len(root) + 1 :]
+    elif posixpath.isabs(name):
+        if is_remote(root):
+            raise Fault("outside")
+        name = posixpath.relpath(posixpath.normpath(name), root)
+    path = posixpath.normpath(name)
+    if path.split("/")[0] == "..":
         raise Fault("outside")
     return path
 

@@ -120,29 +120,40 @@ class TarShard:
 
 def _samples(file: BinaryIO, compressed: bool) -> Iterator[tuple[int, str, dict[str, Member]]]:
     """Yields the position, key and members of each sample. Raises one of DAMAGED where the tar breaks off."""
-    key, members, position, before = None, {}, 0, 0
-    with tarfile.open(fileobj=file, mode="r:gz" if compressed else "r:") as tar:
-        while True:
-            member = tar.next()
-            tar.members.clear()  # they would fill the memory
-            if member is None:
-                break
-            if tar.offset <= before:
-                raise tarfile.ReadError("a negative size")  # else it would be read again and again
-            before = tar.offset
-            match = MEMBER.fullmatch(member.name)
-            if match is None or member.isdir():
-                continue
-            own, suffix = match[1], match[2].lower()
-            if own != key or suffix in members:
+    key, members, position = None, {}, 0
+    broken = None
+    try:
+        for place, name, suffix, member in _members(file, compressed):
+            if name != key or suffix in members:
                 if members:
                     yield position, key, members
-                key, members, position = own, {}, before
-            if suffix in PICTURES or suffix in TEXTS:
-                members[suffix] = _read(tar, member, suffix)
-        _check_end(tar)
-    if members:
+                key, members, position = name, {}, place
+            if member is not None:
+                members[suffix] = member
+    except DAMAGED as error:
+        broken = error
+    # A sample at the break counts if it has a picture and a caption.
+    if members and (broken is None or (members.keys() & set(PICTURES) and members.keys() & set(TEXTS))):
         yield position, key, members
+    if broken is not None:
+        raise broken
+
+
+def _members(file: BinaryIO, compressed: bool) -> Iterator[tuple[int, str, str, Member | None]]:
+    """Yields the position, key and suffix of each file, and its content if samples need it."""
+    position = 0
+    with tarfile.open(fileobj=file, mode="r:gz" if compressed else "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # they would fill the memory
+            if tar.offset <= position:
+                raise tarfile.ReadError("a negative size")  # else it would be read again and again
+            match = MEMBER.fullmatch(member.name)
+            if match is not None and not member.isdir():
+                suffix = match[2].lower()
+                needed = suffix in PICTURES or suffix in TEXTS
+                yield position, match[1], suffix, _read(tar, member, suffix) if needed else None
+            position = tar.offset
+        _check_end(tar)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Member:
