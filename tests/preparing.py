@@ -79,6 +79,10 @@ def skipped(output: Path, split: str = "train") -> list[tuple[str, str]]:
     return [(Path(skip["source"]).name, skip["reason"]) for skip in map(json.loads, lines)]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def write_files(folder: Path, count: int, kind: str = "JPEG") -> Path:
     for number in range(count):
         path = folder / f"{number // 10:05d}" / f"{number:09d}.jpg"

@@ -71,7 +71,8 @@ class Writer:
     def write(self, name: str, data: bytes, texts: list[str], question: str | None) -> None:
         example = {"id": name, self._media: data}
         example |= {"question": question, "answers": texts} if self._questions else {"captions": texts}
-        record = self._serializer.serialize_example(self._features.encode_example(example))
+        proto = self._serializer.get_tf_example(self._features.encode_example(example))
+        record = proto.SerializeToString(deterministic=True)  # else the order of the features changes by process
         self.bytes += len(record)
         self._call(self._writer.write, record)
 

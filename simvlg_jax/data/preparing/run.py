@@ -86,7 +86,7 @@ def prepare(settings: Settings) -> Summary:
         raise UserError(f"--output {output} lies in the source {inside}: choose a folder outside of it", status=2)
     kind, reader = choose(sources, settings.format)
     plan = reader.plan(sources, Options(settings.split, images, settings.index_only))
-    if settings.index_only and any(shard.tar is None for shard in plan.shards or [None]):
+    if settings.index_only and (plan.entries or any(shard.tar is None for shard in plan.shards)):
         raise UserError(f"--index_only is for WebDataset tars, and {sources[0]} has the format {kind}", status=2)
     with locked(output):
         return _prepare(settings, output, plan, kind, start)
