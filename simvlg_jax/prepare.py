@@ -8,9 +8,9 @@ again. Without --source it renders the OpenMoji example into --data_dir.
 import argparse
 
 from simvlg_jax.data.openmoji.prepare import prepare_openmoji
+from simvlg_jax.data.readers import READERS
 from simvlg_jax.utils.errors import UserError, run_verb
 
-FORMATS = ("auto", "files", "webdataset", "lavis", "table", "video")
 EXAMPLE = "--data_dir"
 
 
@@ -23,7 +23,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--source", nargs="+", metavar="PATH", help="folders, files or patterns such as 'gs://b/{00000..00012}.tar'")
     add("--output", metavar="DIR", help="folder of the prepared data; each split is a run of its own")
-    add("--format", choices=FORMATS, default="auto", help="of the source (default: recognised)")
+    add("--format", choices=("auto", *READERS), default="auto", help="of the source (default: recognised)")
     add("--split", default="train", help="name of the split that is written (default: train)")
     add("--images", default="", metavar="DIR", help="folder that paths in lists are relative to (default: the list's)")
     add(

@@ -26,10 +26,9 @@ DAMAGED = (OSError, pa.ArrowException, ValueError, MemoryError)
 
 
 def _open(file: str) -> pq.ParquetFile:
-    """Raises one of DAMAGED if the file is no Parquet file."""
-    if paths.is_remote(file):
-        return pq.ParquetFile(epath.Path(file).open("rb"))
-    return pq.ParquetFile(os.fspath(file))
+    """Verifies the checksums of pages where the file has them. Raises one of DAMAGED if it is no Parquet file."""
+    data = epath.Path(file).open("rb") if paths.is_remote(file) else os.fspath(file)
+    return pq.ParquetFile(data, page_checksum_verification=True)
 
 
 def _columns(schema: pa.Schema, extra: tuple[str, ...] = ()) -> dict[str, str]:

@@ -5,6 +5,7 @@ bytes (Parquet, see `parquet`).
 """
 
 import csv
+import io
 import itertools
 import os
 import posixpath
@@ -130,8 +131,8 @@ def _jsonl(file: str) -> Iterator[tuple[str, Any]]:
 def _csv(file: str) -> Iterator[tuple[str, Any]]:
     with epath.Path(file).open("rb") as data:
         # Bytes that are not UTF-8 become half characters, which a CSV file cannot hold otherwise.
-        lines = (line.decode("utf-8", "surrogateescape") for line in data)
-        first = next(lines, "").removeprefix("\ufeff")
+        lines = io.TextIOWrapper(data, "utf-8-sig", "surrogateescape", newline="")
+        first = next(lines, "")
         choices = DELIMITERS[posixpath.splitext(file)[1].lower()]
         delimiter = next((mark for mark in choices if _header(first, mark)), choices[0])
         rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
@@ -157,7 +158,10 @@ def _csv(file: str) -> Iterator[tuple[str, Any]]:
 
 
 def _header(line: str, delimiter: str) -> bool:
-    names = next(csv.reader([line], delimiter=delimiter), [])
+    try:
+        names = next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return False
     return len(names) > 1 and fields.find([name.strip().lower() for name in names], KNOWN) is not None
 
 
