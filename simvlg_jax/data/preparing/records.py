@@ -63,9 +63,11 @@ class Writer:
         try:
             return function(*arguments)
         except (RuntimeError, ValueError, OSError) as error:
+            full = "no space left" in str(error).lower()
+            problem = "no space left on device" if full else first_line(error)[:300]
             raise UserError(
-                f"cannot write {self._path.parent.parent}: {first_line(error)[:300]}\n"
-                "make room or choose another --output, and run again: it goes on from here"
+                f"cannot write to {self._path.parent.parent} ({problem}): make room or choose another --output, and "
+                "run again: it goes on from here"
             ) from error
 
     def write(self, name: str, data: bytes, texts: list[str], question: str | None) -> None:

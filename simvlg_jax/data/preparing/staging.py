@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from etils import epath
 from simvlg_jax.data.readers import paths
 from simvlg_jax.utils.errors import TRY_AGAIN, UserError
 from simvlg_jax.utils.files import atomic_write
+
+THREADS = 32  # that read reports, for the sake of buckets
 
 
 class Report(NamedTuple):
@@ -61,8 +64,10 @@ class Staging:
     def done(self) -> dict[int, Report]:
         """Reports of the finished shards, by number."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        numbers = [int(name[len("report-") : -len(".json")]) for name in names if name.startswith("report-")]
-        return {number: Report(*json.loads(self.report(number).read_text())) for number in sorted(numbers)}
+        numbers = sorted(int(name[len("report-") : -len(".json")]) for name in names if name.startswith("report-"))
+        with ThreadPoolExecutor(THREADS) as threads:
+            texts = threads.map(lambda number: self.report(number).read_text(), numbers)
+            return {number: Report(*json.loads(text)) for number, text in zip(numbers, texts, strict=True)}
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[Path]:

@@ -10,6 +10,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
@@ -26,6 +27,7 @@ from simvlg_jax.utils.errors import UserError
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
 MEMBER = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
+THREADS = 32  # that ask a bucket for the sizes of tars
 COMPRESSED = (".tar.gz", ".tgz")
 DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError, RecursionError, MemoryError)
 
@@ -53,15 +55,20 @@ def plan(sources: Iterable[str], options: Options) -> Plan:
             f"{compressed} is compressed, so its pictures cannot be read in place: leave out --index_only", status=2
         )
     stems = [re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", posixpath.basename(tar), flags=re.I) for tar in tars]
-    shards = []
-    for tar, stem in zip(tars, listing.distinct(stems), strict=True):
-        try:
-            stamp = paths.stamp(tar)
-        except OSError:
-            stamp = ""  # absent, which reading it reports
-        size = int(stamp.split()[0]) if stamp else 0
-        shards.append(TarShard(Tar(tar, size), stamp, well_formed(stem)))
+    with ThreadPoolExecutor(THREADS) as threads:
+        stamps = list(threads.map(_stamp, tars))
+    shards = [
+        TarShard(Tar(tar, int(stamp.split()[0]) if stamp else 0), stamp, well_formed(stem))
+        for tar, stamp, stem in zip(tars, stamps, listing.distinct(stems), strict=True)
+    ]
     return Plan(shards=shards, unit="bytes")
+
+
+def _stamp(tar: str) -> str:
+    try:
+        return paths.stamp(tar)
+    except OSError:
+        return ""  # absent, which reading it reports
 
 
 def _tars(source: str) -> list[str]:
