@@ -2,11 +2,17 @@
 
     python -m simvlg_jax.train_compile --config configs/pretrain_image.py:llm=opt2.7b --topology v5e:4x4
     python -m simvlg_jax.train --config configs/pretrain_image.py:llm=opt2.7b --workdir runs/opt2.7b \
-      --config.data.path=FOLDER --config.vit.weights=eva_vit_g.pth
+      --config.vit.weights=eva_vit_g.pth
 
 LAVIS publishes ViT-g: https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth
 
-The argument chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l): llm=vicuna7b,vit=clip_l.
+The data are the published mixture. For OPT, of twenty pairs fifteen are of laion115M, four of ccs14M and one of coco;
+for Vicuna, of fifty 45 are of ccs14M and five of coco. `python -m simvlg_jax.data.prepare` writes each to its folder
+below data/. A folder elsewhere is named by `--config.data.mixture.coco.path=FOLDER`. Validation is on coco's split val.
+With `data=own` the data are one folder of yours instead: `:llm=opt2.7b,data=own --config.data.path=FOLDER`.
+
+The argument also chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l):
+llm=vicuna7b,vit=clip_l.
 Scores reported by the paper (arXiv 2310.03291, as quoted in public; we ran none of these):
 
 | argument | reported, zero-shot |
@@ -17,11 +23,10 @@ Scores reported by the paper (arXiv 2310.03291, as quoted in public; we ran none
 | llm=opt6.7b, llm=vicuna13b, any llm with vit=clip_l | no published result |
 
 As published: batch 1600 (OPT) and 160 (Vicuna), steps, warm-up, the staircase of the learning rate, weight decay, r,
-seed, OPT's start token as a target, captions cleaned by BLIP-2's processor ("blip_caption"). Not as published:
-bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` turns it on), greedy validation instead of beam
-search, your own folder instead of the mixture of laion115M, ccs14M and coco (15 : 4 : 1; for Vicuna ccs14M and coco,
-45 : 5). The mesh and the micro-batches are sized for 16 chips of TPU v5e with
-16 GB each. They do not change the result.
+seed, the weights of the mixture, OPT's start token as a target, captions cleaned by BLIP-2's processor
+("blip_caption"). Not as published: bfloat16 instead of float16, OPT's own dropout off (`llm.dropout=0.1` turns it on),
+greedy validation instead of beam search. The mesh and the micro-batches are sized for 16 chips of TPU v5e with 16 GB
+each. They do not change the result.
 """
 
 from ml_collections import ConfigDict
@@ -40,10 +45,14 @@ LLMS = {
     "vicuna7b": dict(size="vicuna_7b", weights="lmsys/vicuna-7b-v1.3", accumulate=2, tensor=2),
     "vicuna13b": dict(size="vicuna_13b", weights="lmsys/vicuna-13b-v1.3", accumulate=4, tensor=4),
 }
+MIXTURES = {  # examples of each of the published data sets
+    "opt": dict(laion115M=15, ccs14M=4, coco=1),
+    "vicuna": dict(ccs14M=45, coco=5),
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    llm, vit = defaults.choose(argument, llm=LLMS, vit=VITS)
+    llm, vit, data = defaults.choose(argument, llm=LLMS, vit=VITS, data=("published", "own"))
     published_vicuna = llm.startswith("vicuna")
     config = defaults.get_config()
     config.dtype = "bfloat16"
@@ -58,7 +67,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config.llm.weights = LLMS[llm]["weights"]
     config.llm.start_is_target = not published_vicuna
     config.llm.max_text_tokens = 32
-    config.data.name = "folder"
+    if data == "published":
+        weights = MIXTURES["vicuna" if published_vicuna else "opt"]
+        config.data.mixture = ConfigDict(
+            {name: dict(weight=weight, name="prepared", path=f"data/{name}") for name, weight in weights.items()}
+        )
+        config.evals.val.data = ConfigDict(dict(name="prepared", path="data/coco"))
+    else:
+        config.data.name = "folder"
     config.data.clean = "blip_caption"
     config.data.workers = 8
     config.data.read_threads = 16

@@ -4,8 +4,8 @@
 
 Every known file of the folder is checked: NAME.json with NAME.safetensors and NAME.npz (whole models: outputs, loss,
 every gradient, decoded ids), keys_KIND_LLM.json (names and shapes of full-size models, never made), tome.npz,
-schedules.json, caption_metrics.json. The exit status is 1 if an error exceeds 1e-4 (scores: 1e-6), ids or names
-differ or something is missing; 2 if a file cannot be read.
+schedules.json, caption_metrics.json, text_and_answers.json (cleaned captions and questions). The exit status is 1 if an
+error exceeds 1e-4 (scores: 1e-6), ids or names differ or something is missing; 2 if a file cannot be read.
 """
 
 import json
@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
 from simvlg_jax.convert import evlgen, families
+from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import greedy_decode
 from simvlg_jax.evaluation import metrics, ptb_tokenizer
 from simvlg_jax.models.bert import BERT_SIZES
@@ -202,6 +203,12 @@ def check_metrics(path: Path) -> Iterator[Check]:
     yield "CIDEr of each", relative(each, golden["cider_each"]) / SCORE_TOLERANCE
 
 
+def check_texts(path: Path) -> Iterator[Check]:
+    rows = json.loads(path.read_text())["processors"]
+    for name, clean in (("caption", captions.blip_caption), ("question", captions.blip_question)):
+        yield f"{len(rows)} texts as a {name}", exact(all(clean(row["text"]) == row[name] for row in rows))
+
+
 def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
     """(name, its checks) of every known file.
 
@@ -219,7 +226,12 @@ def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
         if missing:
             raise UserError(f"the model {name} lacks {', '.join(missing)}")
         found.append((name, check_model(folder, name)))
-    known = {"tome.npz": check_tome, "schedules.json": check_schedules, "caption_metrics.json": check_metrics}
+    known = {
+        "tome.npz": check_tome,
+        "schedules.json": check_schedules,
+        "caption_metrics.json": check_metrics,
+        "text_and_answers.json": check_texts,
+    }
     found += [(name, check(folder / name)) for name, check in known.items() if (folder / name).exists()]
     if not found:
         raise UserError(f"no golden file in {folder}")

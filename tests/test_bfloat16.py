@@ -33,7 +33,7 @@ def first_step(*overrides):
     rng = np.random.default_rng(0)
     batch = {}
     for name, (shape, dtype) in plan.task.batch.shapes(16, lengths=12).items():
-        high = {"image": 256, "mask": 2}.get(name.rpartition("_")[2], 98)
+        high = {"image": 256, "mask": 2, "weight": 2}.get(name.rpartition("_")[2], 98)
         batch[name] = rng.integers(0 if high == 256 else 1, high, shape).astype(dtype)
     params, frozen = plan.init_params()
     state, metrics = plan.step(plan.init_state(params), frozen, meshes.put_batch(batch, mesh))

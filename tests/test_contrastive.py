@@ -43,6 +43,29 @@ def test_value_equals_torch():
     np.testing.assert_allclose(held, matching_losses(picture, text, 0.5), rtol=1e-6)
 
 
+def test_rows_of_weight_0_are_left_out_of_the_loss_and_its_gradient():
+    picture, text = (unit(x) for x in jax.random.normal(jax.random.key(0), (2, 6, 16)))
+    weight = np.array([1, 0, 1, 1, 0, 1], np.float32)
+    real = np.flatnonzero(weight)
+    found, gradients = jax.value_and_grad(lambda *pair: matching_losses(*pair, 0.07, weight).sum(), (0, 1))(
+        picture, text
+    )
+    wanted, of_real = jax.value_and_grad(lambda *pair: matching_losses(*pair, 0.07).sum(), (0, 1))(
+        picture[real], text[real]
+    )
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    for ours, theirs in zip(gradients, of_real, strict=True):
+        np.testing.assert_allclose(ours[real], theirs, rtol=1e-4, atol=1e-6)
+        assert (ours[weight == 0] == 0).all()
+
+
+def test_batch_in_which_no_row_counts_has_neither_loss_nor_gradient():
+    pair = [unit(x) for x in jax.random.normal(jax.random.key(0), (2, 6, 16))]
+    loss = lambda *x: matching_losses(*x, np.zeros(6, np.float32)).sum()  # noqa: E731
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*pair, 0.07)
+    assert value == 0 and all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
 def test_loss_is_the_captions_plus_beta_times_the_contrast(tmp_path):
     trainer = loop.Trainer(tiny(), tmp_path)
     batch = next(trainer.iterator)
@@ -108,7 +131,8 @@ def drawn_batch(size=16, length=12):
     mask = (np.arange(length) < rng.integers(2, length + 1, (size, 1))).astype(np.int32)
     image = rng.integers(0, 256, (size, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     caption = {"caption_ids": ids, "caption_mask": mask, "caption_targets": np.where(mask > 0, ids, -100)}
-    return {"image": image, **caption, "sentence_ids": ids[:, ::-1].copy(), "sentence_mask": np.ones_like(mask)}
+    sentence = {"sentence_ids": ids[:, ::-1].copy(), "sentence_mask": np.ones_like(mask)}
+    return {"image": image, **caption, **sentence, "weight": np.ones(size, np.float32)}
 
 
 def batch_of(task):
@@ -117,12 +141,12 @@ def batch_of(task):
     return {name: batch[name] for name in task.batch.shapes(16)}
 
 
-def first_step(config):
-    """(loss, {top-level name: its gradient, flat}) of the first step on `drawn_batch`."""
+def first_step(config, change=lambda batch: batch):
+    """(loss, {top-level name: its gradient, flat}) of the first step on `drawn_batch`, changed."""
     task, mesh = tasks.build_task(config), meshes.make_mesh(config.mesh)
     plan = Plan(task, config, mesh)
     params, frozen = plan.init_params()
-    state, metrics = plan.step(plan.init_state(params), frozen, meshes.put_batch(batch_of(task), mesh))
+    state, metrics = plan.step(plan.init_state(params), frozen, meshes.put_batch(change(batch_of(task)), mesh))
     moments = jax.device_get(optax.tree.get(state.opt_state, "mu"))
     return float(metrics["loss"]), flat(jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
 
@@ -151,6 +175,30 @@ def test_contrast_is_over_the_global_batch_however_many_micro_batches(task, layo
     one = first_step(step_config(task, 1))
     for layout in layouts:
         assert_same(first_step(step_config(task, *layout)), one)
+
+
+def blanked(batch):
+    """The batch with every fourth row blank, as the pipeline makes it."""
+    blank = np.arange(16) % 4 == 3
+    batch = batch | {"weight": np.where(blank, 0, 1).astype(np.float32)}
+    batch["image"] = np.where(blank[:, None, None, None], 0, batch["image"])
+    if "caption_targets" in batch:
+        batch["caption_targets"] = np.where(blank[:, None], -100, batch["caption_targets"])
+    return batch
+
+
+@pytest.mark.parametrize("task", [JOINT, ENCODER], ids=["joint", "encoder"])
+def test_blank_rows_teach_nothing_in_one_pass_and_in_two(task):
+    """A batch with four blank rows of sixteen gives the step of the twelve others."""
+    config = step_config(task, 1)
+    found = first_step(config, blanked)
+    real = np.arange(16) % 4 != 3
+    with config.unlocked():
+        config.train.batch_size = 12
+    wanted = first_step(config, lambda batch: {name: x[real] for name, x in batch.items()})
+    assert_same(found, wanted)
+    assert_same(first_step(step_config(task, 4), blanked), found)
+    assert_same(first_step(step_config(task, 2, EIGHT_DEVICES), blanked), found)
 
 
 def test_both_passes_over_micro_batches_draw_the_same_dropout():

@@ -1,15 +1,19 @@
 """The OpenMoji example: captions, families of variants, and the properties of its splits."""
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from simvlg_jax.data.examples import Reader
 from simvlg_jax.data.openmoji import prepare
 from simvlg_jax.data.openmoji.names import caption
 from simvlg_jax.data.openmoji.splits import SPLITS, Picture, assign, base_of, distinct
-from simvlg_jax.data.sources import load_source
+from simvlg_jax.data.skipped import reason
+from simvlg_jax.data.sources import load_source, name_of
 from simvlg_jax.data.transforms import decode
 from simvlg_jax.utils.errors import UserError
 
@@ -197,3 +201,16 @@ def test_splits_do_not_depend_on_other_families_or_order():
     for split in SPLITS:
         alone = {p.id for family in families for p in assign(family)[split]}
         assert {p.id for p in everything[split]} == {p.id for p in backwards[split]} == alone
+
+
+def test_records_of_a_truncated_shard_are_skipped(openmoji_data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(openmoji_data.dir, folder)
+    source = load_source(ConfigDict({"name": "openmoji", "dir": str(folder)}), "val")
+    assert source[0]["id"]  # opens the shard
+    (shard,) = folder.rglob("*val*.array_record*")
+    os.truncate(shard, shard.stat().st_size // 2)
+    reads = [Reader(source)[index] for index in range(len(source))]
+    dead = [read for read in reads if read.error is not None]
+    assert 0 < len(dead) < len(reads) and {reason(read.error) for read in dead} == {"truncated"}
+    assert name_of(source, dead[0].number) is None and name_of(source, 0) == source.info(0).id

@@ -1,18 +1,24 @@
 """Grain pipelines: order, resume, sharding, padding, damaged pictures."""
 
+import errno
 import json
+import struct
+import zlib
 
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from simvlg_jax.config.load import load_config
+from simvlg_jax.data import transforms
 from simvlg_jax.data.batch import BatchSpec, Pictures, TextSpec
-from simvlg_jax.data.pipeline import Skipped, make_eval_batches, make_train_iterator
-from simvlg_jax.data.sources import load_source
+from simvlg_jax.data.captions import CaptionError
+from simvlg_jax.data.pipeline import make_eval_batches, make_train_iterator
+from simvlg_jax.data.skipped import REASONS, WARNINGS, Skipped, reason
+from simvlg_jax.data.sources import RecordInfo, load_source
 from simvlg_jax.data.text import IGNORE, CaptionText, SentenceText, character_tokenizer
 from simvlg_jax.utils.errors import UserError
 
@@ -36,6 +42,10 @@ def config(train=40, **fields) -> ConfigDict:
             "length_window": 1,
             "workers": 0,
             "read_threads": 1,
+            "max_skipped": 0.5,
+            "shuffle": "global",
+            "block_size": 4,
+            "window_blocks": 3,
         }
         | fields
     )
@@ -70,8 +80,11 @@ class Numbered:
 
     def __getitem__(self, index):
         index = int(index)
-        image = b"damaged" if index in self.damaged else np.full((6, 6, 3), index, np.uint8)
+        image = b"damaged" if index in self.damaged else np.full((6, 6, 3), index % 256, np.uint8)
         return {"image": image, "caption": str(index), "references": [str(index)], "id": f"picture {index}"}
+
+    def info(self, index):
+        return RecordInfo(f"picture {index}", [str(index)])
 
 
 def captions(batch) -> list[str]:
@@ -95,7 +108,7 @@ def test_batches_have_the_layout_of_their_spec():
     layout = spec(texts=CAPTION | SENTENCE)
     assert layout_of(next(train(config(pad_multiple=0), layout=layout))) == layout.shapes(8)
     (batch,) = make_eval_batches(Numbered(8), layout, batch_size=8)
-    assert layout_of(batch) == layout.shapes(8) | {"weight": ((8,), np.float32), "index": ((8,), np.int32)}
+    assert layout_of(batch) == layout.shapes(8) | {"index": ((8,), np.int32), "skipped": ((8,), np.int32)}
 
 
 def test_first_text_is_padded_to_the_longest_and_the_others_to_their_limit():
@@ -123,7 +136,7 @@ def test_published_recipe_cleans_captions_in_training_and_loss_but_not_reference
     lines = [{"image": "a.png", "caption": RAW, "split": split} for split in ("train", "val")]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     overrides = [f"--config.data.path={tmp_path}", "--config.data.workers=0", *overrides]
-    data = load_config("configs/pretrain_image.py", overrides).data
+    data = load_config("configs/pretrain_image.py:data=own", overrides).data
     batch = next(train(data, load_source(data, "train", training=True), batch_size=2))
     assert sorted(captions(batch)) == sorted(expected)
     source = load_source(data, "val")
@@ -138,7 +151,7 @@ def test_tasks_without_pictures_read_texts_only():
     assert sorted(numbers(next(train(config(pad_multiple=0), source, layout)))) == list(range(8))
     (batch,) = make_eval_batches(source, layout, batch_size=8)
     assert numbers(batch) == list(range(8)) and batch["weight"].all()
-    assert batch.keys() - layout.shapes(8).keys() == {"weight", "index"}
+    assert batch.keys() - layout.shapes(8).keys() == {"index", "skipped"}
 
 
 def test_length_groups_save_padding_resume_and_lose_no_example():
@@ -230,20 +243,118 @@ def test_two_workers_give_the_same_batches_and_resume():
     iterator.close()
 
 
-def test_damaged_pictures_are_replaced_and_counted(caplog):
+def readable(batch) -> list[int]:
+    """Numbers of the examples that count; the others are seen to be blank."""
+    real = batch["weight"] == 1
+    assert (batch["weight"][~real] == 0).all() and (batch["image"][~real] == 0).all()
+    assert (batch["caption_targets"][~real] == IGNORE).all()
+    assert (batch["caption_ids"][~real, :2] == [1, 2]).all() and (batch["caption_mask"][~real].sum(1) == 2).all()
+    return numbers({key: batch[key][real] for key in ("caption_ids", "caption_mask")})
+
+
+DAMAGED = frozenset({5, 6, 20})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_records_that_cannot_be_used_are_blank_rows_and_counted_by_reason(capsys, workers):
     skipped = Skipped()
-    iterator = train(source=Numbered(40, damaged={5, 6, 20}), skipped=skipped)
-    epoch = sorted(drawn(iterator, 5))
-    assert epoch == sorted([*(set(range(40)) - {5, 6, 20}), 7, 7, 21])
-    assert skipped.count == 4  # 5 passes over 6 on its way to 7
-    assert "record 20" in caplog.text
-    again = train(source=Numbered(40, damaged={5, 6, 20}))
-    assert sorted(drawn(again, 5)) == epoch
+    iterator = train(config(workers=workers), Numbered(40, damaged=DAMAGED), skipped=skipped)
+    batches = take(iterator, 5)
+    iterator.close()
+    assert sorted(number for batch in batches for number in readable(batch)) == sorted(set(range(40)) - DAMAGED)
+    assert skipped.counts == {"not a picture": 3} and (skipped.count, skipped.drawn) == (3, 40)
+    assert "skipped record 20, 'picture 20': not a picture (" in capsys.readouterr().err
+    intact = take(train(source=Numbered(40)), 5)
+    for batch, other in zip(batches, intact, strict=True):
+        real = batch["weight"] == 1
+        assert (batch["image"][real] == other["image"][real]).all()
+        assert readable(batch) == np.array(numbers(other))[real].tolist()
+
+
+def test_blank_rows_are_the_same_for_any_number_of_processes():
+    (whole,) = take(train(config(pad_multiple=0), Numbered(16, damaged=range(0, 16, 3)), batch_size=16), 1)
+    for rows in (range(16)[::2], (3, 1)):
+        (part,) = take(train(config(), Numbered(16, damaged=range(0, 16, 3)), batch_size=16, rows=rows), 1)
+        assert_equal([part], [{key: value[list(rows)] for key, value in whole.items()}])
+
+
+def test_only_the_first_few_of_each_reason_are_named(capsys):
+    take(train(config(max_skipped=1.0), Numbered(40, damaged=range(9))), 10)
+    assert capsys.readouterr().err.count("skipped record") == WARNINGS
+
+
+@pytest.mark.parametrize(("count", "damaged", "seen"), [(16, 9, 16), (16, 8, None), (4000, 2600, 1000)])
+def test_more_skipped_than_allowed_stop_the_run_after_enough_examples(count, damaged, seen):
+    skipped = Skipped()
+    iterator = train(source=Numbered(count, damaged=range(damaged)), skipped=skipped)
+    if seen is None:
+        take(iterator, 4)
+        return
+    with pytest.raises(UserError, match=rf"{damaged if count == 16 else ''}.* of the first {seen} .* not a picture"):
+        take(iterator, 500)
+    assert skipped.drawn == seen
 
 
 def test_only_damaged_pictures_stop_the_run():
-    with pytest.raises(UserError, match="10 pictures in a row"):
-        next(train(source=Numbered(10, damaged=range(10))))
+    with pytest.raises(UserError, match=r"16 of the first 16 examples cannot be used \(16 not a picture\)"):
+        take(train(source=Numbered(10, damaged=range(10))), 2)
+
+
+class Failing(Numbered):
+    """Some records raise an error of their own."""
+
+    def __init__(self, count, errors):
+        super().__init__(count)
+        self.errors = errors
+
+    def __getitem__(self, index):
+        if int(index) in self.errors:
+            raise self.errors[int(index)]
+        return super().__getitem__(index)
+
+
+ERRORS = {
+    "missing file": FileNotFoundError(errno.ENOENT, "gone"),
+    "read error": OSError(errno.EIO, "disk"),
+    "too large": OSError(errno.EFBIG, "huge"),
+    "truncated": OSError("image file is truncated"),
+    "damaged": SyntaxError("broken PNG file"),
+    "caption": CaptionError("empty"),
+}
+
+
+def test_errors_of_a_source_have_their_reasons_in_training_and_evaluation():
+    source = Failing(16, dict(enumerate(ERRORS.values())))
+    skipped = Skipped()
+    batches = take(train(source=source, skipped=skipped), 2)
+    assert skipped.counts == dict.fromkeys(ERRORS, 1)
+    assert sorted(number for batch in batches for number in readable(batch)) == list(range(6, 16))
+    (batch,) = make_eval_batches(source, spec(), batch_size=20)
+    assert [REASONS[code - 1] for code in batch["skipped"] if code] == list(ERRORS)
+    assert batch["weight"].tolist() == [0] * 6 + [1] * 10 + [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(errno.EACCES, "no"), "read error"),
+        (NotADirectoryError(errno.ENOTDIR, "no"), "missing file"),
+        (EOFError(), "truncated"),
+        (struct.error(), "truncated"),
+        (zlib.error(), "damaged"),
+        (ValueError(), "damaged"),
+        (UnidentifiedImageError(), "not a picture"),
+        (Image.DecompressionBombError(), "too large"),
+        (UnicodeDecodeError("utf-8", b"", 0, 1, ""), "caption"),
+    ],
+)
+def test_reason_follows_from_the_error(error, expected):
+    assert reason(error) == expected in REASONS
+
+
+def test_every_error_of_a_damaged_picture_has_a_reason():
+    for kind in transforms.UNREADABLE:
+        assert reason(kind()) in REASONS
 
 
 @pytest.mark.parametrize(("count", "processes"), [(11, 1), (11, 2), (3, 4), (8, 2), (1, 4)])

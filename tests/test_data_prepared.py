@@ -110,7 +110,7 @@ def test_a_question_is_one_record_with_its_answers_as_choices(tmp_path):
     write_shards(tmp_path, [("q1", b"x", ["no", "yes", "yes"]), ("q2", b"y", ["two", "2", "2", "two"])], "what?")
     source = load_source(config(tmp_path), "train", training=True)
     assert [source[i]["caption"] for i in range(len(source))] == ["yes", "two"]
-    assert source[0]["question"] == "what?"
+    assert source[0]["prompt"] == "Question: what? Short answer:"
     assert source[0]["choices"] == ["no", "yes", "yes"]
 
 

@@ -220,7 +220,7 @@ def test_unreadable_captions(tmp_path):
         load_source(ConfigDict({"name": "folder", "path": str(tmp_path)}), "train")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [name for name, kind in SOURCES.items() if kind.SPLITS])
 def test_unknown_split(name, tmp_path):
     config = ConfigDict({"name": name, "path": str(tmp_path), "dir": str(tmp_path), "synthetic_size": {"train": 1}})
     with pytest.raises(UserError, match='no split "dev"; it has train, val, test'):
@@ -230,7 +230,9 @@ def test_unknown_split(name, tmp_path):
 def test_unknown_data_set():
     config = ConfigDict({"name": "coco"})
     for function in (lambda: load_source(config, "train"), lambda: sources.test_splits(config)):
-        with pytest.raises(UserError, match=r"data\.name is 'coco'; it takes 'openmoji', 'folder', 'synthetic'"):
+        with pytest.raises(
+            UserError, match=r"data\.name is 'coco'; it takes 'openmoji', 'folder', 'prepared', 'synthetic', 'tfds'"
+        ):
             function()
 
 

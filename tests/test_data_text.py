@@ -1,14 +1,16 @@
 """Caption processing and token encoding."""
 
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from simvlg_jax.convert.tokenizers import minilm_tokenizer
-from simvlg_jax.data.captions import blip_caption, well_formed
+from simvlg_jax.data.captions import blip_caption, blip_question, well_formed
 from simvlg_jax.data.text import IGNORE, CaptionText, SentenceText, character_tokenizer
 from simvlg_jax.utils.errors import UserError
 
@@ -29,6 +31,28 @@ from simvlg_jax.utils.errors import UserError
 )
 def test_blip_caption(text, expected):
     assert blip_caption(text) == expected
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "text_and_answers.json").read_text())["processors"]
+
+
+def test_processors_equal_the_published_ones():
+    assert len(GOLDEN) == 109
+    for row in GOLDEN:
+        assert blip_caption(row["text"]) == row["caption"]
+        assert blip_question(row["text"]) == row["question"]
+
+
+def test_question_keeps_its_mark_and_fifty_words():
+    assert blip_question('What "Colour" is it?  ') == "what colour is it?"
+    assert blip_question("a " * 60 + "end?") == " ".join(["a"] * 50)
+
+
+@given(st.text(max_size=80))
+def test_blip_question_is_idempotent_and_leaves_no_listed_sign(text):
+    once = blip_question(text)
+    assert blip_question(once) == once
+    assert not set(once) & set('.!"()*#:;~')
 
 
 @given(st.text(max_size=80))
@@ -92,6 +116,81 @@ def test_prompt_is_never_a_target(start_is_target):
     ids, targets = encoder(prompt="a ", start_is_target=start_is_target)("cat")
     assert ids == [START, *letters("a cat"), END]
     assert targets == [IGNORE] * 3 + letters("cat") + [END]
+
+
+CORPUS = ["Question: what colour is the cat? Short answer: black", "a photo of two cats on a red mat", "1.5 dogs"] * 9
+
+
+def byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+TOKENIZERS = {"byte-level": byte_level_bpe(), "metaspace": metaspace(), "characters": TOKENIZER}
+PROMPTS = ["Question: what colour is the cat? Short answer:", "a photo of", "two dogs? ", "1", "Short answer:\n"]
+LETTERS = st.text("abcdefghijklmnopqrstuvwxyz 123.?\u00e9", min_size=1, max_size=30)
+
+
+def prompted(tokenizer, **options) -> CaptionText:
+    settings = dict(start_id=1, end_id=2, pad_id=0, max_tokens=200, start_is_target=True)
+    return CaptionText(tokenizer, **(settings | options))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=st.sampled_from(PROMPTS) | LETTERS.filter(str.strip), text=LETTERS.filter(str.strip))
+def test_prompt_and_text_have_the_ids_that_generation_sees(name, prompt, text):
+    text, tokenizer = text.strip(), TOKENIZERS[name]
+    encoder = prompted(tokenizer)
+    ids, targets = encoder(text, prompt)
+    between = "" if prompt[-1].isspace() else " "
+    whole = tokenizer.encode(prompt.rstrip(" ") + (" " if prompt[-1] == " " else between) + text).ids
+    before = tokenizer.encode(prompt.rstrip(" ")).ids
+    assert ids == [1, *whole, 2]
+    assert encoder.prompt_ids(prompt) == [1, *before] == ids[: 1 + len(before)]
+    assert targets == [IGNORE] * (1 + len(before)) + ids[1 + len(before) :]
+    assert "".join(tokenizer.decode(ids[1 + len(before) : -1]).split()) == "".join(
+        tokenizer.decode(tokenizer.encode(text).ids).split()
+    )
+
+
+def test_without_a_prompt_nothing_changes():
+    assert encoder(start_is_target=True)("cat", "") == encoder(start_is_target=True)("cat")
+
+
+def test_prompt_of_an_example_comes_after_the_fixed_one():
+    ids, targets = encoder(prompt="a ", max_tokens=20)("cat", "is:")
+    assert ids == [START, *letters("a is: cat"), END]
+    assert targets == [IGNORE] * 6 + letters(" cat") + [END]
+
+
+def test_prompt_that_is_too_long_loses_its_left_side():
+    ids, targets = encoder(max_tokens=14)("red", "what colour? answer:")
+    assert ids[-5:] == [*letters(" red"), END] == targets[-5:]
+    assert ids[1:-5] == letters("what colour? answer:")[-8:] and targets[:-5] == [IGNORE] * 9
+
+
+def test_text_that_is_too_long_leaves_the_prompt_a_quarter():
+    ids, targets = encoder(max_tokens=12)("elephants in rain", "a photo of")
+    assert ids == [START, *letters(" of"), *letters(" elephan")]
+    assert targets == [IGNORE] * 4 + letters(" elephan")
+
+
+def test_prompt_for_generation_leaves_room_for_a_token():
+    assert encoder(max_tokens=6).prompt_ids("a photo of") == [START, *letters("o of")]
 
 
 def test_long_caption_loses_its_end():

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.utils.errors import UNEXPECTED
 
 CACHE = tempfile.mkdtemp(prefix="simvlg_jax_compiled_")
 
@@ -82,6 +83,20 @@ def test_signal_while_workers_start_is_survived_too(run, tmp_path):
     os.killpg(run.pid, signal.SIGINT)
     said += run.communicate(timeout=120)[1].splitlines(keepends=True)
     assert run.returncode == 128 + signal.SIGINT and "Traceback" not in "".join(said), "".join(said)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_killed_worker_ends_the_run_with_the_reason(run, early):
+    """While the workers start, or in the midst of training."""
+    said = wait_for(run, "trained and" if early else "step 5/")
+    while len(workers_of(run)) < 2:
+        time.sleep(0.001)
+    workers = workers_of(run)
+    workers[-1].kill()
+    said += run.communicate(timeout=120)[1].splitlines(keepends=True)
+    assert run.returncode == UNEXPECTED, "".join(said)
+    assert "error: a data worker was killed (exit code -9)" in "".join(said) and "Traceback" not in "".join(said)
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_killed_run_leaves_no_process_and_no_shared_memory(run):

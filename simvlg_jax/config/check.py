@@ -24,6 +24,9 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "llm.dropout": SHARE,
     "llm.max_text_tokens": ONE_UP,
     "data.synthetic_size.*": ONE_UP,
+    "data.max_skipped": (0, 1),
+    "data.block_size": ONE_UP,
+    "data.window_blocks": ONE_UP,
     "data.pad_multiple": ZERO_UP,
     "data.length_window": ONE_UP,
     "data.workers": ZERO_UP,
@@ -62,6 +65,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "frozen_dtype": ("float32", "bfloat16"),
+    "data.shuffle": ("global", "blocks"),
     "optimizer.schedule": ("cosine", "staircase"),
     "sentence_encoder.pooling": ("mean", "pooler"),
 }
@@ -98,8 +102,7 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     """
     flat = flat_keys(config)
     for key, allowed in CHOICES.items():
-        if flat.get(key) not in allowed:
-            raise UserError(f"{key} is {flat.get(key)!r}; it takes {', '.join(map(repr, allowed))}", 2)
+        _check_choice(key, flat.get(key), allowed)
     for key in flat if keys is None else keys:
         check_range(key, flat[key])
     scale = config.data.crop_scale
@@ -107,8 +110,11 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, such as (0.5, 1.0)", 2)
     if not all(isinstance(r, int) and r >= 0 for r in config.connector.merges):
         raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
+    _check_prompt("data.prompt", config.data.prompt)
     for name, entry in config.evals.items():
         _check_evaluation(name, entry, config.data)
+    for name, entry in config.data.mixture.items():
+        _check_part(f"data.mixture.{name}", entry, config.data)
     if config.vit.max_frames and not config.vit.temporal:
         raise UserError("vit.max_frames is for clips: it needs vit.temporal=True", 2)
     if config.train.batch_size % config.train.accumulate:
@@ -117,13 +123,50 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         raise UserError("llm.start_first=True needs llm.start_is_target=False: the first token cannot be a target", 2)
 
 
+# Keys of config.data that are of the whole pipeline, not of a source of the training data.
+WHOLE = ("mixture", "max_skipped", "pad_multiple", "length_window", "workers", "read_threads")
+
+
 def _check_evaluation(name: str, entry: ConfigDict, data: ConfigDict) -> None:
     """Raises UserError (status 2) for keys of an evaluation that mean nothing, and for invalid values of its data."""
-    for prefix, given, known in ((f"evals.{name}", entry, get_eval()), (f"evals.{name}.data", entry.data, data)):
-        if unknown := sorted(set(given) - set(known)):
-            raise UserError(f"unknown config key {prefix}.{unknown[0]!s}; it takes {', '.join(known)}", 2)
-    for key, value in flat_keys(entry.data).items():
+    _check_known(f"evals.{name}", entry, get_eval())
+    _check_known(f"evals.{name}.data", entry.data, [key for key in data if key != "mixture"])
+    _check_data(f"evals.{name}.data", entry.data)
+
+
+def _check_part(prefix: str, entry: object, data: ConfigDict) -> None:
+    """Raises UserError (status 2) for an entry of `data.mixture` that cannot be used."""
+    if not isinstance(entry, ConfigDict):
+        raise UserError(f"{prefix} is {entry!r}; it takes keys such as weight, name and path", 2)
+    _check_known(prefix, entry, ["weight", "split", *(key for key in data if key not in WHOLE)])
+    weight = entry.get("weight", 1.0)
+    if not is_number(weight) or not 0 < weight < math.inf:
+        raise UserError(f"{prefix}.weight is {weight!r}; it takes a number of examples above 0", 2)
+    _check_data(prefix, entry)
+
+
+def _check_known(prefix: str, given: Collection[str], known: Collection[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"unknown config key {prefix}.{unknown[0]!s}; it takes {', '.join(known)}", 2)
+
+
+def _check_data(prefix: str, entry: ConfigDict) -> None:
+    """Checks the values of keys that replace those of config.data."""
+    for key, value in flat_keys(entry).items():
         check_range(f"data.{key}", value)
+        if f"data.{key}" in CHOICES:
+            _check_choice(f"{prefix}.{key}", value, CHOICES[f"data.{key}"])
+    _check_prompt(f"{prefix}.prompt", entry.get("prompt", ""))
+
+
+def _check_choice(key: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key} is {value!r}; it takes {', '.join(map(repr, allowed))}", 2)
+
+
+def _check_prompt(key: str, prompt: str) -> None:
+    if prompt.count("{}") > 1:
+        raise UserError(f"{key} is {prompt!r}; it takes at most one {{}}, where the question is put", 2)
 
 
 def is_number(value: object) -> bool:

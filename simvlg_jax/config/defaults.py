@@ -75,13 +75,24 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "openmoji"  # a key of data.sources.SOURCES
-    config.data.dir = "data"  # "openmoji": the folder that `python -m simvlg_jax.data.prepare` wrote to
-    config.data.path = ""  # "folder": pictures and captions.jsonl
+    config.data.dir = "data"  # "openmoji" and "tfds": the folder with the data sets, `data_dir` of TFDS
+    config.data.path = ""  # "folder": pictures and captions.jsonl; "prepared": what `prepare` wrote; "tfds": a name
+    config.data.caption_key = ""  # "tfds": name of the captions' feature; "": one of data.sources.tfds.CAPTIONS
     config.data.allow_outside = False  # "folder": pictures may be outside data.path
     config.data.synthetic_size = ConfigDict(dict(train=64, val=16, test=16))
-    # A key of data.captions.CLEANERS: "" or "blip_caption" (published). It cleans the captions of the loss, in training
-    # and in evaluation. The references of the scores are not cleaned.
+    # Several training sources by name: dict(weight=4, name="folder", path="a", split="train", ...). Weights count
+    # examples. A key of config.data that an entry does not name has its value here. Empty: one source, as named above.
+    config.data.mixture = ConfigDict()
+    # A key of data.captions.CLEANERS: "" or "blip_caption" (published). It cleans the captions of the loss and the
+    # questions, in training and in evaluation. Answers and the references of the scores are not cleaned.
     config.data.clean = ""
+    # Text before every caption, after llm.prompt; never a target. For records with questions {} stands for the question
+    # (default: "Question: {} Short answer:", published).
+    config.data.prompt = ""
+    config.data.max_skipped = 0.5  # greatest share of records that may be unusable; beyond it, training stops
+    config.data.shuffle = "global"  # or "blocks": blocks of neighbouring records, for storage with slow random access
+    config.data.block_size = 1024  # "blocks" only: number of neighbouring records in a block
+    config.data.window_blocks = 16  # "blocks" only: number of blocks whose records are mixed
     config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's range of the cropped share of the area
     config.data.flip = True  # random horizontal flips; set False if captions mention left and right
     config.data.pad_multiple = 4  # pad text to the longest of the batch, rounded up to a multiple; 0: max_text_tokens

@@ -14,7 +14,8 @@ from simvlg_jax.config.check import check, flat_keys
 from simvlg_jax.utils.errors import UserError
 
 FORMER = {"train.eval_every": "evals.val.every", "evaluate.max_examples": "evals.val.max_examples"}  # before `evals`
-OPEN = ("evals.", "optimizer.lr_multipliers.", "data.synthetic_size.")  # groups that take names of one's own
+# Groups that take names of one's own.
+OPEN = ("evals.", "optimizer.lr_multipliers.", "data.synthetic_size.", "data.mixture.")
 RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel contains
 
 

@@ -23,6 +23,7 @@ FREE = (  # prefixes of keys that may change when a run resumes: durations, inte
     "evaluate.",
     "data.read_threads",
     "data.allow_outside",
+    "data.max_skipped",
 )
 
 

@@ -6,11 +6,17 @@ A batch is a dict of arrays of B examples:
     NAME_ids        int32 (B, L), padded on the right
     NAME_mask       int32 (B, L), 1 where there is a token
     NAME_targets    int32 (B, L), -100 where there is no loss; only of texts that are predicted
+    weight          float32 (B,), 1 for examples that count; 0 for blank ones: a black picture, no targets
 
-NAME is a text of the task: "caption", "sentence". Evaluation batches also have
+NAME is a text of the task: "caption", "sentence". A blank example stands in the place of a record that cannot be used.
+In evaluation it also fills up the last batch. Evaluation batches also have
 
-    weight          float32 (B,), 1 for examples that count; 0 for unreadable pictures and for padding of the last batch
-    index           int32 (B,), position of the example in its source; -1 for that padding
+    index           int32 (B,), position of the example in its source; -1 for what fills up the last batch
+    skipped         int32 (B,), 0, or the number in `skipped.REASONS`, from 1 on, of why the record cannot be used
+    prompt_ids      int32 (B, Q), what the caption continues, without the start token; padded on the left
+    prompt_mask     int32 (B, Q), 1 where there is a token
+
+The last two only exist if the records have prompts of their own (questions, or `data.prompt`).
 """
 
 from collections.abc import Callable, Mapping
@@ -80,9 +86,9 @@ class BatchSpec:
     def main_text(self) -> str:
         return next(iter(self.texts))
 
-    def encode(self, caption: str) -> dict[str, tuple[list[int], list[int]]]:
-        """Name -> (ids, targets). Every text of a task encodes the record's caption."""
-        return {name: text.encoder(caption) for name, text in self.texts.items()}
+    def encode(self, caption: str, prompt: str = "") -> dict[str, tuple[list[int], list[int]]]:
+        """Name -> (ids, targets). Every text of a task is the record's caption; predicted ones follow the prompt."""
+        return {name: text.encoder(caption, prompt if text.predicted else "") for name, text in self.texts.items()}
 
     def shapes(self, batch_size: int, lengths: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name -> (shape, dtype) of each array of a training batch.
@@ -96,4 +102,4 @@ class BatchSpec:
         for name, text in self.texts.items():
             shape = (batch_size, lengths or text.max_tokens)
             shapes |= {f"{name}_{array}": (shape, np.dtype(np.int32)) for array in text.arrays}
-        return shapes
+        return shapes | {"weight": ((batch_size,), np.dtype(np.float32))}

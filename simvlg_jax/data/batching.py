@@ -8,6 +8,7 @@ import grain
 import numpy as np
 
 from simvlg_jax.data.batch import Batch, BatchSpec
+from simvlg_jax.data.skipped import Skip
 from simvlg_jax.data.text import IGNORE
 
 
@@ -17,22 +18,44 @@ class Example(NamedTuple):
     Attributes:
       image: uint8 (S, S, 3); None in tasks without pictures.
       texts: name -> (ids, targets), equally long.
-      skipped: number of unreadable pictures that this example stands in for.
+      weight: 1, or 0 for a blank example.
+      skip: the record in whose place a blank example stands.
+      read_seconds, decode_seconds: of reading the record, and of making the example of it.
     """
 
     image: np.ndarray | None
     texts: dict[str, tuple[list[int], list[int]]]
-    skipped: int = 0
+    weight: float = 1.0
+    skip: Skip | None = None
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Report:
+    """What happened while the examples of one batch were made. It travels with the batch as "report".
+
+    Attributes:
+      examples: their number.
+      skips: the records that could not be used.
+      read_seconds, decode_seconds: sums over the examples.
+    """
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = len(examples)
+        self.skips = [example.skip for example in examples if example.skip]
+        self.read_seconds = sum(example.read_seconds for example in examples)
+        self.decode_seconds = sum(example.decode_seconds for example in examples)
 
 
 def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> Batch:
-    """One batch of the examples, with "skipped" int32 (B,) besides the arrays of the layout.
+    """One batch of the examples, with a `Report` as "report" besides the arrays of the layout.
 
     Args:
       multiple: the main text is padded to the longest example, rounded up to a multiple of this; 0: to its max_tokens.
         The other texts are always padded to theirs.
     """
-    batch = {"skipped": np.array([example.skipped for example in examples], np.int32)}
+    weight = np.array([example.weight for example in examples], np.float32)
+    batch = {"report": Report(examples), "weight": weight}
     if spec.pictures:
         batch["image"] = np.stack([example.image for example in examples])
     for name, text in spec.texts.items():
@@ -40,18 +63,19 @@ def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> B
         length = text.max_tokens
         if multiple and name == spec.main_text:
             length = min(length, -(-max(map(len, ids)) // multiple) * multiple)
-        batch[f"{name}_ids"] = _pad(ids, length, text.encoder.pad_id)
-        batch[f"{name}_mask"] = _pad([[1] * len(row) for row in ids], length, 0)
+        batch[f"{name}_ids"] = pad(ids, length, text.encoder.pad_id)
+        batch[f"{name}_mask"] = pad([[1] * len(row) for row in ids], length, 0)
         if text.predicted:
-            batch[f"{name}_targets"] = _pad(targets, length, IGNORE)
+            batch[f"{name}_targets"] = pad(targets, length, IGNORE)
     return batch
 
 
-def _pad(rows: Sequence[list[int]], length: int, value: int) -> np.ndarray:
-    """Lists of at most `length` ids -> int32 (len(rows), length)."""
+def pad(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> np.ndarray:
+    """Lists of at most `length` ids -> int32 (len(rows), length), filled up with `value` on the right or the left."""
     padded = np.full((len(rows), length), value, np.int32)
     for row, ids in zip(padded, rows, strict=True):
-        row[: len(ids)] = ids
+        start = length - len(ids) if left else 0
+        row[start : start + len(ids)] = ids
     return padded
 
 

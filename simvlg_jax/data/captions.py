@@ -1,8 +1,15 @@
-"""Cleaning of captions, shared by all sources."""
+"""Cleaning of captions and questions, shared by all sources."""
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 MAX_WORDS = 50
+SIGNS = r"[.!\"()*#:;~]"
+
+
+class CaptionError(ValueError):
+    """A caption, question or answer that cannot be trained on."""
 
 
 def blip_caption(text: str) -> str:
@@ -11,14 +18,31 @@ def blip_caption(text: str) -> str:
     The text becomes lower case, and each of . ! " ( ) * # : ; ~ a space. Runs of white space shrink to one space,
     trailing newlines and outer spaces are stripped, and words after the first MAX_WORDS are dropped.
     """
-    text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
+    text = re.sub(SIGNS, " ", text.lower())
     text = re.sub(r"\s{2,}", " ", text)
     text = text.rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:MAX_WORDS])
 
 
-# Choices of `data.clean`; str leaves a caption as it is.
-CLEANERS = {"": str, "blip_caption": blip_caption}
+def blip_question(text: str) -> str:
+    """Cleans as the processor "blip_question" of BLIP-2, LAVIS and SimVLG does.
+
+    The text becomes lower case, each of . ! " ( ) * # : ; ~ is deleted, trailing spaces are stripped, and words after
+    the first MAX_WORDS are dropped. The question mark stays.
+    """
+    text = re.sub(SIGNS, "", text.lower()).rstrip(" ")
+    return " ".join(text.split(" ")[:MAX_WORDS])
+
+
+class Cleaner(NamedTuple):
+    """How the captions and the questions of a source are cleaned. Answers are never cleaned, as published."""
+
+    caption: Callable[[str], str]
+    question: Callable[[str], str]
+
+
+# Choices of `data.clean`; str leaves a text as it is.
+CLEANERS = {"": Cleaner(str, str), "blip_caption": Cleaner(blip_caption, blip_question)}
 
 
 def well_formed(text: str) -> str:

@@ -1,14 +1,11 @@
 """Grain pipelines: endless training batches that can be resumed, and evaluation batches that hold each example once.
 
-Both replace or blank unreadable pictures instead of failing. `batch` describes the layout of the batches.
+A record that cannot be used is counted, and its row stays blank. `batch` describes the layout of the batches.
 """
 
-import contextlib
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grain
 import ml_collections
@@ -17,79 +14,16 @@ from absl import flags
 
 from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.batch import Batch, BatchSpec
-from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate
-from simvlg_jax.data.sources import Source
-from simvlg_jax.data.text import IGNORE
-from simvlg_jax.utils.errors import UserError
+from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate, pad
+from simvlg_jax.data.examples import blank
+from simvlg_jax.data.mixture import Part, mixed_examples, parts_of
+from simvlg_jax.data.skipped import MIN_DRAWN, REASONS, Skip, Skipped, reason
+from simvlg_jax.data.sources import Source, name_of
+from simvlg_jax.data.timings import Timings
+from simvlg_jax.data.views import View, view_of
+from simvlg_jax.utils.errors import UserError, first_line
 
-MAX_SKIPS = 100  # unreadable pictures in a row
-
-
-@dataclass
-class Skipped:
-    """Counts the unreadable pictures that training replaced, since this process started."""
-
-    count: int = 0
-
-    def __call__(self, batch: Batch) -> Batch:
-        self.count += int(batch.pop("skipped").sum())
-        return batch
-
-
-@dataclass(frozen=True)
-class ReadableSource:
-    """Decodes the pictures of a source and replaces each unreadable record by the next readable one.
-
-    Records gain "skipped", the number of unreadable records passed over. Raises UserError after MAX_SKIPS unreadable
-    records in a row.
-
-    Attributes:
-      decode: False leaves the pictures encoded, for tasks without pictures.
-    """
-
-    source: Source
-    decode: bool
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        for skipped in range(min(MAX_SKIPS, len(self))):
-            place = (index + skipped) % len(self)
-            try:
-                record = self.source[place]
-                if self.decode:
-                    record = {**record, "image": transforms.decode(record["image"])}
-                return {**record, "skipped": skipped}
-            except transforms.UNREADABLE as error:
-                logging.warning("skipped unreadable picture, record %d: %s", place, error)
-        raise UserError(f"{skipped + 1} pictures in a row, from record {index} on, cannot be read")
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Record -> training example: a random view of the picture, and the encoded texts. Grain gives the rng."""
-
-    spec: BatchSpec
-    scale: tuple[float, float]
-    flip: bool
-
-    def __call__(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
-        pictures = self.spec.pictures
-        image = pictures and transforms.augment(record["image"], pictures.side, self.scale, self.flip, rng)
-        return Example(image, self.spec.encode(record["caption"]), record["skipped"])
-
-
-def examples(data_config: ml_collections.ConfigDict, source: Source, spec: BatchSpec, seed: int) -> grain.MapDataset:
-    """Endless training examples of one source: each epoch is a new permutation with new random views.
-
-    Args:
-      data_config: reads crop_scale and flip.
-    """
-    augment = Augment(spec, tuple(data_config.crop_scale), bool(data_config.flip))
-    augment_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # independent of the order's
-    readable = ReadableSource(source, decode=spec.pictures is not None)
-    return grain.MapDataset.source(readable).shuffle(seed).repeat().random_map(augment, seed=augment_seed)
+PROBED = 100  # records that are read to learn whether a source has prompts
 
 
 def length_window(data_config: ml_collections.ConfigDict, whole: bool) -> int:
@@ -98,6 +32,35 @@ def length_window(data_config: ml_collections.ConfigDict, whole: bool) -> int:
     It is 1 (no grouping) unless this process reads the `whole` batch and pads it to less than max_tokens.
     """
     return data_config.length_window if whole and data_config.pad_multiple else 1
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Takes the report off each batch that reaches this process, counts it, and stops if too much is skipped.
+
+    Attributes:
+      max_share: `data.max_skipped`.
+      enough: number of examples after which the share is checked.
+    """
+
+    parts: Sequence[Part]
+    skipped: Skipped
+    timings: Timings
+    max_share: float
+    enough: int
+
+    def __call__(self, batch: Batch) -> Batch:
+        report = batch.pop("report")
+        self.timings.add(report.examples, report.read_seconds, report.decode_seconds)
+        self.skipped.add(report.skips, report.examples, self._name)
+        self.skipped.check(self.max_share, self.enough)
+        return batch
+
+    def _name(self, skip: Skip) -> str:
+        source = next(part.source for part in self.parts if part.name == skip.part)
+        number = f"record {skip.record}" + (f" of {skip.part}" if skip.part else "")
+        name = name_of(source, skip.record)
+        return number if name is None else f"{number}, {name!r}"
 
 
 def make_train_iterator(
@@ -109,6 +72,7 @@ def make_train_iterator(
     seed: int,
     rows: Sequence[int] | None = None,
     skipped: Skipped | None = None,
+    timings: Timings | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process.
 
@@ -119,17 +83,20 @@ def make_train_iterator(
     workers. One exception: with length groups, workers take turns with the batches of their windows, which changes the
     order.
 
-    The position (`get_state`, `set_state`) restores order and augmentation exactly. It counts batches, so all
-    processes have the same position and a run can resume with another number of processes. It is valid only for the
-    same `data_config.workers`.
+    The position (`get_state`, `set_state`) restores order and augmentation exactly, also in the middle of a mixture. It
+    counts batches, so all processes have the same position and a run can resume with another number of processes. It is
+    valid only for the same `data_config.workers`.
 
-    Iterate within `workers.signals_blocked`, so that Ctrl-C does not kill workers that are starting.
+    Iterate within `workers.signals_blocked`, so that Ctrl-C does not kill workers that are starting. Iterating raises
+    UserError if too many records are skipped.
 
     Args:
-      data_config: reads crop_scale, flip, pad_multiple, length_window, workers (processes; 0 for none), read_threads.
+      data_config: reads crop_scale, flip, shuffle, block_size, window_blocks, pad_multiple, length_window, workers
+        (processes; 0 for none), read_threads, max_skipped.
+      source: what `mixture.load_training` gives.
       batch_size: global, over all processes.
       rows: rows of each batch that this process reads, see `parallel.mesh.local_rows`; default: all.
-      skipped: counts the unreadable pictures.
+      skipped, timings: count what this process receives.
     """
     rows = range(batch_size) if rows is None else rows
     local, whole = len(rows), len(rows) == batch_size
@@ -138,10 +105,10 @@ def make_train_iterator(
             f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
         )
     spec.encode("")  # reads the tokenizers now, so that their errors come before the first batch
-    window = length_window(data_config, whole)
+    window, parts = length_window(data_config, whole), parts_of(data_config, source)
     collate_fn = functools.partial(collate, spec=spec, multiple=data_config.pad_multiple if whole else 0)
     dataset = (
-        RowsOf(examples(data_config, source, spec, seed), rows, batch_size)
+        RowsOf(mixed_examples(parts, spec, seed), rows, batch_size)
         .batch(window * local, drop_remainder=True, batch_fn=list)
         .random_map(LengthGroups(local, spec.main_text, collate_fn), seed=seed)
         .to_iter_dataset(_read_options(data_config.read_threads))
@@ -153,7 +120,15 @@ def make_train_iterator(
         workers.start_tracker()
         options = grain.MultiprocessingOptions(num_workers=data_config.workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=workers.start_worker)
-    return iter(dataset.map(Skipped() if skipped is None else skipped))
+    enough = min(MIN_DRAWN, len(source)) * local // batch_size  # this process's share of them
+    receive = Receive(
+        parts,
+        Skipped() if skipped is None else skipped,
+        Timings() if timings is None else timings,
+        data_config.max_skipped,
+        enough,
+    )
+    return iter(dataset.map(receive))
 
 
 def _read_options(threads: int) -> grain.ReadOptions:
@@ -163,38 +138,66 @@ def _read_options(threads: int) -> grain.ReadOptions:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Number of a batch -> the batch; the work behind `make_eval_batches`."""
+    """Number of a batch -> the batch; the work behind `make_eval_batches`.
+
+    Attributes:
+      blank: fills up the last batch.
+      prompted: whether records have prompts of their own.
+    """
 
     source: Source
     spec: BatchSpec
+    view: View | None
     blank: Example
     batch_size: int
     rows: Sequence[int]
     multiple: int
+    prompted: bool
 
-    def _example(self, index: int) -> Example:
-        """Raises one of transforms.UNREADABLE."""
-        record = self.source[index]
-        pictures = self.spec.pictures
-        image = pictures and transforms.squash(transforms.decode(record["image"]), pictures.side)
-        return Example(image, self.spec.encode(record["caption"]))
-
-    def _example_or_blank(self, index: int) -> Example:
-        """The blank example replaces an unreadable picture and an index of -1."""
-        with contextlib.suppress(*transforms.UNREADABLE):
-            if index >= 0:
-                return self._example(index)
-        return self.blank
+    def _example(self, index: int) -> tuple[Example, str]:
+        """An example and its prompt; a blank one for a record that cannot be used, and for an index of -1."""
+        if index < 0:
+            return self.blank, ""
+        try:
+            record = self.source[index]
+            prompt = record.get("prompt", "")
+            return Example(
+                self.view and self.view.evaluate(record), self.spec.encode(record["caption"], prompt)
+            ), prompt
+        except transforms.UNREADABLE as error:
+            return self.blank._replace(skip=Skip(reason(error), first_line(error), index, "")), ""
 
     def __call__(self, number: int) -> Batch:
         indices = number * self.batch_size + np.array(self.rows)
         indices = np.where(indices < len(self.source), indices, -1).astype(np.int32)
-        batch = collate(list(map(self._example_or_blank, indices.tolist())), spec=self.spec, multiple=self.multiple)
-        blank = batch.pop("skipped") > 0
-        for name, text in self.spec.texts.items():
-            if text.predicted:
-                batch[f"{name}_targets"][blank] = IGNORE
-        return batch | {"weight": (~blank).astype(np.float32), "index": indices}
+        examples, prompts = zip(*map(self._example, indices.tolist()), strict=True)
+        batch = collate(examples, spec=self.spec, multiple=self.multiple)
+        del batch["report"]
+        codes = [0 if example.skip is None else 1 + REASONS.index(example.skip.reason) for example in examples]
+        batch |= {"index": indices, "skipped": np.array(codes, np.int32)}
+        return batch | self._prompts(prompts) if self.prompted else batch
+
+    def _prompts(self, prompts: Sequence[str]) -> Batch:
+        """The arrays of the prompts, without the start token."""
+        text = next(text for text in self.spec.texts.values() if text.predicted)
+        ids = [text.encoder.prompt_ids(prompt)[1:] for prompt in prompts]
+        length = text.max_tokens - 1
+        if self.multiple:
+            length = min(length, -(-max(map(len, ids)) // self.multiple) * self.multiple)
+        mask = pad([[1] * len(row) for row in ids], length, 0, left=True)
+        return {"prompt_ids": pad(ids, length, text.encoder.pad_id, left=True), "prompt_mask": mask}
+
+
+def _has_prompts(source: Source, spec: BatchSpec) -> bool:
+    """Whether the first record that can be read has a prompt, and the task a text that follows it."""
+    if not any(text.predicted for text in spec.texts.values()):
+        return False
+    for index in range(min(PROBED, len(source))):
+        try:
+            return bool(source[index].get("prompt"))
+        except transforms.UNREADABLE:
+            continue
+    return False
 
 
 def make_eval_batches(
@@ -208,8 +211,8 @@ def make_eval_batches(
 ) -> grain.IterDataset:
     """Each example exactly once, in order; all processes get the same number of batches of the same size.
 
-    Blank examples of weight 0 and without targets fill the last batch and replace unreadable pictures, which keep
-    their index. The result can be iterated over repeatedly.
+    Blank examples of weight 0 and without targets fill the last batch and replace records that cannot be used, which
+    keep their index. The result can be iterated over repeatedly.
 
     Args:
       batch_size: global, over all processes.
@@ -218,7 +221,7 @@ def make_eval_batches(
     """
     rows = range(batch_size) if rows is None else rows
     multiple = pad_multiple if len(rows) == batch_size else 0
-    image = spec.pictures and np.zeros(spec.pictures.shape(1)[1:], np.uint8)
-    make = EvalBatch(source, spec, Example(image, spec.encode(""), skipped=1), batch_size, rows, multiple)
+    view, prompted = view_of(spec.pictures), _has_prompts(source, spec)
+    make = EvalBatch(source, spec, view, blank(spec), batch_size, rows, multiple, prompted)
     batches = -(-len(source) // batch_size)
     return grain.MapDataset.range(batches).map(make).to_iter_dataset(_read_options(read_threads))

@@ -1,48 +1,90 @@
-"""Looks at data as the model sees them: a contact sheet of a batch, caption lengths, the speed of the pipeline."""
+"""Numbers about a source, from a sample of its records, and the speed of a pipeline."""
 
+import io
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from simvlg_jax.data.batch import Batch, BatchSpec
+from simvlg_jax.data import transforms
+from simvlg_jax.data.batch import Batch
+from simvlg_jax.data.skipped import reason
 from simvlg_jax.data.sources import Source
 from simvlg_jax.data.text import TextEncoder
 
-TILE, LINE, COLUMNS = 160, 14, 8  # pixels, pixels, pictures per row
 SECONDS = 3  # of measuring the speed
-MAX_RECORDS = 10_000  # whose caption lengths are counted
+MAX_RECORDS = 2000  # that are read for statistics, at equal distances
 
 
-def contact_sheet(batch: Batch, spec: BatchSpec, columns: int = COLUMNS) -> Image.Image:
-    """Draws the pictures of a batch, each above its first text, which is decoded from the ids."""
-    name = spec.main_text
-    tokenizer = spec.texts[name].encoder.tokenizer
-    texts = [
-        tokenizer.decode(ids[mask == 1].tolist(), skip_special_tokens=True)
-        for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True)
-    ]
-    rows = -(-len(texts) // columns)
-    sheet = Image.new("RGB", (columns * TILE, rows * (TILE + 3 * LINE)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (pixels, text) in enumerate(zip(batch["image"], texts, strict=True)):
-        x, y = i % columns * TILE, i // columns * (TILE + 3 * LINE)
-        sheet.paste(Image.fromarray(pixels).resize((TILE - 4, TILE - 4), Image.Resampling.NEAREST), (x + 2, y + 2))
-        characters = (TILE - 8) // 6  # of Pillow's built-in font
-        lines = [text[start : start + characters] for start in range(0, len(text), characters)][:3]
-        draw.multiline_text((x + 4, y + TILE), "\n".join(lines), fill="black", spacing=2, font_size=10)
-    return sheet
+class Picture(NamedTuple):
+    """Of an encoded picture: format, pixels and bytes. A video has no width and height here."""
+
+    format: str
+    width: int
+    height: int
+    bytes: int
 
 
-def token_lengths(source: Source, encoder: TextEncoder) -> np.ndarray:
-    """Number of tokens of each caption after cutting, start and end included: int (N,).
+@dataclass
+class Statistics:
+    """What the sampled records of a source are like.
 
-    Of a large source, MAX_RECORDS captions at equal distances are counted.
+    Attributes:
+      records: number of all records of the source.
+      sampled: number of records that were read for the rest.
+      pictures: of the readable ones.
+      references: number of captions or answers of each record.
+      questions: number of records with a question.
+      tokens: length of each text as the model gets it: prompt, start and end included, truncated.
+      dead: records that cannot be used, by `skipped.reason`.
     """
-    count = min(len(source), MAX_RECORDS)
-    indices = np.linspace(0, len(source) - 1, count).astype(int)
-    return np.array([len(encoder(source[int(i)]["caption"])[0]) for i in indices])
+
+    records: int
+    sampled: int
+    pictures: list[Picture] = field(default_factory=list)
+    references: list[int] = field(default_factory=list)
+    questions: int = 0
+    tokens: list[int] = field(default_factory=list)
+    dead: Counter[str] = field(default_factory=Counter)
+
+
+def describe(source: Source, encoder: TextEncoder, max_records: int = MAX_RECORDS) -> Statistics:
+    """Reads records at equal distances, and of their pictures the headers only."""
+    places = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_records)).astype(int))
+    found = Statistics(len(source), len(places))
+    for place in places.tolist():
+        try:
+            record = source[place]
+            found.pictures.append(_picture(record["image"]))
+        except transforms.UNREADABLE as error:
+            found.dead[reason(error)] += 1
+            continue
+        found.references.append(len(record["references"]))
+        found.questions += "question" in record
+        found.tokens.append(len(encoder(record["caption"], record.get("prompt", ""))[0]))
+    return found
+
+
+def _picture(image: bytes | np.ndarray) -> Picture:
+    if isinstance(image, np.ndarray):
+        return Picture("pixels", image.shape[1], image.shape[0], image.nbytes)
+    with Image.open(io.BytesIO(image)) as picture:
+        return Picture(picture.format or "", picture.width, picture.height, len(image))
+
+
+def histogram(values: list[int], bars: int = 32) -> list[tuple[str, int]]:
+    """Returns (label, count) of bars of equal width over whole numbers; a bar of several numbers is labelled "8-11"."""
+    if not values:
+        return []
+    low, high = min(values), max(values)
+    width = -(-(high - low + 1) // bars)
+    counts = Counter((value - low) // width for value in values)
+    firsts = [low + i * width for i in range((high - low) // width + 1)]
+    return [(f"{first}" if width == 1 else f"{first}-{first + width - 1}", counts[i]) for i, first in enumerate(firsts)]
 
 
 def batches_per_second(batches: Iterator[Batch]) -> float:

@@ -18,7 +18,7 @@ PAD, START, END = "<pad>", "<s>", "</s>"  # of the character tokenizer
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encodes a text as `prefix` + tokens + `end`, truncated to `max_tokens`.
+    """Encodes a text as `prefix` + prompt + tokens + `end`, truncated to `max_tokens`.
 
     Attributes:
       tokenizer: a `tokenizers.Tokenizer` that neither pads nor truncates.
@@ -40,15 +40,46 @@ class TextEncoder:
     text_is_target: bool
     keep_end: bool
 
-    def __call__(self, text: str) -> tuple[list[int], list[int]]:
-        """Returns ids and targets of equal length; each target is the id at its own position, or IGNORE."""
-        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
+    def __call__(self, text: str, prompt: str = "") -> tuple[list[int], list[int]]:
+        """Returns ids and targets of equal length; each target is the id at its own position, or IGNORE.
+
+        If all is longer than `max_tokens`, the prompt loses tokens on its left before the text loses any on its right.
+        Its last tokens stay, as many as fill a quarter of `max_tokens`. (The published code cuts the question's right
+        side, and with it "Short answer:".)
+
+        Args:
+          prompt: what the text continues, after `prefix`; never a target. A space separates the two.
+        """
+        prompt_tokens, tokens = self._tokenize(prompt, text)
+        room = self.max_tokens - len(self.prefix) - len(tokens) - 1
+        prompt_tokens = _last(prompt_tokens, max(room, self.max_tokens // 4))
         if self.keep_end:
-            tokens = tokens[: max(0, self.max_tokens - len(self.prefix) - 1)]
-        ids = [*self.prefix, *tokens, self.end]
-        trained = [*self.prefix_targets, *[self.text_is_target] * (len(tokens) + 1)]
+            tokens = tokens[: max(0, self.max_tokens - len(self.prefix) - len(prompt_tokens) - 1)]
+        before = [*self.prefix, *prompt_tokens]
+        flags = [False] * len(before) if prompt_tokens else self.prefix_targets
+        ids = [*before, *tokens, self.end]
+        trained = [*flags, *[self.text_is_target] * (len(tokens) + 1)]
         targets = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
         return ids[: self.max_tokens], targets[: self.max_tokens]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The prefix and a prompt as a model reads them before it writes: the ids that training puts before a text."""
+        tokens, _ = self._tokenize(prompt, "")
+        return [*self.prefix, *_last(tokens, self.max_tokens - len(self.prefix) - 1)]
+
+    def _tokenize(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of "PROMPT TEXT", cut in two where the text begins; the space between them belongs to the text."""
+        prompt = prompt.rstrip(" ")  # or some tokenizers would make a token of the space, and others none
+        if not prompt:
+            return [], self.tokenizer.encode(text, add_special_tokens=False).ids
+        between = " " if text and not prompt[-1:].isspace() else ""
+        encoding = self.tokenizer.encode(prompt + between + text, add_special_tokens=False)
+        border = next((i for i, (_, end) in enumerate(encoding.offsets) if end > len(prompt)), len(encoding.ids))
+        return encoding.ids[:border], encoding.ids[border:]
+
+
+def _last(ids: list[int], count: int) -> list[int]:
+    return ids[max(0, len(ids) - count) :]
 
 
 def _plain(tokenizer: Any) -> Tokenizer:

@@ -1,4 +1,7 @@
-"""Data worker processes ignore signals, which the training process handles, and end when it ends."""
+"""Data worker processes ignore signals, which the training process handles, and end when it ends.
+
+If one is killed, the run ends with the reason.
+"""
 
 import contextlib
 import multiprocessing
@@ -7,6 +10,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+
+from simvlg_jax.utils.errors import UNEXPECTED, UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C is sent to all processes of a terminal, SIGTERM to all of a job
 
@@ -50,3 +55,19 @@ def signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def deaths_explained() -> Iterator[None]:
+    """Raises UserError (status UNEXPECTED: a restart may help) where Grain finds that a worker was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Worker process was terminated unexpectedly" not in str(error):
+            raise
+        code = str(error).partition("exit code ")[2].partition(".")[0]
+        raise UserError(
+            f"a data worker was killed (exit code {code}); if memory ran out, lower data.workers or data.read_threads. "
+            "Run again to resume from the last checkpoint",
+            UNEXPECTED,
+        ) from error

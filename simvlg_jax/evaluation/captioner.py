@@ -42,20 +42,28 @@ class Captioner:
         options = dict(
             max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, repetition_penalty=repetition_penalty
         )
-        self._jitted = jax.jit(lambda params, images, prompt: _caption(model, params, images, prompt, text, **options))
+        self._jitted = jax.jit(
+            lambda params, images, ids, mask: _caption(model, params, images, ids, mask, text, **options)
+        )
 
-    def __call__(self, params: dict, images: jax.Array, prompt: str | None = None) -> CaptionOutput:
+    def __call__(
+        self, params: dict, images: jax.Array, prompt: str | tuple[jax.Array, jax.Array] | None = None
+    ) -> CaptionOutput:
         """Captions a batch.
 
         Args:
           params: all parameters of the model.
           images: (B, S, S, 3) uint8.
-          prompt: words that the captions continue; default: the prompt of the config.
+          prompt: words that the captions continue, or the ids and the mask of a prompt for each picture, (B, Q) int32,
+            padded on the left, without the start token; default: the prompt of the config.
         """
-        prefix = self._text.prefix
+        if isinstance(prompt, tuple):
+            return self._jitted(params, images, *prompt)
+        ids = self._text.prefix[1:]
         if prompt is not None:
-            prefix = (*prefix[:1], *self._text.tokenizer.encode(prompt, add_special_tokens=False).ids)
-        return self._jitted(params, images, np.asarray(prefix, np.int32))
+            ids = self._text.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = np.broadcast_to(np.asarray(ids, np.int32), (len(images), len(ids)))
+        return self._jitted(params, images, ids, np.ones_like(ids))
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """Decodes (B, T) ids to stripped texts without special tokens."""
@@ -68,23 +76,22 @@ def _caption(
     model: SimVLG,
     params: dict,
     images: jax.Array,
-    prompt: jax.Array,  # (Q,)
+    ids: jax.Array,  # (B, Q)
+    mask: jax.Array,  # (B, Q)
     text: TextEncoder,
     **options: float,
 ) -> CaptionOutput:
     visual = model.apply({"params": params}, images, method="encode_image")
-    prompt = jnp.broadcast_to(prompt, (images.shape[0], prompt.shape[0]))  # (B, Q), the start token first
-    start = model.apply({"params": params}, prompt[:, :1], method="embed_text")
-    prefix = model.prompted(visual.prefix, start)
-    prompt = prompt[:, 1:]
-    ids = greedy_decode(
+    start = jnp.full((images.shape[0], 1), text.prefix[0], jnp.int32)
+    prefix = model.prompted(visual.prefix, model.apply({"params": params}, start, method="embed_text"))
+    written = greedy_decode(
         model.llm,
         params["llm"],
         prefix,
-        prompt,
-        jnp.ones_like(prompt),
+        ids,
+        mask,
         eos_id=text.end,
         pad_id=text.pad_id,
         **options,
     )
-    return CaptionOutput(ids, visual.source_map)
+    return CaptionOutput(written, visual.source_map)

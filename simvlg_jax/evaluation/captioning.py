@@ -75,22 +75,23 @@ class Captioning:
           UserError: no picture can be read.
         """
         examples: dict[int, dict] = {}
-        unreadable: list[int] = []
+        unreadable: dict[int, int] = {}
         total = count = 0.0
         for batch in self.data:
             with announce.first("compiling the evaluation", f"for texts of {batch['caption_ids'].shape[1]} tokens"):
                 losses, targets = self._losses(params, batch)
-                output = self._captioner(params, batch["image"])
+                prompts = (batch["prompt_ids"], batch["prompt_mask"]) if "prompt_ids" in batch else None
+                output = self._captioner(params, batch["image"], prompts)
                 jax.block_until_ready((losses, output))
             total, count = total + float(losses["caption"].sum()), count + float(targets["caption"].sum())
             captions = self._captioner.decode(gather(output.ids))
-            indices, weight = gather(batch["index"]), gather(batch["weight"])  # (B,)
+            indices, skipped = gather(batch["index"]), gather(batch["skipped"])  # (B,)
             maps = [None] * len(indices) if output.source_map is None else gather(output.source_map).tolist()
-            for caption, source_map, index, counts in zip(captions, maps, indices, weight, strict=True):
+            for caption, source_map, index, code in zip(captions, maps, indices, skipped, strict=True):
                 if index < 0:
                     continue
-                if not counts:
-                    unreadable.append(int(index))
+                if code:
+                    unreadable[int(index)] = int(code)
                     continue
                 info = self.data.source.info(int(index))
                 examples[int(index)] = {
@@ -100,7 +101,7 @@ class Captioning:
                     "caption": caption,
                     "source_map": source_map,
                 }
-        left_out = self.data.report_unreadable(sorted(unreadable))
+        left_out = self.data.report_unreadable(unreadable)
         return total / max(count, 1.0), [examples[index] for index in sorted(examples)], left_out
 
     def _illustrated(self, examples: list[dict]) -> list[dict]:

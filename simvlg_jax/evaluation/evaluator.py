@@ -1,5 +1,6 @@
 """Common parts of the evaluators: the data of an evaluation, its result and its interface."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -7,8 +8,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax.data import pipeline, transforms
-from simvlg_jax.data.sources import Source, load_source
+from simvlg_jax.data import pipeline
+from simvlg_jax.data.skipped import REASONS, in_words
+from simvlg_jax.data.sources import Source, load_source, name_of
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError, warn
@@ -72,26 +74,31 @@ class EvalData:
         """Yields global batches on the devices. Each example occurs once."""
         return (meshes.put_batch(batch, self._mesh) for batch in self._batches)
 
-    def report_unreadable(self, indices: list[int]) -> list[str]:
+    def report_unreadable(self, skipped: dict[int, int]) -> list[str]:
         """Warns about unreadable pictures, which the score excludes, and returns their ids.
+
+        Args:
+          skipped: index -> its value of the batch's "skipped".
 
         Raises:
           UserError: no picture can be read.
         """
-        names = [self.name_of(index) for index in indices]
+        names = [self.name_of(index) for index in sorted(skipped)]
+        reasons = in_words(Counter(REASONS[code - 1] for code in skipped.values()))
         first = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         if len(names) == len(self):
-            raise UserError(f"none of the {len(self)} pictures can be read, so there is nothing to score: {first}")
+            raise UserError(
+                f"none of the {len(self)} pictures can be read ({reasons}), so there is nothing to score: {first}"
+            )
         if names and jax.process_index() == 0:
-            warn(f"{len(names)} of {len(self)} pictures cannot be read and are left out of the score: {first}")
+            counted = f"{len(names)} of {len(self)} pictures cannot be read"
+            warn(f"{counted} and are left out of the score: {first} ({reasons})")
         return names
 
     def name_of(self, index: int) -> str:
         """Returns the id of a record, or its number if the id cannot be read either."""
-        try:
-            return self.source.info(index).id
-        except transforms.UNREADABLE:
-            return f"record {index}"
+        name = name_of(self.source, index)
+        return f"record {index}" if name is None else name
 
 
 class FirstOf:

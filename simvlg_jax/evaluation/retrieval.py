@@ -27,18 +27,21 @@ class Retrieval:
     def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
         """Scores a split. The loss is computed in groups of evaluate.batch_size, in the order of the source."""
         pictures, sentences = [], []
-        unreadable: list[int] = []
+        unreadable: dict[int, int] = {}
         for batch in self.data:
             with announce.first("compiling the evaluation", f"for texts of {batch['sentence_ids'].shape[1]} tokens"):
                 picture, sentence = map(gather, self._embed(params, batch))
-            index, real = gather(batch["index"]), gather(batch["weight"]) > 0
+            index, real, skipped = (gather(batch[name]) for name in ("index", "weight", "skipped"))
+            real = real > 0
             pictures.append(picture[real])
             sentences.append(sentence[real])
-            unreadable += index[(index >= 0) & ~real].tolist()
+            unreadable |= dict(zip(index[skipped > 0].tolist(), skipped[skipped > 0].tolist(), strict=True))
         left_out = self.data.report_unreadable(unreadable)
         picture, sentence = np.concatenate(pictures), np.concatenate(sentences)  # (N, S)
         groups = [slice(start, start + self._batch_size) for start in range(0, len(picture), self._batch_size)]
-        loss = float(sum(self._losses(params, picture[rows], sentence[rows]).sum() for rows in groups)) / len(picture)
+        weight = np.ones(len(picture), np.float32)
+        losses = [self._losses(params, picture[rows], sentence[rows], weight[rows]).sum() for rows in groups]
+        loss = float(sum(losses)) / len(picture)
         numbers = {"loss": loss, **recall(picture @ sentence.T, (1, 5))}
         details = {"score": numbers["R@1"], **numbers, "num_examples": len(picture), "unreadable": left_out}
         return Result(numbers["R@1"], {**numbers, **unreadable_metric(left_out)}, lambda: details)

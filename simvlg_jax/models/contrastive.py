@@ -9,10 +9,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
+
+SMOOTHING = 0.1  # of the labels
+LEFT_OUT = -1e9  # similarity to a row that does not count; minus infinity would give NaN where no row counts
 
 
 class Pair(NamedTuple):
@@ -51,23 +53,35 @@ class ContrastiveViT(nn.Module):
         text = self.text_proj(sentence)
         return Pair(unit(picture), unit(text))
 
-    def contrastive_losses(self, picture: jax.Array, text: jax.Array) -> jax.Array:
+    def contrastive_losses(self, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
         """`matching_losses` at the learned temperature: (B,)."""
-        return matching_losses(picture, text, jnp.exp(self.log_temperature))
+        return matching_losses(picture, text, jnp.exp(self.log_temperature), weight)
 
 
-def matching_losses(picture: jax.Array, text: jax.Array, temperature: jax.Array) -> jax.Array:
+def matching_losses(
+    picture: jax.Array, text: jax.Array, temperature: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
     """Which text belongs to which picture, and the reverse: the mean of both cross-entropies of each row, (B,) nats.
+
+    Rows of weight 0 have a loss of 0, and no other row is compared with them.
 
     Args:
       picture, text: (B, S), a `Pair`. B is the global batch.
       temperature: () divides the similarities; held within 0.001 and 0.5, as published.
+      weight: (B,) float32, 1 or 0; default: all 1.
     """
+    size = picture.shape[0]
+    weight = jnp.ones(size) if weight is None else weight
     temperature = jnp.clip(temperature, 0.001, 0.5)
     similarity = jnp.einsum("IS,JS->IJ", picture, text, precision="highest") / temperature
-    targets = optax.smooth_labels(jnp.eye(similarity.shape[0]), 0.1)
-    losses = optax.softmax_cross_entropy(similarity, targets) + optax.softmax_cross_entropy(similarity.T, targets)
-    return losses / 2
+    counts = (weight[:, None] * weight[None, :]) > 0
+
+    def cross_entropy(axis: int) -> jax.Array:
+        total = jax.nn.logsumexp(jnp.where(counts, similarity, LEFT_OUT), axis)
+        mean = jnp.sum(jnp.where(counts, similarity, 0.0), axis) / jnp.maximum(weight.sum(), 1.0)
+        return total - (1 - SMOOTHING) * jnp.diagonal(similarity) - SMOOTHING * mean
+
+    return jnp.where(weight > 0, (cross_entropy(1) + cross_entropy(0)) / 2, 0.0)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -155,6 +155,6 @@ class SimVLG(nn.Module):
         picture = self.vision_proj(connector[:, 0] if self.vit.class_token else connector.mean(1))
         return contrastive.Pair(contrastive.unit(picture), contrastive.unit(self.text_proj(sentences)))
 
-    def contrastive_losses(self, picture: jax.Array, text: jax.Array) -> jax.Array:
+    def contrastive_losses(self, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
         """`contrastive.matching_losses` at the learned temperature: (B,), B the global batch."""
-        return contrastive.matching_losses(picture, text, self.temperature)
+        return contrastive.matching_losses(picture, text, self.temperature, weight)

@@ -45,8 +45,8 @@ def caption_task(config: ConfigDict) -> Task:
     def embed(params: Params, batch: Arrays, key: jax.Array | None) -> Pair:
         return apply("embed_pair", params, batch, PICTURE_AND_SENTENCE, key)
 
-    def contrastive_losses(params: Params, picture: jax.Array, text: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, picture, text, method="contrastive_losses")
+    def contrastive_losses(params: Params, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, picture, text, weight, method="contrastive_losses")
 
     def counts(batch: Arrays) -> dict[str, jax.Array]:
         return {"caption": jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)}

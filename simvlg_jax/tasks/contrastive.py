@@ -26,8 +26,8 @@ def contrastive_task(config: ConfigDict) -> Task:
         del key  # nothing in this model is random
         return model.apply({"params": params}, *(batch[name] for name in INPUTS))
 
-    def contrastive_losses(params: Params, picture: jax.Array, text: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, picture, text, method="contrastive_losses")
+    def contrastive_losses(params: Params, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, picture, text, weight, method="contrastive_losses")
 
     def load_pretrained(abstract: Params) -> Params:
         loaded = {"sentence_encoder": pretrained.load_sentence_encoder(config.sentence_encoder)} if named else {}

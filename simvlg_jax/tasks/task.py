@@ -38,11 +38,11 @@ class Contrast:
 
     Attributes:
       embed: (params, batch, dropout key) -> the pair that `Task.losses` gives for the same, without the losses.
-      losses: (params, picture (B, S), text (B, S)) -> (B,), B the global batch.
+      losses: (params, picture (B, S), text (B, S), weight (B,)) -> (B,), B the global batch; 0 where the weight is 0.
     """
 
     embed: Callable[[Params, Arrays, jax.Array | None], Pair]
-    losses: Callable[[Params, jax.Array, jax.Array], jax.Array]
+    losses: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Task:
       losses: (params, batch, dropout key, or None in evaluation) -> `Losses`.
       counts: batch -> name -> (B,), how many targets each value of `losses` is summed over.
       weights: name -> weight of the mean of a loss, over the targets of the global batch, in the loss that is trained;
-        CONTRAST names the mean of `contrast` over the examples.
+        CONTRAST names the mean of `contrast` over the examples of weight 1.
       load_pretrained: abstract parameters -> {top-level name: lazy or host arrays} of those with named weights.
       sources: top-level name -> where its frozen weights come from, in words.
       evaluator: the type of evaluation that a config need not name, see `evaluation.EVALUATORS`.

@@ -112,7 +112,7 @@ class Run:
                 loss = float(metrics["loss"])
                 say(f"first step of this start: {step}/{total}, loss {loss:.4g}, memory {memory_gb():.2f} GB")
             if step % config.log_every == 0:
-                values = self.meter.read(metrics, self.trainer.skipped.count)
+                values = self.meter.read(metrics, self.trainer.skipped, self.trainer.timings)
                 self.check_lock()
                 self.log.write(step, "train", values)
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
+from simvlg_jax.data.skipped import REASONS, Skipped
+from simvlg_jax.data.timings import Timings
 from simvlg_jax.parallel import collectives
 from simvlg_jax.training.metrics_log import memory_gb
 from simvlg_jax.utils.errors import UserError
@@ -50,12 +52,13 @@ class Meter:
                 "saved. Lower optimizer.lr, set optimizer.clip_norm=1, or use dtype float32, in a new workdir"
             )
 
-    def read(self, metrics: dict[str, jax.Array], unreadable: int) -> dict[str, float]:
+    def read(self, metrics: dict[str, jax.Array], skipped: Skipped, timings: Timings) -> dict[str, float]:
         """Returns the values of a log line and resets the counts. Every process calls it at the same step.
 
         Args:
           metrics: of the last step.
-          unreadable: number of pictures that this process has replaced so far.
+          skipped: the records that this process skipped so far.
+          timings: of the examples that it received since the last line.
         """
         self.check_finite()
         seconds = time.monotonic() - self._start
@@ -64,9 +67,14 @@ class Meter:
         values["images_per_second"] = self._images / seconds
         values["tflops"] = self._flops / seconds / 1e12
         # Maxima over the processes, since the slowest and the fullest one limit the run.
-        numbers = collectives.numbers_of_all(self._waited / seconds, memory_gb(), unreadable)  # (processes, 3)
+        counts = [skipped.counts[reason] for reason in REASONS]
+        numbers = collectives.numbers_of_all(self._waited / seconds, memory_gb(), *timings.take(), *counts)
         values["data_wait"], values["memory_gb"] = map(float, numbers[:, :2].max(0))
-        if replaced := float(numbers[:, 2].sum()):
-            values["unreadable"] = replaced
+        examples, read, decode, *counts = map(float, numbers[:, 2:].sum(0))
+        if examples:
+            values["read_ms"], values["decode_ms"] = 1000 * read / examples, 1000 * decode / examples
+        values |= {f"skipped/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
+        if total := sum(counts):
+            values["unreadable"] = total
         self._clear()
         return values

@@ -46,10 +46,10 @@ def make_step(
     The metrics are loss, grad_norm, lr and, if there are several losses, each of them.
 
     A loss is the mean over all targets of the global batch, whatever the number of devices and micro-batches (the
-    published code averages the ranks' means instead). The contrastive loss of a task is over the global batch too. With
-    several micro-batches, a first pass embeds all of them and computes the gradient of the loss with respect to each
-    embedding. A second pass backpropagates these gradients to the parameters (GradCache, arXiv 2101.06983). Both passes
-    use the same dropout masks.
+    published code averages the ranks' means instead). The contrastive loss of a task is over the global batch too,
+    without the rows of weight 0. With several micro-batches, a first pass embeds all of them and computes the gradient
+    of the loss with respect to each embedding. A second pass backpropagates these gradients to the parameters
+    (GradCache, arXiv 2101.06983). Both passes use the same dropout masks.
 
     Args:
       seed: of the dropout. The numbers of the step and of the micro-batch are folded in.
@@ -67,8 +67,9 @@ def make_step(
     def weighted(losses: dict[str, jax.Array]) -> jax.Array:
         return sum(task.weights[name] * loss for name, loss in losses.items())
 
-    def contrastive_loss(params: dict, frozen: dict, pair: Pair) -> dict[str, jax.Array]:
-        return {CONTRAST: contrast.losses(partition.join(frozen, params), *pair).mean()}
+    def contrastive_loss(params: dict, frozen: dict, pair: Pair, weight: jax.Array) -> dict[str, jax.Array]:
+        losses = contrast.losses(partition.join(frozen, params), *pair, weight)
+        return {CONTRAST: losses.sum() / jnp.maximum(weight.sum(), 1.0)}
 
     def total_loss(
         params: dict, frozen: dict, batch: dict, key: jax.Array, counts: dict[str, jax.Array], pair_grads: Pair | None
@@ -88,7 +89,7 @@ def make_step(
                 surrogate = sum(jnp.sum(x * grad) for x, grad in zip(pair, pair_grads, strict=True))
                 return weighted(losses) + surrogate, losses
             if contrast:
-                losses |= contrastive_loss(params, frozen, pair)
+                losses |= contrastive_loss(params, frozen, pair, batch["weight"])
         return weighted(losses), losses
 
     def contrast_micro_batches(
@@ -101,7 +102,7 @@ def make_step(
             return contrast.embed(partition.join(frozen, params), rows, jax.random.fold_in(key, index))
 
         def loss(params: dict, pairs: Pair) -> tuple[jax.Array, dict[str, jax.Array]]:
-            losses = contrastive_loss(params, frozen, jax.tree.map(unsplit, pairs))
+            losses = contrastive_loss(params, frozen, jax.tree.map(unsplit, pairs), unsplit(micro["weight"]))
             return weighted(losses), losses
 
         with meshes.activation_shardings(mesh):

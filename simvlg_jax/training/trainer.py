@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.data import pipeline, workers
-from simvlg_jax.data.sources import load_source
+from simvlg_jax.data.mixture import load_training
+from simvlg_jax.data.skipped import Skipped
+from simvlg_jax.data.timings import Timings
 from simvlg_jax.evaluation.evaluators import make_evaluators
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import build_task
@@ -42,6 +44,7 @@ class Trainer:
       frozen_entries: their entries in frozen.json.
       state: the TrainState, restored from the newest whole checkpoint if there is one.
       iterator: the iterator over training batches, at the position of the checkpoint.
+      skipped, timings: what this process received from it.
     """
 
     def __init__(
@@ -55,9 +58,9 @@ class Trainer:
         self.mesh = meshes.make_mesh(config.mesh)
         self.task = build_task(config)
         self.plan = Plan(self.task, config, self.mesh)
-        self.skipped = pipeline.Skipped()
+        self.skipped, self.timings = Skipped(), Timings()
         # The data come first, so that their errors appear before the weights are read, which may take minutes.
-        self.iterator = make_iterator(config, self.task, self.mesh, self.skipped)
+        self.iterator = make_iterator(config, self.task, self.mesh, self.skipped, self.timings)
         self.evaluators = make_evaluators(self.task, config, self.mesh)
         rows = meshes.local_rows(self.mesh, config.train.batch_size)
         self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
@@ -98,8 +101,8 @@ class Trainer:
         self.iterator.set_state(position["iterator"])
 
     def next_batch(self) -> dict[str, np.ndarray]:
-        """Returns this process's rows of the next batch."""
-        with workers.signals_blocked():
+        """Returns this process's rows of the next batch. Raises UserError if a data worker was killed."""
+        with workers.signals_blocked(), workers.deaths_explained():
             return next(self.iterator)
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
@@ -120,15 +123,18 @@ class Trainer:
         return metrics
 
 
-def make_iterator(config: ConfigDict, task: Task, mesh: Mesh, skipped: pipeline.Skipped) -> grain.DatasetIterator:
+def make_iterator(
+    config: ConfigDict, task: Task, mesh: Mesh, skipped: Skipped, timings: Timings
+) -> grain.DatasetIterator:
     iterator = pipeline.make_train_iterator(
         config.data,
-        load_source(config.data, "train", training=True),
+        load_training(config.data),
         task.batch,
         batch_size=config.train.batch_size,
         seed=config.seed,
         rows=meshes.local_rows(mesh, config.train.batch_size),
         skipped=skipped,
+        timings=timings,
     )
     if config.train.overfit_one_batch:
         with workers.signals_blocked():

@@ -1,52 +1,103 @@
 """Data sources, interchangeable by `data.name`. A new one is a module here and a line in SOURCES."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
-from simvlg_jax.data.captions import CLEANERS
+from simvlg_jax.data import transforms
+from simvlg_jax.data.captions import CLEANERS, CaptionError, Cleaner, well_formed
 from simvlg_jax.data.sources.folder import FolderSource
 from simvlg_jax.data.sources.openmoji import OpenMojiSource
 from simvlg_jax.data.sources.prepared import PreparedSource
 from simvlg_jax.data.sources.source import Record, RecordInfo, Source
 from simvlg_jax.data.sources.synthetic import SyntheticSource
+from simvlg_jax.data.sources.tfds import TfdsSource
 from simvlg_jax.utils.errors import UserError
 
-__all__ = ["SOURCES", "Record", "RecordInfo", "Source", "check_unique_ids", "load_source", "test_splits"]
+__all__ = ["SOURCES", "Record", "RecordInfo", "Source", "check_unique_ids", "load_source", "name_of", "test_splits"]
 
-# Each class implements `Source`, is opened as CLASS(data_config, split, training), and names its SPLITS and those that
-# are scored by default, TEST_SPLITS.
+# Each class implements `Source`, is opened as CLASS(data_config, split, training), and names its SPLITS (empty if they
+# differ from data set to data set, and the class checks them) and those that are scored by default, TEST_SPLITS.
 SOURCES = {
     "openmoji": OpenMojiSource,
     "folder": FolderSource,
     "prepared": PreparedSource,
     "synthetic": SyntheticSource,
+    "tfds": TfdsSource,
 }
 
 
+MAX_CHARACTERS = 10_000  # of a text; the rest is cut off, since some tokenizers take seconds for a huge one
+QUESTION_PROMPT = "Question: {} Short answer:"  # published
+
+
 @dataclass(frozen=True)
-class CleanedSource:
-    """Cleans the captions of a source, and leaves the references as they are."""
+class TextSource:
+    """Cleans the captions and questions of a source and adds the prompts; references of captions stay as they are.
+
+    The answers to a question are its references and its choices. Its caption is the most frequent one, the first of
+    equally frequent ones.
+
+    Attributes:
+      prompt: `data.prompt`.
+      training: whether a record without a caption is an error.
+    """
 
     source: Source
-    clean: Callable[[str], str]
+    clean: Cleaner
+    prompt: str
+    training: bool
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:
+        """Raises one of `transforms.UNREADABLE`: those of the source, or CaptionError.
+
+        Raises UserError (status 2) if the prompt is for records with questions and this one has none, or vice versa.
+        """
         record = self.source[index]
-        return {**record, "caption": self.clean(record["caption"])}
+        question = record.get("question")
+        if self.prompt and ("{}" in self.prompt) != (question is not None):
+            has, fix = ("no", "without") if question is None else ("a", "with one")
+            raise UserError(
+                f"data.prompt is {self.prompt!r}, and record {index} has {has} question: give a prompt {fix} {{}}, "
+                "where the question is put",
+                2,
+            )
+        if question is None:
+            texts = record.get("choices", [record["caption"]])
+            texts = [self.clean.caption(self._checked(text, "caption")) for text in texts]
+            prompt = {"prompt": self.prompt} if self.prompt else {}
+            choices = {"choices": texts} if "choices" in record else {}
+            return {**record, "caption": texts[0], **choices, **prompt}
+        question = self.clean.question(self._checked(question, "question"))
+        answers = [self._checked(answer, "answer") for answer in record["references"]]
+        if self.training and not answers:
+            raise CaptionError("the question has no answer")
+        caption = Counter(answers).most_common(1)[0][0] if answers else ""
+        prompt = (self.prompt or QUESTION_PROMPT).replace("{}", question)
+        return {**record, "references": answers, "choices": answers, "caption": caption, "prompt": prompt}
+
+    def _checked(self, text: str, what: str) -> str:
+        if self.training and not text.strip():
+            raise CaptionError(f"the {what} is empty")
+        return well_formed(text[:MAX_CHARACTERS])
 
     def info(self, index: int) -> RecordInfo:
         return self.source.info(index)
 
+    @property
+    def prefetch(self):
+        """The method of the source, or None."""
+        return getattr(self.source, "prefetch", None)
+
 
 def load_source(data_config: ConfigDict, split: str, training: bool = False) -> Source:
-    """Opens one split of the data set `data_config.name`, with its captions cleaned by `data_config.clean`.
+    """Opens one split of the data set `data_config.name`, cleaned by `data_config.clean`, with `data_config.prompt`.
 
     Args:
       training: gives one record for each caption, instead of one for each picture with all its captions as references.
@@ -56,16 +107,24 @@ def load_source(data_config: ConfigDict, split: str, training: bool = False) -> 
     """
     clean = lookup(CLEANERS, "data.clean", data_config.get("clean", ""))
     kind = lookup(SOURCES, "data.name", data_config.name)
-    if split not in kind.SPLITS:
+    if kind.SPLITS and split not in kind.SPLITS:
         raise UserError(
             f'the data set "{data_config.name}" has no split "{split}"; it has {", ".join(kind.SPLITS)}', status=2
         )
-    return CleanedSource(kind(data_config, split, training), clean)
+    return TextSource(kind(data_config, split, training), clean, data_config.get("prompt", ""), training)
 
 
 def test_splits(data_config: ConfigDict) -> list[str]:
     """The splits of the data set that are scored by default."""
     return list(lookup(SOURCES, "data.name", data_config.name).TEST_SPLITS)
+
+
+def name_of(source: Source, index: int) -> str | None:
+    """The id of a record, or None if it cannot be read either."""
+    try:
+        return source.info(index).id
+    except (AttributeError, *transforms.UNREADABLE):  # not every source has ids
+        return None
 
 
 def check_unique_ids(ids: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from simvlg_jax.data.openmoji import VERSION, splits
+from simvlg_jax.data.sources.array_record import read_record
 from simvlg_jax.data.sources.source import Record, RecordInfo
 from simvlg_jax.utils.errors import UserError
 
@@ -37,14 +38,25 @@ class OpenMojiSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        record = self._records[int(index)]
+        record = read_record(self._records, index)
         caption = record["caption"].decode()
         return {"image": record["image"], "caption": caption, "references": [caption], "id": record["id"].decode()}
 
     @functools.cached_property
-    def _infos(self) -> list[RecordInfo]:
+    def _infos(self) -> list[RecordInfo | None]:
         """Read once and kept (0.15 s for train), since an ArrayRecord is always read as a whole, picture included."""
-        return [RecordInfo(record["id"], record["references"]) for record in self]
+
+        def info(index: int) -> RecordInfo | None:
+            try:
+                record = self[index]
+            except OSError:
+                return None
+            return RecordInfo(record["id"], record["references"])
+
+        return [info(index) for index in range(len(self))]
 
     def info(self, index: int) -> RecordInfo:
-        return self._infos[index]
+        found = self._infos[index]
+        if found is None:
+            raise OSError("the record cannot be read")
+        return found

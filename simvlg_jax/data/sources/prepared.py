@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections import Counter
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simvlg_jax.data.index import Index, Row
+from simvlg_jax.data.sources.array_record import read_record
 from simvlg_jax.data.sources.source import Record, RecordInfo
 from simvlg_jax.data.tars import TarReader, will_need
 from simvlg_jax.utils.errors import UserError
@@ -55,10 +55,7 @@ class Shards:
         self._records = builder.as_data_source(split, decoders=decoders)
 
     def read(self, number: int, row: Row) -> bytes:
-        try:
-            record = self._records[number]
-        except (RuntimeError, ValueError, IndexError) as error:  # of ArrayRecord, for damaged files
-            raise OSError(f"record {number} cannot be read from its ArrayRecord file: {error}") from error
+        record = read_record(self._records, number)
         if record["id"].decode() != row.id:
             raise UserError(f"record {number} is {record['id'].decode()!r}, in the index {row.id!r}; prepare it again")
         return record[self._key]
@@ -77,13 +74,12 @@ class Shards:
 class PreparedSource:
     """Reads a split of the folder `data.path`.
 
-    For training, a record with several captions is as many records. A record with a question is one record, from whose
-    answers (`choices`) training draws one.
+    For training, a record with several captions is as many records. A record with a question is always one.
 
     Raises UserError if the split was not prepared, or if its files do not fit each other.
     """
 
-    SPLITS = ("train", "val", "test")
+    SPLITS = ()
     TEST_SPLITS = ("test",)
 
     def __init__(self, data_config: ConfigDict, split: str, training: bool = False):
@@ -131,10 +127,7 @@ class PreparedSource:
             "references": row.texts,
             "id": row.id,
         }
-        if row.question is None:
-            return record
-        most = Counter(row.texts).most_common(1)[0][0]
-        return {**record, "caption": most, "question": row.question, "choices": row.texts}
+        return record if row.question is None else {**record, "question": row.question}
 
     def prefetch(self, start: int, stop: int) -> None:
         """Starts reading the files of records [start, stop) into the page cache, in large pieces."""
