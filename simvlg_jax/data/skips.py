@@ -1,18 +1,6 @@
-"""Short, stable reasons why data were skipped."""
+"""Short, stable reasons why `prepare` skips data; those of reading and decoding are the ones of training."""
 
-from PIL import Image, UnidentifiedImageError
-
-# Errors of a missing or unreadable file, the narrow types first.
-REASONS: tuple[tuple[type[BaseException], str], ...] = (
-    (FileNotFoundError, "missing file"),
-    (NotADirectoryError, "missing file"),
-    (IsADirectoryError, "not a file"),
-    (PermissionError, "no permission"),
-    (Image.DecompressionBombError, "too large"),
-    (MemoryError, "too large"),
-    (UnidentifiedImageError, "not a picture"),
-    (EOFError, "truncated"),
-)
+from simvlg_jax.data import skipped
 
 
 class Fault(Exception):
@@ -23,10 +11,6 @@ def reason(error: BaseException) -> str:
     """Returns the reason to skip a record whose reading or decoding raised `error`."""
     if isinstance(error, Fault):
         return str(error)
-    for kind, text in REASONS:
-        if isinstance(error, kind):
-            return text
-    message = str(error).lower()
-    if "truncated" in message:
-        return "truncated"
-    return "too large" if "more than the limit" in message else "damaged"
+    if isinstance(error, FileNotFoundError):  # buckets raise it without a number
+        return "missing file"
+    return "too large" if isinstance(error, MemoryError) else skipped.reason(error)
