@@ -1,6 +1,7 @@
 """Grain pipelines: order, resume, sharding, padding, damaged pictures."""
 
 import errno
+import io
 import json
 import struct
 import zlib
@@ -40,6 +41,7 @@ def config(train=40, **fields) -> ConfigDict:
             "flip": True,
             "pad_multiple": 4,
             "length_window": 1,
+            "reduced_decode": False,
             "workers": 0,
             "read_threads": 1,
             "max_skipped": 0.5,
@@ -85,6 +87,16 @@ class Numbered:
 
     def info(self, index):
         return RecordInfo(f"picture {index}", [str(index)])
+
+
+class Photos(Numbered):
+    """JPEGs of 200 x 160 soft noise."""
+
+    def __getitem__(self, index):
+        small = np.random.default_rng(int(index)).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(small).resize((200, 160), Image.Resampling.BICUBIC).save(out, "JPEG", quality=95)
+        return super().__getitem__(index) | {"image": b"damaged" if index in self.damaged else out.getvalue()}
 
 
 def captions(batch) -> list[str]:
@@ -409,3 +421,21 @@ def test_tokenizers_are_read_before_the_first_batch():
 def test_impossible_batch_sizes_are_refused():
     with pytest.raises(UserError, match="40 examples, less than one batch of 64"):
         train(batch_size=64)
+
+
+def test_reduced_decoding_keeps_order_and_views_and_changes_pixels_little():
+    source = Photos(16)
+    (full, reduced) = (take(train(config(reduced_decode=on), source), 3) for on in (False, True))
+    for batch, other in zip(full, reduced, strict=True):
+        difference = np.abs(batch.pop("image").astype(int) - other.pop("image"))
+        assert 0 < difference.mean() < 1.5
+    assert_equal(full, reduced)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_unreadable_pictures_are_counted_whichever_way_they_are_decoded(on):
+    skipped = Skipped()
+    iterator = train(config(reduced_decode=on), Photos(16, damaged={3, 4}), skipped=skipped)
+    seen = [caption for batch in take(iterator, 2) for caption in captions(batch)]
+    assert sorted(seen) == sorted(["", ""] + [str(number) for number in range(16) if number not in (3, 4)])
+    assert skipped.counts == {"not a picture": 2}

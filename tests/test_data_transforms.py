@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simvlg_jax.data import transforms
 
@@ -151,7 +151,7 @@ def test_too_many_bytes_are_refused(monkeypatch, tmp_path):
 PEAK = """
 import io, sys
 from pathlib import Path
-from PIL import Image
+from PIL import Image, ImageOps
 from simvlg_jax.data import transforms
 def status(name): return next(int(l.split()[1]) for l in Path("/proc/self/status").open() if l.startswith(name)) * 1024
 data = sys.stdin.buffer.read()
@@ -258,3 +258,66 @@ def test_squash_keeps_everything_whatever_the_shape():
     view = transforms.squash(Image.fromarray(pixels), 8)
     assert view.shape == (8, 8, 3)
     assert (view[:, :3] < 30).all() and (view[:, 5:] > 225).all()
+
+
+def pillows_view(picture: Image.Image, size, scale, flip, rng) -> np.ndarray:
+    """`augment` with Pillow alone."""
+    box = transforms.crop_box(*picture.size, scale, rng)
+    crop = picture.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(ImageOps.mirror(crop) if flip and rng.random() < 0.5 else crop)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_views_are_pillows_and_draw_the_same_numbers(kind, flip):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        width, height = (int(side) for side in rng.integers(1, 200, 2))
+        data = encoded(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)), kind)
+        expected_rng, *rngs = (np.random.default_rng(seed) for _ in range(4))
+        expected = pillows_view(transforms.decode(data), 24, (0.3, 1.0), flip, expected_rng)
+        views = [
+            transforms.augment(transforms.pixels(data), 24, (0.3, 1.0), flip, rngs[0]),
+            transforms.augment(transforms.decode(data), 24, (0.3, 1.0), flip, rngs[1]),
+            transforms.view(data, 24, (0.3, 1.0), flip, rngs[2]),
+        ]
+        after = expected_rng.random()
+        for view, rng in zip(views, rngs, strict=True):
+            np.testing.assert_array_equal(view, expected)
+            assert rng.random() == after
+        squashed = transforms.decode(data).resize((24, 24), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(transforms.squash(transforms.pixels(data), 24), np.asarray(squashed))
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Soft colours, different in every part of the picture."""
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("side", "factors"), [(16, {8}), (40, {2, 4}), (100, {1, 2}), (300, {1})])
+def test_reduced_views_show_the_same_part_and_keep_size_pixels(monkeypatch, side, factors):
+    data = encoded(photo(400, 321), "JPEG", quality=95)
+    used, decode = set(), transforms.Jpeg.decode
+    monkeypatch.setattr(transforms.Jpeg, "decode", lambda jpeg, factor: used.add(factor) or decode(jpeg, factor))
+    for seed in range(12):
+        full, reduced = (
+            transforms.view(data, side, (0.2, 1.0), True, np.random.default_rng(seed), reduced=reduced)
+            for reduced in (False, True)
+        )
+        difference = np.abs(full.astype(int) - reduced)
+        assert reduced.shape == (side, side, 3) and difference.mean() < 1.5 and difference.max() < 40
+    assert used - {1} == factors - {1}
+
+
+def test_reduced_views_of_what_cannot_be_reduced_are_full():
+    whole = encoded(photo(200, 160), "JPEG")
+    damaged = whole[:-300] + bytes(200) + whole[-100:]  # Pillow fills the rest with grey
+    for data in (encoded(photo(200, 160)), damaged, np.asarray(photo(200, 160))):
+        full, reduced = (
+            transforms.view(data, 16, (0.5, 1.0), True, np.random.default_rng(3), reduced=reduced)
+            for reduced in (False, True)
+        )
+        np.testing.assert_array_equal(full, reduced)
+    with pytest.raises(transforms.UNREADABLE):
+        transforms.view(whole[:-300], 16, (0.5, 1.0), True, np.random.default_rng(3), reduced=True)

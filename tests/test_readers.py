@@ -78,7 +78,7 @@ def test_videos_keep_their_bytes(tmp_path, monkeypatch, decoded):
     run(tmp_path / "o", source)
     found = records(tmp_path / "o")
     assert [record["video"] for record in found][:3] == [(source / f"{n}.mp4").read_bytes() for n in range(3)]
-    reasons = [("broken.webm", "damaged"), ("empty.avi", "empty file"), ("no.mov", "not a video")]
+    reasons = [("broken.webm", "truncated"), ("empty.avi", "empty file"), ("no.mov", "not a video")]
     assert skipped(tmp_path / "o") == reasons[0 if decoded else 1 :]
 
 

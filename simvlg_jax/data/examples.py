@@ -102,10 +102,11 @@ def examples(
     """Endless training examples of one source: each epoch is a new permutation with new random views.
 
     Args:
-      data_config: reads crop_scale, flip, and what `shuffled` reads.
+      data_config: reads crop_scale, flip, reduced_decode, and what `shuffled` reads.
       part: the name of the source in a mixture.
     """
-    view = view_of(spec.pictures, scale=tuple(data_config.crop_scale), flip=bool(data_config.flip))
+    views = dict(scale=tuple(data_config.crop_scale), flip=data_config.flip, reduced=data_config.reduced_decode)
+    view = view_of(spec.pictures, **views)
     augment_seed = int(np.random.SeedSequence([seed, 0]).generate_state(1)[0])  # independent of the order's
     dataset = shuffled(grain.MapDataset.source(Reader(source)), data_config, seed, getattr(source, "prefetch", None))
     return dataset.repeat().random_map(Augment(spec, view, part), seed=augment_seed)

@@ -91,8 +91,8 @@ def make_train_iterator(
     UserError if too many records are skipped.
 
     Args:
-      data_config: reads crop_scale, flip, shuffle, block_size, window_blocks, pad_multiple, length_window, workers
-        (processes; 0 for none), read_threads, max_skipped.
+      data_config: reads crop_scale, flip, reduced_decode, shuffle, block_size, window_blocks, pad_multiple,
+        length_window, workers (processes; 0 for none), read_threads, max_skipped.
       source: what `mixture.load_training` gives.
       batch_size: global, over all processes.
       rows: rows of each batch that this process reads, see `parallel.mesh.local_rows`; default: all.

@@ -1,8 +1,10 @@
-"""Decodes pictures and applies the published image processors, with Pillow and in uint8.
+"""Decodes pictures and applies the published image processors, in uint8 and with the bytes that Pillow gives.
 
+Ordinary JPEGs are decoded and all pictures are resized without Pillow, by `jpeg` and `resize`, which are faster.
 Normalisation runs on the device instead.
 """
 
+import errno
 import functools
 import io
 import math
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from simvlg_jax.data.jpeg import FACTORS, Jpeg
 
 # Errors that Pillow raises for damaged files.
 UNREADABLE = (
@@ -78,6 +82,21 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
     return picture.convert("RGB")
 
 
+def pixels(image: bytes | np.ndarray) -> np.ndarray:
+    """The picture of `decode` as uint8 (H, W, 3). Raises what `decode` raises."""
+    if isinstance(image, np.ndarray):
+        return image if image.ndim == 3 else np.asarray(decode(image))
+    jpeg = _jpeg(image)
+    decoded = jpeg and jpeg.decode(1)
+    return np.asarray(decode(image)) if decoded is None else decoded
+
+
+def _jpeg(data: bytes) -> Jpeg | None:
+    """The header of a JPEG that `decode` would not make smaller."""
+    jpeg = Jpeg.parse(data) if len(data) <= MAX_BYTES else None
+    return jpeg if jpeg and math.prod(jpeg.size) <= MAX_PIXELS else None
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """The FORMATS that this build of Pillow supports."""
@@ -87,7 +106,7 @@ def _formats() -> tuple[str, ...]:
 
 def _check_bytes(count: int) -> None:
     if count > MAX_BYTES:
-        raise OSError(f"the file has {count:,} bytes, more than the limit of {MAX_BYTES:,}")
+        raise OSError(errno.EFBIG, f"the file has {count:,} bytes, more than the limit of {MAX_BYTES:,}")
 
 
 def _fit(picture: Image.Image) -> None:
@@ -173,18 +192,69 @@ def crop_box(
 
 
 def augment(
-    picture: Image.Image, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
+    picture: np.ndarray | Image.Image, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
 ) -> np.ndarray:
     """Training view: a random crop with bicubic resizing, mirrored with probability 1/2 if `flip`.
 
+    Args:
+      picture: uint8 (H, W, 3), or a picture in mode RGB.
+
     Returns uint8 (size, size, 3).
     """
-    crop = picture.crop(crop_box(*picture.size, scale, rng)).resize((size, size), Image.Resampling.BICUBIC)
-    if flip and rng.random() < 0.5:
-        crop = ImageOps.mirror(crop)
-    return np.asarray(crop)
+    picture = np.asarray(picture)
+    height, width, _ = picture.shape
+    crop = crop_box(width, height, scale, rng)
+    return _resize()(picture, crop, size, flip=flip and rng.random() < 0.5)
 
 
-def squash(picture: Image.Image, size: int) -> np.ndarray:
-    """Evaluation view: bicubic resizing to a square without keeping the aspect ratio. Returns uint8 (size, size, 3)."""
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+def view(
+    image: bytes | np.ndarray,
+    size: int,
+    scale: tuple[float, float],
+    flip: bool,
+    rng: np.random.Generator,
+    *,
+    reduced: bool = False,
+) -> np.ndarray:
+    """Decodes a picture and takes the training view of it; the draws from `rng` are those of `augment`.
+
+    Args:
+      reduced: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop then still has `size` pixels in both
+        directions. The pixels differ a little from those of the full picture.
+
+    Returns uint8 (size, size, 3). Raises what `decode` raises.
+    """
+    jpeg = _jpeg(image) if reduced and isinstance(image, bytes) else None
+    if jpeg is None:
+        return augment(pixels(image), size, scale, flip, rng)
+    left, top, right, bottom = crop_box(*jpeg.size, scale, rng)
+    mirrored = flip and rng.random() < 0.5
+    factor = next((f for f in FACTORS if min(right - left, bottom - top) >= f * size), 1)
+    picture = jpeg.decode(factor)
+    if picture is None:
+        factor, picture = 1, np.asarray(decode(image))
+    # In the reduced picture the crop begins and ends between two pixels.
+    height, width, _ = picture.shape
+    outer = (left // factor, top // factor, min(-(-right // factor), width), min(-(-bottom // factor), height))
+    box = (left / factor - outer[0], top / factor - outer[1], right / factor - outer[0], bottom / factor - outer[1])
+    return _resize()(picture, outer, size, flip=mirrored, box=box)
+
+
+def squash(picture: np.ndarray | Image.Image, size: int) -> np.ndarray:
+    """Evaluation view: bicubic resizing to a square without keeping the aspect ratio.
+
+    Args:
+      picture: uint8 (H, W, 3), or a picture in mode RGB.
+
+    Returns uint8 (size, size, 3).
+    """
+    picture = np.asarray(picture)
+    height, width, _ = picture.shape
+    return _resize()(picture, (0, 0, width, height), size)
+
+
+def _resize() -> Callable[..., np.ndarray]:
+    """`resize.bicubic`, which takes half a second to load, and some seconds the first time on a machine."""
+    from simvlg_jax.data.resize import bicubic
+
+    return bicubic

@@ -1,0 +1,63 @@
+"""The loader benchmark: what it prints, and that its loaders read the same pictures."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from simvlg_jax.benchmark import loader, torch_loader
+from simvlg_jax.benchmark.photos import write_photos
+from simvlg_jax.data import transforms
+from simvlg_jax.data.sources import load_source
+from simvlg_jax.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos")
+    write_photos(path, 20, (320, 240))
+    return path
+
+
+def test_photos_are_as_large_as_photographs_and_are_made_once(tmp_path):
+    mean = write_photos(tmp_path, 3, (640, 480))
+    assert 40_000 < mean < 100_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.jpg")}
+    assert len(before) == 3 and write_photos(tmp_path, 3, (640, 480)) == mean
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.jpg")}
+
+
+def test_torch_loader_gives_pillows_views_and_the_captions_ids(folder):
+    spec = loader.layout()
+    source = load_source(loader.data_config(folder), "train", training=True)
+    pairs = torch_loader.Pairs(source, spec.texts["caption"].encoder, loader.SIDE, (0.5, 1.0))
+    picture, ids = pairs[3]
+    assert picture.shape == (224, 224, 3) and str(picture.dtype) == "torch.uint8"
+    expected, _ = spec.texts["caption"].encoder(source[3]["caption"])
+    assert ids.tolist() == expected + [0] * (loader.TOKENS - len(expected))
+    view = torch_loader.pillow_view(transforms.decode(source[3]["image"]), 224, (0.5, 1.0), np.random.default_rng(1))
+    ours = transforms.augment(transforms.pixels(source[3]["image"]), 224, (0.5, 1.0), True, np.random.default_rng(1))
+    np.testing.assert_array_equal(view, ours)
+
+
+def test_prints_stages_ratios_and_the_reduced_difference(folder, monkeypatch, capsys):
+    arguments = f"--dir {folder} --count 20 --size 320x240 --batch_size 2 --batches 2 --rounds 2 --reduced"
+    monkeypatch.setattr(sys, "argv", ["loader", *arguments.split()])
+    monkeypatch.setattr(loader, "SIDE", 64)
+    loader.main()
+    out = capsys.readouterr().out
+    assert "20 synthetic JPEGs of 320 x 240" in out and "all 20 views have Pillow's bytes" in out
+    assert re.search(r"reduced: \d+% of the views are decoded smaller; these differ by \d\.\d\d of 255", out)
+    for name in ("ours, 2 threads", "ours, 2 workers", "ours, 2 threads, reduced", "torch, 2 workers"):
+        assert re.search(rf"^{name} +\d+ +\d+\.\d\d   \d+\.\d\d to \d+\.\d\d$", out, re.M), name
+
+
+def test_speeds_are_compared_within_a_round():
+    table = loader.speed_table({"ours": [20.0, 90.0, 40.0], "torch": [10.0, 30.0, 10.0]})
+    assert re.search(r"ours +40 +3\.00   2\.00 to 4\.00", table)
+
+
+def test_too_few_pictures_are_refused(folder):
+    with pytest.raises(UserError, match="raise --count or lower --batches"):
+        loader.measure(folder, batch_size=8, batches=1, rounds=1, reduced=False)

@@ -1,0 +1,232 @@
+"""Video: which frames are chosen, that they are the right ones, and that no file crashes the decoder."""
+
+import io
+import struct
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simvlg_jax.data import clips, transforms
+
+av = pytest.importorskip("av")
+SIDE = 32
+FORMATS = [("mp4", "libx264"), ("mp4", "mpeg4"), ("matroska", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4")]
+FORMATS += [("avi", "mjpeg"), ("mpegts", "libx264"), ("webm", "libvpx-vp9")]
+
+
+def numbered(number: int, width: int, height: int) -> np.ndarray:
+    """A frame whose two halves, upper and lower, are the tens and the ones of its number as shades of grey."""
+    frame = np.empty((height, width, 3), np.uint8)
+    frame[: height // 2], frame[height // 2 :] = 20 + 20 * (number // 10), 20 + 20 * (number % 10)
+    return frame
+
+
+def number_of(frame: np.ndarray) -> int:
+    side = len(frame)
+    tens, ones = frame[2 : side // 2 - 2].mean(), frame[side // 2 + 2 : -2].mean()
+    return round((tens - 20) / 20) * 10 + round((ones - 20) / 20)
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [number_of(frame) for frame in frames]
+
+
+def video(
+    frames=24, container="mp4", codec="libx264", size=(64, 48), times=None, audio=False, gop=6, **options
+) -> bytes:
+    """An encoded clip. `times` are the frames' times in units of 1/30 s."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=30) if frames else None
+        sound = file.add_stream("aac" if container == "mp4" else "libopus", rate=48000) if audio else None
+        if stream:
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.gop_size, stream.bit_rate = gop, 2_000_000
+            if codec == "mpeg4":
+                stream.codec_context.max_b_frames = 2 if container == "mp4" else 0
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(numbered(number, *size), "rgb24")
+            frame.pts = number if times is None else times[number]
+            file.mux(stream.encode(frame))
+        if stream:
+            file.mux(stream.encode())
+        if sound:
+            silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+            silence.sample_rate = 48000
+            file.mux(sound.encode(silence))
+            file.mux(sound.encode())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [
+        (10, 5, [0, 2, 4, 6, 8]),
+        (10, 4, [0, 2, 5, 7]),
+        (7, 3, [0, 2, 4]),
+        (49, 49, list(range(49))),
+        (5, 1, [0]),
+        (2, 4, [0, 1, 1, 1]),
+        (1, 2, [0, 0]),
+    ],
+)
+def test_uniform_frames_begin_equal_segments(total, count, expected):
+    assert clips.frame_indices(total, count, "uniform").tolist() == expected
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(0, 2**32))
+def test_headtail_draws_distinct_frames_from_both_halves(total, count, seed):
+    indices = clips.frame_indices(total, count, "headtail", np.random.default_rng(seed))
+    chosen = min(total, count)
+    assert indices.dtype == np.int64 and len(indices) == count
+    head, tail, rest = np.split(indices, [chosen // 2, chosen])
+    assert ((head >= 0) & (head < total // 2)).all() and ((tail >= total // 2) & (tail < total)).all()
+    assert (np.diff(head) > 0).all() and (np.diff(tail) > 0).all() and (rest == total - 1).all()
+    again = clips.frame_indices(total, count, "headtail", np.random.default_rng(seed))
+    np.testing.assert_array_equal(indices, again)
+
+
+@given(st.integers(1, 2000), st.integers(1, 64))
+def test_uniform_is_the_floor_of_equal_steps(total, count):
+    indices = clips.frame_indices(total, count, "uniform").tolist()
+    chosen = min(total, count)
+    assert indices == [i * total // chosen for i in range(chosen)] + [total - 1] * (count - chosen)
+
+
+def test_other_ways_to_choose_frames_are_refused():
+    with pytest.raises(ValueError, match="not 'middle'"):
+        clips.frame_indices(9, 3, "middle")
+
+
+@pytest.mark.parametrize("gop", [1, 6, 100])
+@pytest.mark.parametrize(("container", "codec"), FORMATS)
+def test_frames_are_the_chosen_ones(container, codec, gop):
+    data = video(24, container, codec, gop=gop)
+    frames = clips.decode(data, 6, "uniform", SIDE)
+    assert frames.shape == (6, SIDE, SIDE, 3) and frames.dtype == np.uint8
+    assert numbers(frames) == [0, 4, 8, 12, 16, 20]
+    assert numbers(clips.decode(data, 24, "uniform", SIDE)) == list(range(24))
+    drawn = clips.decode(data, 5, "headtail", SIDE, np.random.default_rng(1))
+    assert numbers(drawn) == clips.frame_indices(24, 5, "headtail", np.random.default_rng(1)).tolist()
+
+
+def test_only_the_parts_that_hold_chosen_frames_are_decoded():
+    """The others are overwritten, which damages them beyond decoding."""
+    data = bytearray(video(24, "mp4", "libx264", gop=6))
+    with av.open(io.BytesIO(data)) as file:
+        packets = [packet for packet in file.demux(file.streams.video[0]) if packet.size]
+        packets.sort(key=lambda packet: packet.pts)
+        _, first, last, *_ = (number for number, packet in enumerate(packets) if packet.is_keyframe)
+        assert 0 < first < last <= 12
+        for packet in packets[first:last]:
+            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    assert numbers(clips.decode(bytes(data), 2, "uniform", SIDE)) == [0, 12]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (34, 70), (50, 50), (62, 16)])
+def test_any_shape_is_squashed(size):
+    assert numbers(clips.decode(video(4, size=size), 4, "uniform", SIDE)) == [0, 1, 2, 3]
+    odd = video(4, "matroska", "mjpeg", size=(size[0] + 1, size[1] + 1))
+    assert numbers(clips.decode(odd, 4, "uniform", SIDE)) == [0, 1, 2, 3]
+
+
+def test_frames_are_counted_whatever_their_times():
+    times = [0, 1, 2, 10, 11, 40, 41, 42, 90, 300]
+    assert numbers(clips.decode(video(10, times=times), 5, "uniform", SIDE)) == [0, 2, 4, 6, 8]
+
+
+def test_a_short_clip_repeats_its_last_frame():
+    assert numbers(clips.decode(video(1), 4, "headtail", SIDE, np.random.default_rng(0))) == [0, 0, 0, 0]
+    assert numbers(clips.decode(video(3), 5, "uniform", SIDE)) == [0, 1, 2, 2, 2]
+
+
+def test_sound_does_not_matter():
+    assert numbers(clips.decode(video(8, audio=True), 4, "uniform", SIDE)) == [0, 2, 4, 6]
+
+
+def test_rotation_is_applied():
+    """The matrix of a phone that was held upright: the picture is shown turned to the right by 90 degrees."""
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    right = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    data = video(2)
+    track = data.index(b"tkhd")
+    place = data.index(identity, track)
+    turned = data[:place] + right + data[place + len(right) :]
+    before, after = clips.decode(data, 2, "uniform", SIDE), clips.decode(turned, 2, "uniform", SIDE)
+    np.testing.assert_array_equal(after, np.rot90(before, -1, axes=(1, 2)))
+
+
+@pytest.mark.parametrize(("container", "codec"), [("avi", "mjpeg"), ("mp4", "mpeg4"), ("mp4", "libx264")])
+def test_reduced_frames_show_the_same(container, codec):
+    data = video(8, container, codec, size=(256, 192))
+    full, reduced = (clips.decode(data, 4, "uniform", SIDE, reduced=on) for on in (False, True))
+    assert numbers(reduced) == [0, 2, 4, 6]
+    difference = np.abs(full.astype(int) - reduced)
+    assert difference.mean() < 4 and (difference.any() or codec == "libx264")
+
+
+def test_a_clip_has_one_crop_and_one_flip():
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for seed in range(8):
+        view = clips.augment_clip(np.stack([frame] * 3), 24, (0.3, 1.0), True, np.random.default_rng(seed))
+        expected = transforms.augment(frame, 24, (0.3, 1.0), True, np.random.default_rng(seed))
+        assert view.shape == (3, 24, 24, 3) and view.dtype == np.uint8
+        for each in view:
+            np.testing.assert_array_equal(each, expected)
+
+
+def test_what_is_no_video_is_refused(monkeypatch, tmp_path):
+    path = tmp_path / "index_first.mp4"
+    with av.open(path, "w", options={"movflags": "faststart"}) as copy, av.open(io.BytesIO(video(24))) as file:
+        stream = copy.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(file.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    whole = path.read_bytes()
+    cases = {
+        b"": "not a readable video",
+        b"not a video": "not a readable video",
+        b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n": "not a readable video",
+        b"ffconcat version 1.0\nfile /etc/hostname\n": "not a readable video",
+        whole[: len(whole) - 300]: "cut off",
+        video(24)[:-500]: "not a readable video",
+        video(0, audio=True): "no video stream",
+    }
+    for data, message in cases.items():
+        with pytest.raises(transforms.UNREADABLE, match=message):
+            clips.decode(data, 4, "uniform", SIDE)
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(OSError, match="64 x 48 pixels are more than the limit"):
+        clips.decode(whole, 4, "uniform", SIDE)
+    monkeypatch.setattr(transforms, "MAX_BYTES", 10)
+    with pytest.raises(OSError, match="more than the limit of 10"):
+        clips.decode(whole, 4, "uniform", SIDE)
+
+
+@pytest.mark.parametrize(("container", "codec"), FORMATS)
+def test_damaged_videos_are_decoded_or_refused(container, codec):
+    """50 of each format: changed bytes, a cut, or both. A decoder that hangs fails the test by its time limit."""
+    data = video(12, container, codec)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for case in range(50):
+        damaged = bytearray(data)
+        if case % 3:
+            for place in rng.integers(0, min(len(data), 800) if case % 2 else len(data), rng.integers(1, 12)):
+                damaged[place] = rng.integers(256)
+        if case % 3 != 1:
+            damaged = damaged[: rng.integers(len(damaged))]
+        began = time.monotonic()
+        try:
+            frames = clips.decode(bytes(damaged), 4, "uniform", SIDE)
+            assert frames.shape == (4, SIDE, SIDE, 3)
+        except transforms.UNREADABLE:
+            refused += 1
+        assert time.monotonic() - began < 60  # a hang, not a measurement
+    assert 0 < refused < 50
