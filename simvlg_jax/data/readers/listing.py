@@ -1,0 +1,224 @@
+"""Examples that a plan lists by path: rows become examples, and shards of examples are read."""
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from etils import epath
+
+from simvlg_jax.data import transforms
+from simvlg_jax.data.captions import well_formed
+from simvlg_jax.data.index import Tar
+from simvlg_jax.data.readers import paths, texts
+from simvlg_jax.data.readers.fields import Fields
+from simvlg_jax.data.readers.reader import Example, Item, Plan, Skip
+from simvlg_jax.data.skips import Fault, reason
+from simvlg_jax.utils.files import atomic_write
+
+SHARD = 4096  # most examples of a shard
+SMALLEST = 64  # a data set of fewer examples is one shard
+PARTS = 32  # of a data set with at least SMALLEST * PARTS examples, so that several processes have work
+MAX_VIDEO_BYTES = 2**30
+
+
+class Listed(NamedTuple):
+    """A row of a list. `where` names the row, and `root` is the number of the folder that its path is relative to."""
+
+    where: str
+    root: int
+    fields: Fields
+
+
+@dataclass
+class _Picture:
+    where: str
+    root: int
+    path: str
+    ids: set[str | None] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    question: str | None = None
+    number: int = 0  # of the question among those of its picture
+
+    @property
+    def id(self) -> str | None:
+        return next(iter(self.ids)) if len(self.ids) == 1 else None
+
+    @property
+    def name(self) -> str:
+        """The id of a record whose row has none."""
+        return well_formed(self.path) + (f"#{self.number}" if self.number else "")
+
+
+def plan_of(rows: Iterable[Listed | Skip], roots: list[str]) -> Plan:
+    """Groups rows by picture, in the order of first appearance; each question is an example of its own."""
+    entries: list[_Picture | Skip] = []
+    by_path: dict[tuple[int, str], _Picture] = {}
+    questions: Counter[tuple[int, str]] = Counter()
+    kinds = Counter()
+    for row in rows:
+        if isinstance(row, Skip):
+            entries.append(row)
+            continue
+        where, root, fields = row
+        entries += [Skip(where, fault) for fault in fields.faults]
+        try:
+            path = paths.relative(fields.source, roots[root])
+        except Fault as fault:
+            entries.append(Skip(where, str(fault)))
+            continue
+        picture = None if fields.question is not None else by_path.get((root, path))
+        if picture is None:
+            picture = _Picture(where, root, path, question=fields.question)
+            entries.append(picture)
+            kinds[fields.media, fields.question is not None] += 1
+            if fields.question is None:
+                by_path[root, path] = picture
+            else:
+                questions[root, path] += 1
+                picture.number = questions[root, path]
+        picture.ids.add(fields.id)
+        picture.texts += fields.texts
+    # A list with videos is a list of videos, and one with questions is a list of questions.
+    media = "video" if any(kind == "video" for kind, _ in kinds) else "image"
+    asks = any(asked for _, asked in kinds)
+    entries = [
+        Skip(entry.where, "no question") if isinstance(entry, _Picture) and asks and entry.question is None else entry
+        for entry in entries
+    ]
+    names = iter(_ids([entry for entry in entries if isinstance(entry, _Picture)]))
+    return Plan(
+        media,
+        asks,
+        entries=[
+            entry
+            if isinstance(entry, Skip)
+            else Example(entry.where, entry.root, entry.path, next(names), entry.texts, entry.question)
+            for entry in entries
+        ],
+        roots=roots,
+    )
+
+
+def _ids(pictures: list[_Picture]) -> list[str]:
+    """Uses the ids of the source if every record has one of its own, and paths otherwise."""
+    own = [picture.id for picture in pictures]
+    if None not in own and len(set(own)) == len(own):
+        return own
+    return distinct([picture.name for picture in pictures])
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Appends "~2", "~3", ... to names that occur again."""
+    taken, result = set(names), []
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        if seen[name] == 1:
+            result.append(name)
+            continue
+        number = seen[name]
+        while f"{name}~{number}" in taken:
+            number += 1
+        taken.add(f"{name}~{number}")
+        result.append(f"{name}~{number}")
+    return result
+
+
+@dataclass(frozen=True)
+class ListedShard:
+    """Some lines of the file that `spool` wrote.
+
+    Attributes:
+      start, size: bytes of the file.
+      weight: number of lines.
+    """
+
+    file: str
+    start: int
+    size: int
+    weight: int
+    roots: tuple[str, ...]
+    media: str
+    tar: Tar | None = None
+
+    def read(self) -> Iterator[tuple[int, Item | Skip]]:
+        with epath.Path(self.file).open("rb") as file:
+            file.seek(self.start)
+            lines = file.read(self.size).splitlines()
+        for number, line in enumerate(lines):
+            values = json.loads(line)
+            entry = Skip(*values) if len(values) == len(Skip._fields) else self._item(Example(*values))
+            if entry is not None:
+                yield number, entry
+
+    def _item(self, example: Example) -> Item | Skip | None:
+        root = self.roots[example.root]
+        try:
+            found = (example.texts, ()) if example.texts is not None else beside(root, example)
+            if found is None:
+                return None
+            limit = transforms.MAX_BYTES if self.media == "image" else MAX_VIDEO_BYTES
+            media = paths.read_file(root, example.path, limit)
+        except (Fault, OSError, ValueError) as error:
+            # A name with NUL or half a character raises ValueError: no such file exists.
+            return Skip(example.where, "missing file" if isinstance(error, ValueError) else reason(error))
+        return Item(example.where, example.id, media, found[0], example.question, faults=found[1])
+
+
+def beside(root: str, example: Example) -> tuple[list[str], tuple[str, ...]] | None:
+    """Captions in the file beside a picture, and faults of others; None if the file belongs to no picture.
+
+    Raises Fault or OSError if there is no good caption.
+    """
+    if not example.beside:
+        raise Fault("no caption")
+    is_json = example.beside.lower().endswith(".json")
+    data = paths.read_file(root, example.beside, texts.MAX_BYTES)
+    if not example.path:
+        content = texts.parse_json(data) if is_json else None
+        if is_json and not (isinstance(content, dict) and content.keys() & {"caption", "text", "url", "status"}):
+            return None
+        raise Fault("no picture")
+    return captions_of(data, is_json)
+
+
+def captions_of(data: bytes, is_json: bool) -> tuple[list[str], tuple[str, ...]]:
+    """The captions in a JSON file, or the first line of a text file, and faults of others.
+
+    Raises Fault if there is no good one.
+    """
+    if not is_json:
+        return [texts.checked(texts.first_line(texts.decode(data)))], ()
+    content = texts.parse_json(data)
+    if not isinstance(content, dict):
+        raise Fault("wrong type")
+    value = next((content[name] for name in ("caption", "captions", "text") if content.get(name) is not None), None)
+    good, faults = texts.sift(texts.as_list(value))
+    if not good:
+        raise Fault(faults[0])
+    return good, tuple(faults)
+
+
+def spool(plan: Plan, path: epath.Path) -> None:
+    """Replaces the entries of a plan by shards, which read them from a file; writes that file unless it exists."""
+    count = len(plan.entries)
+    size = min(SHARD, max(SMALLEST, -(-count // PARTS)))
+    position = 0
+    with contextlib.ExitStack() as stack:
+        file = None
+        if not path.exists():
+            file = stack.enter_context(stack.enter_context(atomic_write(path)).open("wb"))
+        for first in range(0, count, size):
+            part = plan.entries[first : first + size]
+            data = "".join(json.dumps(entry) + "\n" for entry in part).encode()
+            if file is not None:
+                file.write(data)
+            plan.shards.append(
+                ListedShard(os.fspath(path), position, len(data), len(part), tuple(plan.roots), plan.media)
+            )
+            position += len(data)
+    plan.entries = []
