@@ -8,12 +8,14 @@ Importing this module compiles the loops or reads them from Numba's cache, so ot
 
 import numba
 import numpy as np
+import PIL
 from numba import types
 from PIL import Image
 
 BITS = 22  # of a weight's fraction
 # Rows that are resized together. LLVM unrolls shorter loops instead of vectorising them, which takes twice the time.
 ROWS = 64
+ANY_ORDER = int(PIL.__version__.split(".")[0]) >= 13  # older ones always resize the rows first
 LONGEST = 2**14  # longer sides are left to Pillow, since the memory for ROWS rows grows with them
 
 _PIXELS, _SOURCE = (types.Array(types.uint8, ndim, "C", readonly=True) for ndim in (3, 2))
@@ -128,16 +130,21 @@ def _lower(source, left, top, right, bottom, weights):
 
 
 @_compiled(
-    types.uint8[:, :, ::1](_PIXELS, *[types.int64] * 4, types.UniTuple(types.float64, 4), types.int64, types.boolean)
+    types.uint8[:, :, ::1](
+        _PIXELS, *[types.int64] * 4, types.UniTuple(types.float64, 4), types.int64, *[types.boolean] * 2
+    )
 )
-def _resize(pixels, left, top, right, bottom, box, size, flip):
-    """Resizes `box` = (left, top, width, height) of the crop to (size, size, 3)."""
+def _resize(pixels, left, top, right, bottom, box, size, flip, any_order):
+    """Resizes `box` = (left, top, width, height) of the crop to (size, size, 3).
+
+    `any_order`: whether the columns may be resized before the rows.
+    """
     width, height = right - left, bottom - top
     across = _weights(width, box[0], box[2], size)
     down = _weights(height, box[1], box[3], size)
     source = pixels.reshape(pixels.shape[0], -1)
     # Pillow's choice of the order, which is the faster one for its loops.
-    if height > size and height - size > 2 * (width - size):
+    if any_order and height > size and height - size > 2 * (width - size):
         lines = _narrower(_lower(source, left, top, right, bottom, down), 0, 0, width, size, across, flip)
     else:
         lines = _lower(_narrower(source, left, top, right, bottom, across, flip), 0, 0, size, height, down)
@@ -166,7 +173,7 @@ def bicubic(
     start_x, start_y, stop_x, stop_y = np.array(box or (0, 0, right - left, bottom - top), np.float32)  # as Pillow does
     if max(right - left, bottom - top) <= LONGEST:
         box = (start_x, start_y, stop_x - start_x, stop_y - start_y)
-        return _resize(np.ascontiguousarray(pixels), left, top, right, bottom, box, size, flip)
+        return _resize(np.ascontiguousarray(pixels), left, top, right, bottom, box, size, flip, ANY_ORDER)
     part = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
     resized = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC, box))
     return np.ascontiguousarray(resized[:, ::-1]) if flip else resized
