@@ -25,6 +25,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "llm.max_text_tokens": ONE_UP,
     "data.synthetic_size.*": ONE_UP,
     "data.max_skipped": (0, 1),
+    "data.frames": ZERO_UP,
     "data.block_size": ONE_UP,
     "data.window_blocks": ONE_UP,
     "data.pad_multiple": ZERO_UP,
@@ -123,6 +124,10 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         _check_part(f"data.mixture.{name}", entry, config.data)
     if config.vit.max_frames and not config.vit.temporal:
         raise UserError("vit.max_frames is for clips: it needs vit.temporal=True", 2)
+    if config.data.frames and not config.vit.temporal:
+        raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
+    if 0 < config.vit.max_frames < config.data.frames:
+        raise UserError(f"data.frames={config.data.frames} is more than vit.max_frames={config.vit.max_frames}", 2)
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
     if config.llm.start_first and config.llm.start_is_target:

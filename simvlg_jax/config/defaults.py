@@ -89,6 +89,7 @@ def get_config() -> ConfigDict:
     # Text before every caption, after llm.prompt; never a target. For records with questions {} stands for the question
     # (default: "Question: {} Short answer:", published).
     config.data.prompt = ""
+    config.data.frames = 0  # above 0: the data are videos, and an example is a clip of so many frames; published: 4
     config.data.max_skipped = 0.5  # greatest share of records that may be unusable; beyond it, training stops
     config.data.shuffle = "global"  # or "blocks": blocks of neighbouring records, for storage with slow random access
     config.data.block_size = 1024  # "blocks" only: number of neighbouring records in a block

@@ -60,7 +60,7 @@ def caption_task(config: ConfigDict) -> Task:
     frozen = [name for name in ("vit", "llm") if not config[name].train] + ["sentence_encoder"] * bool(beta)
     return Task(
         model=model,
-        batch=BatchSpec(Pictures(vit.image_size), texts),
+        batch=BatchSpec(Pictures(vit.image_size, config.data.frames), texts),
         rules=caption_rules(config),
         initialize=initialize,
         losses=losses,

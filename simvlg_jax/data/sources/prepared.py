@@ -76,7 +76,8 @@ class PreparedSource:
 
     For training, a record with several captions is as many records. A record with a question is always one.
 
-    Raises UserError if the split was not prepared, or if its files do not fit each other.
+    Raises UserError if the split was not prepared, if its files do not fit each other, or if it holds videos and
+    `data.frames` is 0, or pictures and it is not.
     """
 
     SPLITS = ()
@@ -95,6 +96,9 @@ class PreparedSource:
                 f"python -m simvlg_jax.data.prepare --source ... --output {folder} --split {split}"
             )
         self._index = Index(path)
+        if (self._index.media == "video") != bool(data_config.get("frames", 0)):
+            fix = "set data.frames and vit.temporal" if self._index.media == "video" else "leave data.frames at 0"
+            raise UserError(f"{folder} holds {self._index.media}s: {fix}", 2)
         self._reader: Reader = Tars(self._index) if self._index.tars else Shards(folder, split, self._index)
         self._ends = None  # number of the record after each row's last one, if rows have several records
         if training and not self._index.has_questions:
