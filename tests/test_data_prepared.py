@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from array_record.python import array_record_module
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.defaults import get_config
+from simvlg_jax.data import read_ahead as ahead
 from simvlg_jax.data.index import Row, Tar, write_index
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.utils.errors import UserError
@@ -100,10 +102,37 @@ def test_evaluation_has_a_record_for_each_picture(tmp_path, write):
 @KINDS
 def test_reading_ahead_changes_nothing(tmp_path, write):
     write(tmp_path)
-    source = load_source(config(tmp_path), "train", training=True).source
+    source = load_source(config(tmp_path), "train", training=True)
     source.prefetch(0, len(source))
     source.prefetch(2, 4)
     assert source[5]["image"] == b"c"
+    for path in tmp_path.iterdir():
+        if path.suffix == ".tar" or "array_record" in path.name:
+            path.unlink()
+    source.prefetch(0, len(source))  # whoever reads the records meets the error
+
+
+def test_read_ahead_reads_the_range(tmp_path, monkeypatch):
+    """What the thread reads is seen at the file's own readinto."""
+    (tmp_path / "f").write_bytes(bytes(range(250)))
+    read, done = bytearray(), threading.Event()
+
+    class File(io.FileIO):
+        def readinto(self, buffer):
+            count = super().readinto(buffer)
+            read.extend(buffer[:count])
+            if len(read) >= 90:
+                done.set()
+            return count
+
+    monkeypatch.setattr(ahead, "open", lambda path, mode, buffering: File(path), raising=False)
+    monkeypatch.setattr(ahead, "PIECE", 40)
+    ahead._ranges.cache_clear()
+    ahead.read_ahead(str(tmp_path / "absent"), 0, 5)
+    ahead.read_ahead(str(tmp_path / "f"), 10, 100)
+    assert done.wait(30)
+    assert bytes(read) == bytes(range(10, 100))
+    ahead._ranges.cache_clear()
 
 
 def test_a_question_is_one_record_with_its_answers_as_choices(tmp_path):

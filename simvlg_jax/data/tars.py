@@ -7,6 +7,7 @@ import os
 from etils import epath
 
 from simvlg_jax.data.index import Row, Tar
+from simvlg_jax.data.read_ahead import read_ahead
 
 OPEN_FILES = 128  # per process
 
@@ -35,19 +36,13 @@ class TarReader:
         return picture
 
     def read_ahead(self, first: Row, last: Row) -> None:
-        """Tells the kernel that all members from the first to the last will be read, so that it reads large pieces."""
+        """Starts to read all members from the first to the last in one sweep. Tars of a bucket are left alone."""
         for number in range(first.tar, last.tar + 1):
             tar = self._tars[number]
             start = first.offset if number == first.tar else 0
             stop = last.offset + last.size if number == last.tar else tar.size
             if "://" not in tar.path:
-                will_need(self._open(tar).fileno(), start, stop)
-
-
-def will_need(file: int, start: int, stop: int) -> None:
-    """Starts reading bytes [start, stop) of an open file into the page cache, where the system supports that."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(file, start, stop - start, os.POSIX_FADV_WILLNEED)
+                read_ahead(tar.path, start, stop)
 
 
 def _open(tar: Tar) -> io.RawIOBase:

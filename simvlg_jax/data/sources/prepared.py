@@ -9,9 +9,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simvlg_jax.data.index import Index, Row
+from simvlg_jax.data.read_ahead import read_ahead
 from simvlg_jax.data.sources.array_record import read_record
 from simvlg_jax.data.sources.source import Record, RecordInfo
-from simvlg_jax.data.tars import TarReader, will_need
+from simvlg_jax.data.tars import TarReader
 from simvlg_jax.utils.errors import UserError
 
 
@@ -64,11 +65,9 @@ class Shards:
         """The place of a record within a file is estimated from its number."""
         for path, first, end in zip(self._files, self._starts, self._starts[1:], strict=False):
             low, high = max(start, first), min(stop, end)
-            if low < high and "://" not in path:
-                with open(path, "rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    scale = size / (end - first)
-                    will_need(file.fileno(), int((low - first) * scale), int((high - first) * scale) + 1)
+            if low < high and os.path.exists(path):
+                scale = os.path.getsize(path) / (end - first)
+                read_ahead(path, int((low - first) * scale), int((high - first) * scale) + 1)
 
 
 class PreparedSource:
@@ -134,6 +133,6 @@ class PreparedSource:
         return record if row.question is None else {**record, "question": row.question}
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Starts reading the files of records [start, stop) into the page cache, in large pieces."""
+        """Starts to read the files of records [start, stop) into the page cache, in one sweep."""
         if start < stop:
             self._reader.read_ahead(self._place(start)[0], self._place(stop - 1)[0] + 1)
