@@ -22,6 +22,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from simvlg_jax.data.openmoji import prepare
+from simvlg_jax.data.readers import listing
 from simvlg_jax.forecast.chips import COMPILE_ONLY
 
 pytest_plugins = ["launching"]  # its fixtures
@@ -51,3 +52,10 @@ def openmoji_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     prepare.prepare_openmoji(folder)
     return ConfigDict({"name": "openmoji", "dir": str(folder)})
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Makes prepare put five records of a list into a shard."""
+    monkeypatch.setattr(listing, "SMALLEST", 5)
+    monkeypatch.setattr(listing, "SHARD", 5)

@@ -209,6 +209,15 @@ def test_what_is_no_video_is_refused(monkeypatch, tmp_path):
         clips.decode(whole, 4, "uniform", SIDE)
 
 
+def test_a_tag_that_is_not_utf8_does_not_matter():
+    whole = video(24)
+    place = whole.index(b"Lavf")  # the name of the muxer, which is a tag
+    damaged = whole[:place] + b"\xc3\x28" + whole[place + 2 :]
+    with pytest.raises(UnicodeDecodeError):
+        av.open(io.BytesIO(damaged))
+    np.testing.assert_array_equal(*(clips.decode(data, 4, "uniform", SIDE) for data in (whole, damaged)))
+
+
 @pytest.mark.parametrize(("container", "codec"), FORMATS)
 def test_damaged_videos_are_decoded_or_refused(container, codec):
     """50 of each format: changed bytes, a cut, or both. A decoder that hangs fails the test by its time limit."""

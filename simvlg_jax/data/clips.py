@@ -73,7 +73,8 @@ def decode(
     if len(video) > transforms.MAX_BYTES:
         raise OSError(f"the video has {len(video):,} bytes, more than the limit of {transforms.MAX_BYTES:,}")
     try:
-        with av.open(io.BytesIO(video), options={"format_whitelist": CONTAINERS}) as container:
+        options = {"format_whitelist": CONTAINERS}
+        with av.open(io.BytesIO(video), options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise OSError("the file has no video stream")
             stream = container.streams.video[0]
@@ -92,7 +93,7 @@ def decode(
             frames = _frames(context, packets, np.unique(indices).tolist(), side)
     except av.FFmpegError as error:  # some of them are OSErrors, others not
         raise OSError(f"not a readable video: {error.strerror}") from error
-    except (ValueError, LookupError, ArithmeticError, NotImplementedError, MemoryError) as error:
+    except (ValueError, LookupError, ArithmeticError, MemoryError) as error:  # of PyAV, from values in damaged headers
         raise OSError(f"not a readable video: {error}") from error
     places = sorted(frames)
     return np.stack([frames[places[max(bisect.bisect(places, index) - 1, 0)]] for index in indices.tolist()])
