@@ -1,12 +1,14 @@
-"""The loader benchmark: what it prints, and that its loaders read the same pictures."""
+"""The benchmarks: what they print, and that the loaders read the same pictures."""
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from verbs import call
 
-from simvlg_jax.benchmark import loader, torch_loader
+from simvlg_jax.benchmark import loader, storage, torch_loader
 from simvlg_jax.benchmark.photos import write_photos
 from simvlg_jax.data import transforms
 from simvlg_jax.data.sources import load_source
@@ -61,3 +63,21 @@ def test_speeds_are_compared_within_a_round():
 def test_too_few_pictures_are_refused(folder):
     with pytest.raises(UserError, match="raise --count or lower --batches"):
         loader.measure(folder, batch_size=8, batches=1, rounds=1, reduced=False)
+
+
+def test_storage_measures_opening_and_every_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "forget", lambda folder: None)  # the suite's folder may be in memory
+    counted = iter(storage.Reads(100 * n, 10**6 * n) for n in range(6))
+    monkeypatch.setattr(storage, "reads_of", lambda folder: next(counted))
+    assert call(storage, "--dir", tmp_path, "--records", 300, "--pictures", 50) == 0
+    opened, *orders = capsys.readouterr().out.splitlines()
+    assert opened.startswith("400 captions opened in ")
+    assert len(orders) == len(storage.ORDERS)
+    assert all("2.50 reads a picture,     10 kB each" in line for line in orders)  # 100 reads of 40 pictures
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_refuses_what_it_cannot_measure(tmp_path, capsys):
+    assert call(storage, "--records", -1) == 2
+    with pytest.raises(UserError, match="choose another --dir"):
+        storage.reads_of(Path("/proc"))
