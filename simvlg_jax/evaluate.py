@@ -11,7 +11,8 @@ results.
 
 Without --split, this scores the test splits of the data and every entry of the config's `evals` that does not run
 during training. It writes eval/NAME.json with every caption for each, and report.html for all of them, to the workdir
-or to --output. Unreadable pictures are listed there and not scored.
+or to --output. Unreadable pictures are listed there and not scored. An interrupted evaluation goes on at the first
+unfinished batch.
 Captions are also scored against the references of other pictures (the shuffled control). A model that ignores the
 pictures scores the same on both.
 """
@@ -30,6 +31,7 @@ from simvlg_jax.config.arguments import (
     config_parser,
     model_folder,
 )
+from simvlg_jax.config.check import flat_keys
 from simvlg_jax.config.load import load_config, override
 from simvlg_jax.config.saved import differences, is_of_model, read_config, save_config
 from simvlg_jax.utils.errors import UserError, run_verb
@@ -84,10 +86,23 @@ def evaluations(config: ConfigDict, splits: list[str]) -> dict[str, ConfigDict]:
     return entries | own
 
 
+def identity(config: ConfigDict, run, entry: ConfigDict, evaluator) -> dict:
+    """Returns what determines the results of an evaluation: an interrupted one goes on where all of it is equal."""
+    keys = {key: repr(value) for key, value in flat_keys(config).items() if not key.startswith(("mesh.", "train."))}
+    size = {"examples": len(evaluator.data), "batch_size": evaluator.data.batch_size}
+    return {
+        "step": run.step,
+        **size,
+        **keys,
+        **{f"entry.{key}": repr(value) for key, value in flat_keys(entry).items()},
+    }
+
+
 def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, splits: list[str]) -> int:
     import jax
 
     from simvlg_jax.evaluation.evaluators import make_evaluator
+    from simvlg_jax.evaluation.partial import Partial
     from simvlg_jax.evaluation.report import write_report
     from simvlg_jax.training.restore import restore_run
     from simvlg_jax.utils.progress import Announcer
@@ -98,16 +113,22 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
 
     run, announce = restore_run(config, workdir, checkpoint), Announcer(say)
     # The evaluators come before the weights are read, so that a wrong split name fails at once.
-    evaluators = [
-        make_evaluator(name, entry, run.task, config, run.mesh) for name, entry in evaluations(config, splits).items()
-    ]
+    entries = evaluations(config, splits)
+    evaluators = [make_evaluator(name, entry, run.task, config, run.mesh) for name, entry in entries.items()]
     for evaluator in evaluators:
         say(f"scoring {len(evaluator.data)} pictures of {evaluator.name} at step {run.step}")
-        result = evaluator(run.params, announce)
+        partial = Partial(
+            output / "eval" / f"{evaluator.name}.partial.jsonl",
+            identity(config, run, entries[evaluator.name], evaluator),
+        )
+        if partial.batches:
+            say(f"going on after {len(partial.batches)} batches that an interrupted evaluation finished")
+        result = evaluator(run.params, announce, partial)
         if jax.process_index() == 0:
             results = {"split": evaluator.name, "step": run.step, **result.details()}
             write_json(output / "eval" / f"{evaluator.name}.json", results)
-            print(json.dumps({"split": evaluator.name, **result.metrics}))
+            print(json.dumps({"split": evaluator.name, **result.metrics}), flush=True)
+        partial.remove()
     if jax.process_index() == 0:
         if output.resolve() != workdir.resolve():
             save_config(config, output)

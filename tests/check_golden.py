@@ -27,7 +27,8 @@ from simvlg_jax.convert import evlgen, families
 from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
-from simvlg_jax.evaluation import metrics, ptb_tokenizer
+from simvlg_jax.evaluation.scores import captions as scoring
+from simvlg_jax.evaluation.scores import ptb_tokenizer
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
@@ -205,7 +206,7 @@ def check_metrics(path: Path) -> Iterator[Check]:
     yield "tokenised references", exact(tokens == golden["tokenized_references"])
     references = {str(i): texts for i, texts in enumerate(golden["references"])}
     hypotheses = {str(i): text for i, text in enumerate(golden["hypotheses"])}
-    scores = metrics.score_captions(references, hypotheses)
+    scores = scoring.score_captions(references, hypotheses)
     for name, value in scores.as_dict().items():
         yield name, relative(value, golden["scores"][name]) / SCORE_TOLERANCE
     each = [scores.cider_per_example[key] for key in references]

@@ -133,11 +133,11 @@ def test_ids_and_references_are_read_once_and_without_decoding(openmoji_data, sp
     monkeypatch.setattr("PIL.Image.open", None)
     source = load_source(openmoji_data, "val")
     expected = [(record["id"], record["references"]) for record in splits["val"]]
-    assert source.info(0) == expected[0]
+    assert source.info(0)[:2] == expected[0]
     monkeypatch.setattr(source.source, "_records", None)
     with pytest.raises(TypeError):
         source[0]
-    assert [source.info(i) for i in range(len(expected))] == expected
+    assert [source.info(i)[:2] for i in range(len(expected))] == expected
 
 
 def test_prepare_again_changes_nothing(openmoji_data):

@@ -96,7 +96,7 @@ def test_evaluation_has_a_record_for_each_picture(tmp_path, write):
     assert [(r["id"], r["image"], r["caption"], r["references"]) for r in (source[i] for i in range(len(source)))] == [
         (name, image, texts[0], texts) for name, image, texts in ITEMS
     ]
-    assert [tuple(source.info(i)) for i in range(3)] == [(name, texts) for name, _, texts in ITEMS]
+    assert [tuple(source.info(i)[:2]) for i in range(3)] == [(name, texts) for name, _, texts in ITEMS]
 
 
 @KINDS
@@ -194,5 +194,5 @@ def test_many_records_open_without_being_read(tmp_path):
     )
     source = load_source(config(tmp_path), "train", training=True)
     assert len(source) == 300_000
-    assert source.info(299_999) == ("199999", ["a", "b"])
+    assert source.info(299_999)[:2] == ("199999", ["a", "b"])
     np.testing.assert_array_equal([int(source.info(i).id) for i in range(7)], [0, 1, 1, 2, 3, 3, 4])

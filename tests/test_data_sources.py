@@ -138,7 +138,7 @@ def test_folder_gives_ids_and_references_without_its_pictures(tmp_path):
             (tmp_path / f"{i}.png").unlink()
         with pytest.raises(FileNotFoundError):
             source[0]
-        assert [source.info(i) for i in range(len(source))] == records
+        assert [source.info(i)[:2] for i in range(len(source))] == records
         folder(tmp_path, lines)
 
 
@@ -277,4 +277,4 @@ def test_synthetic_ids_and_references_are_given_without_drawing(monkeypatch):
     monkeypatch.delattr("PIL.Image.new")
     with pytest.raises(AttributeError):
         source[0]
-    assert [source.info(i) for i in range(6)] == records
+    assert [source.info(i)[:2] for i in range(6)] == records

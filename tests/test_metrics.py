@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simvlg_jax.evaluation.metrics import derangement, score_captions, shuffled_control
-from simvlg_jax.evaluation.ptb_tokenizer import tokenize
+from simvlg_jax.evaluation.scores.captions import score_captions, shuffled_control
+from simvlg_jax.evaluation.scores.control import derangement
+from simvlg_jax.evaluation.scores.ptb_tokenizer import tokenize
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "caption_metrics.json").read_text())
 REFERENCES = {f"picture {i}": texts for i, texts in enumerate(GOLDEN["references"])}

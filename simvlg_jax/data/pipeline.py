@@ -208,6 +208,7 @@ def make_eval_batches(
     rows: Sequence[int] | None = None,
     pad_multiple: int = 0,
     read_threads: int = 2,
+    start: int = 0,
 ) -> grain.IterDataset:
     """Each example exactly once, in order; all processes get the same number of batches of the same size.
 
@@ -218,10 +219,11 @@ def make_eval_batches(
       batch_size: global, over all processes.
       rows: rows of each batch that this process reads; default: all.
       pad_multiple: as `data.pad_multiple`. Processes that share a batch pad to max_tokens.
+      start: number of the first batch.
     """
     rows = range(batch_size) if rows is None else rows
     multiple = pad_multiple if len(rows) == batch_size else 0
     view, prompted = view_of(spec.pictures), _has_prompts(source, spec)
     make = EvalBatch(source, spec, view, blank(spec), batch_size, rows, multiple, prompted)
     batches = -(-len(source) // batch_size)
-    return grain.MapDataset.range(batches).map(make).to_iter_dataset(_read_options(read_threads))
+    return grain.MapDataset.range(start, batches).map(make).to_iter_dataset(_read_options(read_threads))

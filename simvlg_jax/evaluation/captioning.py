@@ -1,120 +1,65 @@
 """Evaluates the captions of a split: BLEU, ROUGE-L, CIDEr, the loss, and a control with shuffled references."""
 
-import base64
-import functools
-import io
-
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
-from simvlg_jax.data.sources import check_unique_ids
-from simvlg_jax.data.views import view_of
 from simvlg_jax.decoding.settings import decoding_of
-from simvlg_jax.evaluation import metrics
-from simvlg_jax.evaluation.captioner import Captioner
-from simvlg_jax.evaluation.evaluator import EvalData, Result, unreadable_metric
-from simvlg_jax.parallel.collectives import gather
+from simvlg_jax.evaluation.evaluator import Result
+from simvlg_jax.evaluation.gallery import Gallery
+from simvlg_jax.evaluation.partial import Partial
+from simvlg_jax.evaluation.scores import captions as scoring
+from simvlg_jax.evaluation.scores.bootstrap import interval
+from simvlg_jax.evaluation.writer import Writer, Written
 from simvlg_jax.tasks.task import Task
-from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer
-
-GALLERY = 24  # examples whose picture and merge map the report shows
-
-
-captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # evaluations share one, which is compiled once
 
 
 class Captioning:
     """Scores captions; the score is CIDEr. Of several captions of a picture the first one counts."""
 
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
-        if not task.captions:
-            raise UserError(f"evals.{name}: a model of this task writes no captions; set another type", 2)
-        self.name, self.every = name, entry.every
-        self.data = EvalData(entry, task, config, mesh)
-        self._view, self._seed = view_of(task.batch.pictures), config.seed
-        self._captioner = captioner_of(task.model, task.batch.texts["caption"].encoder, decoding_of(config))
-        self._losses = task.evaluation_losses
+        self.name, self.every, self._seed = name, entry.every, config.seed
+        self._write = Writer(name, entry, task, config, mesh, decoding_of(config))
+        self.data = self._write.data
+        self._gallery = Gallery(self.data, task, config.seed)
 
-    def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
-        loss, examples, unreadable = self.caption(params, announce)
-        check_unique_ids([example["id"] for example in examples])
-        references = {example["id"]: example["references"] for example in examples}
-        captions = {example["id"]: example["caption"] for example in examples}
-        scores = metrics.score_captions(references, captions)
-        shuffled = metrics.shuffled_control(references, captions, self._seed)
-        exact = float(np.mean([example["caption"] in example["references"] for example in examples]))
+    def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
+        written = self._write(params, announce, partial)
+        shown = self._gallery(params, [example["index"] for example in written.examples]) if partial else {}
+        return score(written, shown, self._seed)
 
-        def details() -> dict:
-            return {
-                "num_examples": len(examples),
-                "unreadable": unreadable,
-                "loss": loss,
-                "scores": scores.as_dict(),
-                "shuffled": shuffled,
-                "exact_match": exact,
-                "examples": self._illustrated(
-                    [{**example, "cider": scores.cider_per_example[example["id"]]} for example in examples]
-                ),
-            }
 
-        numbers = {"loss": loss, **scores.as_dict(), "CIDEr_shuffled": shuffled["CIDEr"], "exact_match": exact}
-        return Result(scores.as_dict()["CIDEr"], {**numbers, **unreadable_metric(unreadable)}, details)
+def score(written: Written, shown: dict[int, dict], seed: int) -> Result:
+    """Scores what the model wrote.
 
-    def caption(self, params: dict, announce: Announcer = SILENT) -> tuple[float, list[dict], list[str]]:
-        """Computes the loss and the captions of all readable records.
+    Args:
+      shown: record -> what the report shows of it.
+      seed: of the shuffled control and the interval.
+    """
+    examples = written.examples
+    references = {example["id"]: example["references"] for example in examples}
+    captions = {example["id"]: example["caption"] for example in examples}
+    scores = scoring.score_captions(references, captions)
+    shuffled = scoring.shuffled_control(references, captions, seed)
+    exact = float(np.mean([example["caption"] in example["references"] for example in examples]))
 
-        Returns:
-          (mean nats per target token, [{"index", "id", "references", "caption", "source_map"}] in the order of the
-          source, ids of unreadable pictures), the same on every process.
+    def details() -> dict:
+        ciders = scores.cider_per_example
+        return {
+            "type": "captioning",
+            "headline": "CIDEr",
+            "num_examples": len(examples),
+            "unreadable": written.unreadable,
+            "loss": written.loss,
+            "scores": scores.as_dict(),
+            "shuffled": shuffled,
+            "interval": interval(list(ciders.values()), seed),
+            "exact_match": exact,
+            "examples": [
+                {**example, "score": ciders[example["id"]], **shown.get(example["index"], {})} for example in examples
+            ],
+        }
 
-        Raises:
-          UserError: no picture can be read.
-        """
-        examples: dict[int, dict] = {}
-        unreadable: dict[int, int] = {}
-        total = count = 0.0
-        for number, batch in enumerate(self.data):
-            with announce.first("compiling the evaluation", f"for texts of {batch['caption_ids'].shape[1]} tokens"):
-                losses, targets = self._losses(params, batch)
-                prompts = (batch["prompt_ids"], batch["prompt_mask"]) if "prompt_ids" in batch else None
-                output = self._captioner(params, batch["image"], prompts, self._seed + number)
-                jax.block_until_ready((losses, output))
-            total, count = total + float(losses["caption"].sum()), count + float(targets["caption"].sum())
-            captions = [texts[0] for texts in self._captioner.decode(gather(output.ids))]
-            indices, skipped = gather(batch["index"]), gather(batch["skipped"])  # (B,)
-            maps = [None] * len(indices) if output.source_map is None else gather(output.source_map).tolist()
-            for caption, source_map, index, code in zip(captions, maps, indices, skipped, strict=True):
-                if index < 0:
-                    continue
-                if code:
-                    unreadable[int(index)] = int(code)
-                    continue
-                info = self.data.source.info(int(index))
-                examples[int(index)] = {
-                    "index": int(index),
-                    "id": info.id,
-                    "references": list(info.references),
-                    "caption": caption,
-                    "source_map": source_map,
-                }
-        left_out = self.data.report_unreadable(unreadable)
-        return total / max(count, 1.0), [examples[index] for index in sorted(examples)], left_out
-
-    def _illustrated(self, examples: list[dict]) -> list[dict]:
-        """Adds the picture (base64 PNG) to a seeded sample of the examples. Removes the source map of the others."""
-        chosen = set(np.random.default_rng(self._seed).permutation(len(examples))[:GALLERY].tolist())
-        illustrated = []
-        for number, example in enumerate(examples):
-            index = example.pop("index")
-            if number in chosen:
-                pixels = self._view.evaluate(self.data.source[index])
-                buffer = io.BytesIO()
-                Image.fromarray(pixels if pixels.ndim == 3 else pixels[0]).save(buffer, "PNG")  # a clip's first frame
-                illustrated.append({**example, "image": base64.b64encode(buffer.getvalue()).decode()})
-            else:
-                illustrated.append({key: value for key, value in example.items() if key != "source_map"})
-        return illustrated
+    numbers = {**scores.as_dict(), "CIDEr_shuffled": shuffled["CIDEr"], "exact_match": exact}
+    return Result(scores.as_dict()["CIDEr"], {**written.numbers(), **numbers}, details)

@@ -1,7 +1,8 @@
 """Common parts of the evaluators: the data of an evaluation, its result and its interface."""
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.data import pipeline
 from simvlg_jax.data.skipped import REASONS, in_words
 from simvlg_jax.data.sources import Source, load_source, name_of
+from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError, warn
@@ -32,12 +34,22 @@ class Result(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Scores parameters. It is created once, so that it compiles once. All processes call it together."""
+    """Scores parameters. It is created once, so that it compiles once. All processes call it together.
+
+    Attributes:
+      name: of the entry of `config.evals`.
+      every: steps between evaluations; 0: not during training.
+      data: its examples.
+    """
 
     name: str
-    every: int  # steps between evaluations; 0: not during training
+    every: int
+    data: "EvalData"
 
-    def __call__(self, params: dict, announce: Announcer) -> Result: ...
+    def __call__(self, params: dict, announce: Announcer, partial: Partial | None = None) -> Result:
+        """Args:
+        partial: keeps what is finished. The verb `evaluate` gives it, and then details have pictures too.
+        """
 
 
 class EvalData:
@@ -54,17 +66,20 @@ class EvalData:
         with data.unlocked():
             data.update(entry.data)
         source = load_source(data, entry.split)
-        self.source: Source = FirstOf(source, entry.max_examples) if entry.max_examples else source
+        count = min(entry.max_examples or len(source), len(source))
+        self.source: Source = Chosen(source, range(count)) if count < len(source) else source
         self._mesh = mesh
         shards = meshes.batch_shards(mesh)
         batch_size = -(-config.evaluate.batch_size // shards) * shards
-        self._batches = pipeline.make_eval_batches(
-            self.source,
-            task.batch,
+        self.batch_size = batch_size
+        self._make = functools.partial(
+            pipeline.make_eval_batches,
+            spec=task.batch,
             batch_size=batch_size,
             rows=meshes.local_rows(mesh, batch_size),
             pad_multiple=data.pad_multiple,
         )
+        self._batches = self._make(self.source)
         next(iter(self._batches))
 
     def __len__(self) -> int:
@@ -72,7 +87,17 @@ class EvalData:
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         """Yields global batches on the devices. Each example occurs once."""
-        return (meshes.put_batch(batch, self._mesh) for batch in self._batches)
+        return (batch for _, batch in self.batches())
+
+    def batches(self, start: int = 0) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Yields number and arrays of the batches, from number `start` on."""
+        batches = self._make(self.source, start=start) if start else self._batches
+        for number, batch in enumerate(batches, start):
+            yield number, meshes.put_batch(batch, self._mesh)
+
+    def only(self, indices: Sequence[int]) -> Iterator[dict[str, jax.Array]]:
+        """Yields global batches of some records. Their "index" is the place in `indices`."""
+        return (meshes.put_batch(batch, self._mesh) for batch in self._make(Chosen(self.source, indices)))
 
     def report_unreadable(self, skipped: dict[int, int]) -> list[str]:
         """Warns about unreadable pictures, which the score excludes, and returns their ids.
@@ -101,20 +126,20 @@ class EvalData:
         return f"record {index}" if name is None else name
 
 
-class FirstOf:
-    """The first `count` records of a source."""
+class Chosen:
+    """Some records of a source, in a given order."""
 
-    def __init__(self, source: Source, count: int):
-        self._source, self._count = source, min(count, len(source))
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self._source, self._indices = source, indices
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict:
-        return self._source[index]
+        return self._source[self._indices[index]]
 
     def info(self, index: int):
-        return self._source.info(index)
+        return self._source.info(self._indices[index])
 
 
 def unreadable_metric(names: list[str]) -> dict[str, float]:

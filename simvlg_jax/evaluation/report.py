@@ -122,7 +122,8 @@ def _split(path: Path) -> dict:
 
 
 def _row(example: dict) -> dict:
-    cider, references = example.get("cider"), example["references"]
+    # Results of older versions have "cider".
+    cider, references = example.get("score", example.get("cider")), example["references"]
     exact = example["caption"] in references
     # A CIDEr of 3 is a close match. An exact caption is always green, since a short one cannot reach a high CIDEr.
     merit = 1.0 if exact else min((cider or 0.0) / 3.0, 1.0) * 0.85

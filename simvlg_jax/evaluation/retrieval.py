@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.evaluation.evaluator import EvalData, Result, unreadable_metric
+from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError
@@ -24,8 +25,12 @@ class Retrieval:
         self._embed = jax.jit(lambda params, batch: task.contrast.embed(params, batch, None))
         self._losses = jax.jit(task.contrast.losses)
 
-    def __call__(self, params: dict, announce: Announcer = SILENT) -> Result:
-        """Scores a split. The loss is computed in groups of evaluate.batch_size, in the order of the source."""
+    def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
+        """Scores a split. The loss is computed in groups of evaluate.batch_size, in the order of the source.
+
+        Nothing is kept in `partial`: embedding is quick.
+        """
+        del partial
         pictures, sentences = [], []
         unreadable: dict[int, int] = {}
         for batch in self.data:
@@ -43,7 +48,14 @@ class Retrieval:
         losses = [self._losses(params, picture[rows], sentence[rows], weight[rows]).sum() for rows in groups]
         loss = float(sum(losses)) / len(picture)
         numbers = {"loss": loss, **recall(picture @ sentence.T, (1, 5))}
-        details = {"score": numbers["R@1"], **numbers, "num_examples": len(picture), "unreadable": left_out}
+        details = {
+            "type": "retrieval",
+            "headline": "R@1",
+            "scores": numbers,
+            **numbers,
+            "num_examples": len(picture),
+            "unreadable": left_out,
+        }
         return Result(numbers["R@1"], {**numbers, **unreadable_metric(left_out)}, lambda: details)
 
 

@@ -36,3 +36,13 @@ def gather_each(array: np.ndarray) -> np.ndarray:
 def numbers_of_all(*numbers: float) -> np.ndarray:
     """Returns (P, n) float32: the n numbers of each process."""
     return gather_each(np.array(numbers, np.float32))
+
+
+def text_of_first(text: str) -> str:
+    """Returns the text of process 0 on every process."""
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(content), np.int32)))
+    mine = content if jax.process_index() == 0 else np.zeros(length, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(mine).astype(np.uint8)).decode()

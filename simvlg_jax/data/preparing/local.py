@@ -10,9 +10,9 @@ from ctypes import c_int64
 from typing import Any
 
 from simvlg_jax.data import workers as worker_processes
-from simvlg_jax.data.preparing.progress import Progress
 from simvlg_jax.data.preparing.shard import Job, prepare_shard
 from simvlg_jax.data.readers import Shard
+from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError, warn
 
 TRIES = 3  # of a shard whose worker dies

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from etils import epath
 
 from simvlg_jax.data.preparing import beam, finish, local, records
-from simvlg_jax.data.preparing.progress import Progress
 from simvlg_jax.data.preparing.shard import Job
 from simvlg_jax.data.preparing.staging import Staging, locked
 from simvlg_jax.data.readers import Options, Plan, choose, listing, paths, resolve
+from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError
 
 VERSION = 1  # of what the same source is made into
@@ -113,7 +113,7 @@ def _prepare(settings: Settings, output: str, plan: Plan, kind: str, start: floa
         beam.run(job, left, settings.beam_options)
     else:
         weights = sum(shard.weight for shard in shards.values())
-        progress = Progress(weights, weights - sum(shard.weight for shard in left.values()), plan.unit)
+        progress = Progress("preparing", weights, weights - sum(shard.weight for shard in left.values()), plan.unit)
         try:
             local.run(job, left, settings.workers or local.cores(), progress)
         finally:

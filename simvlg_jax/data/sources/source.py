@@ -33,6 +33,7 @@ class RecordInfo(NamedTuple):
 
     id: str
     references: list[str]
+    question: str | None = None
 
 
 class Source(Protocol):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simvlg_jax.evaluation.ptb_tokenizer import tokenize
+from simvlg_jax.evaluation.scores.control import derangement
+from simvlg_jax.evaluation.scores.ptb_tokenizer import tokenize
 
 _ORDERS = (1, 2, 3, 4)
 _CIDER_SIGMA = 6.0  # width of CIDEr-D's penalty on differences in length, in bigrams
@@ -76,18 +77,6 @@ def shuffled_control(references: dict[str, list[str]], hypotheses: dict[str, str
     order = derangement(len(captions), seed)
     shuffled = {key: captions[i] for key, i in zip(tokenized, order, strict=True)}
     return _score(tokenized_references, shuffled).as_dict()
-
-
-def derangement(n: int, seed: int) -> np.ndarray:
-    """Returns (n,) int64: a random permutation of 0..n-1 without fixed points (Sattolo's algorithm)."""
-    if n < 2:
-        raise ValueError(f"a permutation without fixed points needs at least 2 items: got {n}")
-    order = np.arange(n)
-    generator = np.random.default_rng(seed)
-    for i in range(n - 1, 0, -1):
-        j = generator.integers(i)
-        order[i], order[j] = order[j], order[i]
-    return order
 
 
 def _tokenized(
