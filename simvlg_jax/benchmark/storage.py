@@ -1,19 +1,23 @@
-"""Measures what prepared data ask of the disk: opening a large index, and reading in each order of `data.shuffle`.
+"""Measures what prepared data ask of the disk: opening many records, and reading in each order of `data.shuffle`.
 
     python -m simvlg_jax.benchmark.storage [--records 10000000] [--pictures 20000] [--dir FOLDER]
 
-Writes a synthetic index, and tars of random bytes that have the size of pictures. Before each order the files are
-dropped from the page cache. Reads are those that the disk counts, so nothing else should use it meanwhile. FOLDER must
-be on a disk of Linux; what is written there is deleted at the end.
+Writes synthetic data of both kinds that `prepare` writes, which are opened in new processes: an index over tars, and
+ArrayRecord files of 4,096 records with their index. Then it writes tars of random bytes that have the size of pictures.
+Before each order the files are dropped from the page cache. Reads are those that the disk counts, so nothing else
+should use it meanwhile. FOLDER must be on a disk of Linux; what is written there is deleted at the end.
 """
 
 import argparse
 import io
+import multiprocessing
 import os
 import resource
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,8 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config.defaults import get_config
 from simvlg_jax.data.index import Row, Tar, write_index
+from simvlg_jax.data.preparing import records as prepared_records
+from simvlg_jax.data.readers.listing import SHARD
 from simvlg_jax.data.shuffling import shuffled
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.utils.errors import UserError, run_verb
@@ -50,15 +56,39 @@ def data_config(folder: Path, **fields) -> ConfigDict:
     return config
 
 
-def write_large_index(folder: Path, records: int) -> None:
-    """Writes an index of `records` pictures in tars that do not exist; every third picture has two captions."""
+def many_rows(records: int) -> Iterator[Row]:
+    """Every third record has two captions."""
     texts = ["a picture of something among many others"]
-    rows = (
-        Row(f"{i // 10_000:05d}/{i:09d}", texts * (1 + (i % 3 == 0)), None, i // 10_000, i % 10_000 * BYTES, BYTES)
+    return (
+        Row(f"{i // PER_TAR:05d}/{i:09d}", texts * (1 + (i % 3 == 0)), None, i // PER_TAR, i % PER_TAR * BYTES, BYTES)
         for i in range(records)
     )
-    tars = [Tar(f"/absent/{number:05d}.tar", BYTES * 10_000) for number in range(-(-records // 10_000))]
-    write_index(folder / "index-train.arrow", rows, tars=tars)
+
+
+def write_large_index(folder: Path, records: int) -> None:
+    """Writes an index of `records` pictures in tars that do not exist."""
+    tars = [Tar(f"/absent/{number:05d}.tar", BYTES * PER_TAR) for number in range(-(-records // PER_TAR))]
+    write_index(folder / "index-train.arrow", many_rows(records), tars=tars)
+
+
+def write_large_copy(folder: Path, records: int) -> None:
+    """Writes ArrayRecord files as `prepare` does for a list, with an index. Full files are links to one of them."""
+    lengths = [min(SHARD, records - first) for first in range(0, records, SHARD)]
+    template = prepared_records.template(str(folder), "large", "train")
+    written: dict[int, Path] = {}
+    for number, length in enumerate(lengths):
+        path = Path(template.sharded_filepath(shard_index=number, num_shards=len(lengths)))
+        if length in written:
+            path.hardlink_to(written[length])
+            continue
+        writer = prepared_records.Writer(path, "image", questions=False)
+        for row in many_rows(length):
+            writer.write(row.id, b"", row.texts, None)
+        writer.close()
+        written[length] = path
+    write_index(folder / "index-train.arrow", many_rows(records))
+    kind = ("image", False)
+    prepared_records.write_metadata(folder, str(folder), "large", "train", lengths, BYTES * records, kind)
 
 
 def write_tars(folder: Path, pictures: int) -> None:
@@ -75,6 +105,9 @@ def write_tars(folder: Path, pictures: int) -> None:
             rows += [Row(m.name, ["a caption"], None, len(tars), m.offset_data, m.size) for m in tar]
         tars.append(Tar(str(path), path.stat().st_size))
     write_index(folder / "index-train.arrow", rows, tars=tars)
+
+
+LARGE = {"tars": write_large_index, "ArrayRecord": write_large_copy}
 
 
 def forget(folder: Path) -> None:
@@ -96,7 +129,12 @@ def reads_of(folder: Path) -> Reads:
 
 
 def opening(folder: Path) -> str:
-    """Opens the split train for training, and says how long it took and how much memory this process has used."""
+    """Opens the split train for training, and says how long it took and how much memory the process has used."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_open, folder).result()
+
+
+def _open(folder: Path) -> str:
     start = time.perf_counter()
     source = load_source(data_config(folder), "train", training=True)
     seconds = time.perf_counter() - start
@@ -128,22 +166,21 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dir", type=Path, default=None, help="folder on the disk that is measured")
-    parser.add_argument("--records", type=int, default=10_000_000, help="of the index that is opened; 0: none")
+    parser.add_argument("--records", type=int, default=10_000_000, help="that are opened; 0: none")
     parser.add_argument("--pictures", type=int, default=20_000, help="in the tars that are read; 0: none")
     args = parser.parse_args()
     if min(args.records, args.pictures) < 0:
         raise UserError("--records and --pictures must be at least 0", 2)
-    for count, write in ((args.records, write_large_index), (args.pictures, write_tars)):
-        if not count:
-            continue
+    if args.records:
+        for name, write in LARGE.items():
+            with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
+                write(Path(temporary), args.records)
+                print(f"{name:12} {opening(Path(temporary))}", flush=True)
+    if args.pictures:
         with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
-            folder = Path(temporary)
-            write(folder, count)
-            if write is write_large_index:
-                print(opening(folder), flush=True)
-            else:
-                for name in ORDERS:
-                    print(reading(folder, name), flush=True)
+            write_tars(Path(temporary), args.pictures)
+            for name in ORDERS:
+                print(reading(Path(temporary), name), flush=True)
 
 
 if __name__ == "__main__":
