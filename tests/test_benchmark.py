@@ -69,8 +69,9 @@ def test_storage_measures_opening_and_every_order(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(storage, "forget", lambda folder: None)  # the suite's folder may be in memory
     counted = iter(storage.Reads(100 * n, 10**6 * n) for n in range(6))
     monkeypatch.setattr(storage, "reads_of", lambda folder: next(counted))
-    assert call(storage, "--dir", tmp_path, "--records", 9000, "--pictures", 50) == 0
-    tars, copied, *orders = capsys.readouterr().out.splitlines()
+    assert call(storage, "--dir", tmp_path, "--lines", 7, "--records", 9000, "--pictures", 50) == 0
+    listed, tars, copied, *orders = capsys.readouterr().out.splitlines()
+    assert listed.startswith("JSONL        7 pictures listed in ")
     assert tars.startswith("tars         12,000 captions opened in ")
     assert copied.startswith("ArrayRecord  12,000 captions opened in ")
     assert len(orders) == len(storage.ORDERS)
