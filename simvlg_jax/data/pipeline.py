@@ -74,7 +74,7 @@ def make_train_iterator(
     local, whole = len(rows), len(rows) == batch_size
     if len(source) < batch_size:
         raise UserError(
-            f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
+            f"the data has {len(source)} examples, less than one batch of {batch_size}: lower train.batch_size"
         )
     spec.encode("")  # reads the tokenizers now, so that their errors come before the first batch
     window, parts = length_window(data_config, whole), parts_of(data_config, source)
