@@ -40,7 +40,10 @@ SETTINGS = {
 }
 FIRST_STEP = "first step of this start"
 STARTED_SHARE = 0.7  # of the kills of a training come after its first step
-TIMINGS = ("seconds", "images_per_second", "tflops", "data_wait", "read_ms", "decode_ms", "memory_gb")
+TIMINGS = (
+    *("seconds", "images_per_second", "tflops", "memory_gb"),
+    *("data_wait", "queue_depth", "read_ms", "decode_ms"),
+)
 MODULE = {"train": "simvlg_jax.train", "export": "simvlg_jax.export", "prepare": "simvlg_jax.data.prepare"}
 
 

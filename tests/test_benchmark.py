@@ -69,12 +69,22 @@ def test_storage_measures_opening_and_every_order(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(storage, "forget", lambda folder: None)  # the suite's folder may be in memory
     counted = iter(storage.Reads(100 * n, 10**6 * n) for n in range(6))
     monkeypatch.setattr(storage, "reads_of", lambda folder: next(counted))
-    assert call(storage, "--dir", tmp_path, "--records", 300, "--pictures", 50) == 0
-    opened, *orders = capsys.readouterr().out.splitlines()
-    assert opened.startswith("400 captions opened in ")
+    assert call(storage, "--dir", tmp_path, "--lines", 7, "--records", 9000, "--pictures", 50) == 0
+    listed, tars, copied, *orders = capsys.readouterr().out.splitlines()
+    assert listed.startswith("JSONL        7 pictures listed in ")
+    assert tars.startswith("tars         12,000 captions opened in ")
+    assert copied.startswith("ArrayRecord  12,000 captions opened in ")
     assert len(orders) == len(storage.ORDERS)
     assert all("2.50 reads a picture,     10 kB each" in line for line in orders)  # 100 reads of 40 pictures
     assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_copies_are_what_prepare_writes(tmp_path):
+    storage.write_large_copy(tmp_path, 8197)
+    source = load_source(storage.data_config(tmp_path), "train", training=True)
+    assert len(source) == 8197 + 2733  # every third has two captions
+    assert len(list(tmp_path.glob("large-train.array_record-*-of-00003"))) == 3
+    assert source[5]["id"] == "00000/000000003" and source[5]["image"] == b""
 
 
 def test_storage_refuses_what_it_cannot_measure(tmp_path, capsys):

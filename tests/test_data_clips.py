@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simvlg_jax.data import clips, transforms
+from simvlg_jax.data import clips, containers, transforms
 
 av = pytest.importorskip("av")
 SIDE = 32
@@ -207,6 +207,53 @@ def test_what_is_no_video_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(transforms, "MAX_BYTES", 10)
     with pytest.raises(OSError, match="more than the limit of 10"):
         clips.decode(whole, 4, "uniform", SIDE)
+
+
+SIZED = [one for one in FORMATS if one[0] in ("matroska", "webm", "avi")]
+
+
+def index_of(container: str, data: bytes) -> int:
+    """Where the index begins, behind the last frame."""
+    return data.rindex(b"idx1" if container == "avi" else b"\x1c\x53\xbb\x6b")
+
+
+@pytest.mark.parametrize("times", [None, [0, 1, 2, 50, *range(60, 80)]], ids=["regular", "variable"])
+@pytest.mark.parametrize(("container", "codec"), SIZED)
+def test_cut_files_are_refused_and_whole_ones_are_not(container, codec, times):
+    whole = video(24, container, codec, times=times, audio=container == "matroska")
+    frames = clips.decode(whole, 4, "uniform", SIDE)
+    index = index_of(container, whole)
+    for cut in (index // 2, index * 3 // 4, index * 9 // 10):
+        with pytest.raises(OSError, match=rf"cut off: it has {cut:,} of {len(whole):,} bytes|no frames|not a readable"):
+            clips.decode(whole[:cut], 4, "uniform", SIDE)
+    longer = whole + b"x" * 100
+    np.testing.assert_array_equal(clips.decode(longer, 4, "uniform", SIDE), frames)
+
+
+@pytest.mark.parametrize(("container", "codec"), SIZED)
+def test_files_that_lack_their_index_only_are_whole(container, codec):
+    whole = video(24, container, codec)
+    cut = whole[: index_of(container, whole)]
+    assert numbers(clips.decode(cut, 4, "uniform", SIDE)) == [0, 6, 12, 18]
+
+
+@pytest.mark.parametrize("container", ["matroska", "avi"])
+def test_streamed_files_do_not_say_their_size(container):
+    whole = bytearray(video(24, container, "mpeg4"))
+    if container == "avi":
+        whole[4:8] = bytes(4)
+    else:
+        place = whole.index(containers.SEGMENT) + 4
+        whole[place : place + 8] = b"\x01" + b"\xff" * 7
+    assert containers.declared_size(bytes(whole)) is None
+    clips.decode(bytes(whole[: len(whole) * 3 // 4]), 4, "uniform", SIDE)
+
+
+def test_sizes_that_files_declare():
+    assert containers.declared_size(b"RIFF\x05\0\0\0AVI xx" + b"RIFF\x04\0\0\0AVIX") == 14 + 12
+    assert containers.declared_size(containers.EBML + b"\x82ab" + containers.SEGMENT + b"\x40\x05") == 7 + 6 + 5
+    for other in (b"", b"RIFF", containers.EBML, containers.EBML + b"\x00", containers.EBML + b"\x80\x18", b"\0" * 20):
+        assert containers.declared_size(other) is None
 
 
 def test_a_tag_that_is_not_utf8_does_not_matter():

@@ -101,7 +101,7 @@ def test_mixture_is_a_source_of_all_records():
 
 def test_batch_may_be_larger_than_a_part_but_not_than_the_sum():
     next(train(source=mixture(), batch_size=400))
-    with pytest.raises(UserError, match="420 examples, less than one batch of 421"):
+    with pytest.raises(UserError, match=r"420 examples, less than one batch of 421: lower train\.batch_size"):
         train(source=mixture(), batch_size=421)
 
 

@@ -30,7 +30,8 @@ def test_skipped_records_are_logged_by_reason_and_in_total(capsys):
 
 def test_nothing_is_logged_where_nothing_was_skipped_or_read():
     values = line(Skipped(), Timings())
-    assert not [name for name in values if name.startswith("skipped") or name in ("unreadable", "read_ms", "decode_ms")]
+    absent = {"unreadable", "read_ms", "decode_ms", "queue_depth"}
+    assert not [name for name in values if name.startswith("skipped") or name in absent]
 
 
 def test_times_are_means_since_the_last_line():
@@ -40,3 +41,11 @@ def test_times_are_means_since_the_last_line():
     values = line(Skipped(), timings)
     assert (values["read_ms"], values["decode_ms"]) == (pytest.approx(1), pytest.approx(10))
     assert "read_ms" not in line(Skipped(), timings)
+
+
+def test_queue_depth_is_the_mean_over_the_draws_since_the_last_line():
+    timings = Timings()
+    for asked, made in ((1, 5), (6, 2), (7, 3), (8, 7.5)):  # ready at none of the draws, at one, at two, at the last
+        timings.draw(asked, made)
+    assert line(Skipped(), timings)["queue_depth"] == (0 + 1 + 2 + 1) / 4
+    assert "queue_depth" not in line(Skipped(), timings)

@@ -39,7 +39,7 @@ def test_a_folder_of_pictures_is_trained_on_and_captioned(tmp_path, capsys):
     assert call(train, "--config", "configs/tiny.py", "--workdir", workdir, *data_of(output), *flags(*TRAIN)) == 0
     lines = read_metrics(workdir / "metrics.jsonl")
     logged = next(line for line in lines if "data_wait" in line)
-    assert {"read_ms", "decode_ms", "images_per_second"} <= set(logged) and "unreadable" not in logged
+    assert {"read_ms", "decode_ms", "queue_depth", "images_per_second"} <= set(logged) and "unreadable" not in logged
     assert call(evaluate, "--workdir", workdir, "--split", "val") == 0
     capsys.readouterr()
     picture = source / "00000" / "000000003.jpg"

@@ -249,6 +249,12 @@ def test_missing_pictures_point_to_images(tmp_path):
     assert len(records(tmp_path / "o")) == 2
 
 
+def test_a_pattern_of_tars_most_of_which_are_absent_is_explained(tmp_path):
+    write_tars(tmp_path / "tars", 1)
+    with pytest.raises(UserError, match=r"missing file 3\).*give --source a pattern of the tars that exist\n"):
+        run(tmp_path / "o", str(tmp_path / "tars" / "{00000..00003}.tar"), max_skipped=0.5)
+
+
 def test_too_much_skipped_fails_and_keeps_the_work(tmp_path, monkeypatch):
     source = write_files(tmp_path / "data", 4)
     for number in range(3):

@@ -313,37 +313,6 @@ def test_our_own_list_keeps_its_splits(tmp_path):
     assert not dict(rows(tmp_path / "o", "train")).keys() & {"0.png", "1.png", "2.png"} and len(seen) >= 10
 
 
-def test_parquet_of_hugging_face(tmp_path):
-    folder = tmp_path / "data" / "data"
-    write_parquet(folder, 10)
-    write_parquet(folder, 2, "validation-00000-of-00001.parquet")
-    run(tmp_path / "o", tmp_path / "data")
-    run(tmp_path / "o", tmp_path / "data", split="validation")
-    assert rows(tmp_path / "o") == [(f"train-00000-of-00001/{n}", [caption(n), caption(n, 1)]) for n in range(10)]
-    assert len(records(tmp_path / "o", "validation")) == 2
-
-
-def test_parquet_with_one_caption_on_each_row(tmp_path):
-    numbers = [0, 0, 1, 2, 2, 2]
-    table = {"jpg": [picture(n) for n in numbers], "caption": [caption(n, k) for k, n in enumerate(numbers)]}
-    pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    run(tmp_path / "o", tmp_path / "a.parquet")
-    assert [len(texts) for _, texts in rows(tmp_path / "o")] == [2, 1, 3]
-    ids = pa.table({"image": [picture(n) for n in range(3)], "caption": ["x"] * 3, "id": [5, 6, 7]})
-    pq.write_table(ids, tmp_path / "b.parquet")
-    run(tmp_path / "p", tmp_path / "b.parquet")
-    assert [name for name, _ in rows(tmp_path / "p")] == ["5", "6", "7"]
-
-
-def test_parquet_with_paths(tmp_path):
-    names = write_pictures(tmp_path / "data", 3)
-    table = pa.table({"image_path": [*names, "0.png", None], "caption": [caption(n) for n in (0, 1, 2, 0, 0)]})
-    pq.write_table(table, tmp_path / "data" / "a.parquet")
-    run(tmp_path / "o", tmp_path / "data" / "a.parquet")
-    assert [len(texts) for _, texts in rows(tmp_path / "o")] == [2, 1, 1]
-    assert [reason for _, reason in skipped(tmp_path / "o")] == ["no picture"]
-
-
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_addresses_are_not_fetched(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"

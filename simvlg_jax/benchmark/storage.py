@@ -1,19 +1,26 @@
-"""Measures what prepared data ask of the disk: opening a large index, and reading in each order of `data.shuffle`.
+"""Measures what large data ask of memory and of the disk: listing a source, opening what was prepared, and reading it.
 
-    python -m simvlg_jax.benchmark.storage [--records 10000000] [--pictures 20000] [--dir FOLDER]
+    python -m simvlg_jax.benchmark.storage [--lines 2000000] [--records 10000000] [--pictures 20000] [--dir FOLDER]
 
-Writes a synthetic index, and tars of random bytes that have the size of pictures. Before each order the files are
-dropped from the page cache. Reads are those that the disk counts, so nothing else should use it meanwhile. FOLDER must
-be on a disk of Linux; what is written there is deleted at the end.
+Lists a synthetic JSONL file in a new process, as `prepare` does before it reads the first picture.
+
+Writes synthetic data of both kinds that `prepare` writes, which are opened in new processes: an index over tars, and
+ArrayRecord files of 4,096 records with their index. Then it writes tars of random bytes that have the size of pictures.
+Before each order the files are dropped from the page cache. Reads are those that the disk counts, so nothing else
+should use it meanwhile. FOLDER must be on a disk of Linux; what is written there is deleted at the end.
 """
 
 import argparse
 import io
+import json
+import multiprocessing
 import os
 import resource
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +30,9 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config.defaults import get_config
 from simvlg_jax.data.index import Row, Tar, write_index
+from simvlg_jax.data.preparing import records as prepared_records
+from simvlg_jax.data.readers import Options, choose
+from simvlg_jax.data.readers.listing import SHARD
 from simvlg_jax.data.shuffling import shuffled
 from simvlg_jax.data.sources import load_source
 from simvlg_jax.utils.errors import UserError, run_verb
@@ -50,15 +60,39 @@ def data_config(folder: Path, **fields) -> ConfigDict:
     return config
 
 
-def write_large_index(folder: Path, records: int) -> None:
-    """Writes an index of `records` pictures in tars that do not exist; every third picture has two captions."""
+def many_rows(records: int) -> Iterator[Row]:
+    """Every third record has two captions."""
     texts = ["a picture of something among many others"]
-    rows = (
-        Row(f"{i // 10_000:05d}/{i:09d}", texts * (1 + (i % 3 == 0)), None, i // 10_000, i % 10_000 * BYTES, BYTES)
+    return (
+        Row(f"{i // PER_TAR:05d}/{i:09d}", texts * (1 + (i % 3 == 0)), None, i // PER_TAR, i % PER_TAR * BYTES, BYTES)
         for i in range(records)
     )
-    tars = [Tar(f"/absent/{number:05d}.tar", BYTES * 10_000) for number in range(-(-records // 10_000))]
-    write_index(folder / "index-train.arrow", rows, tars=tars)
+
+
+def write_large_index(folder: Path, records: int) -> None:
+    """Writes an index of `records` pictures in tars that do not exist."""
+    tars = [Tar(f"/absent/{number:05d}.tar", BYTES * PER_TAR) for number in range(-(-records // PER_TAR))]
+    write_index(folder / "index-train.arrow", many_rows(records), tars=tars)
+
+
+def write_large_copy(folder: Path, records: int) -> None:
+    """Writes ArrayRecord files as `prepare` does for a list, with an index. Full files are links to one of them."""
+    lengths = [min(SHARD, records - first) for first in range(0, records, SHARD)]
+    template = prepared_records.template(str(folder), "large", "train")
+    written: dict[int, Path] = {}
+    for number, length in enumerate(lengths):
+        path = Path(template.sharded_filepath(shard_index=number, num_shards=len(lengths)))
+        if length in written:
+            path.hardlink_to(written[length])
+            continue
+        writer = prepared_records.Writer(path, "image", questions=False)
+        for row in many_rows(length):
+            writer.write(row.id, b"", row.texts, None)
+        writer.close()
+        written[length] = path
+    write_index(folder / "index-train.arrow", many_rows(records))
+    kind = ("image", False)
+    prepared_records.write_metadata(folder, str(folder), "large", "train", lengths, BYTES * records, kind)
 
 
 def write_tars(folder: Path, pictures: int) -> None:
@@ -95,13 +129,37 @@ def reads_of(folder: Path) -> Reads:
     return Reads(int(fields[0]), 512 * int(fields[2]))
 
 
+def write_list(folder: Path, lines: int) -> None:
+    """Writes a JSONL file about pictures that do not exist."""
+    with (folder / "captions.jsonl").open("w") as file:
+        for number, row in enumerate(many_rows(lines)):
+            row = {"image": f"train/{row.id}.jpg", "caption": f"{row.texts[0]}, and it is number {number}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def listing(folder: Path) -> str:
+    """Lists the records of a source."""
+    start = time.perf_counter()
+    plan = choose([str(folder)], "auto")[1].plan([str(folder)], Options())
+    return f"{len(plan.entries):,} pictures listed in {time.perf_counter() - start:.0f} s, {memory()}"
+
+
 def opening(folder: Path) -> str:
-    """Opens the split train for training, and says how long it took and how much memory this process has used."""
+    """Opens the split train for training."""
     start = time.perf_counter()
     source = load_source(data_config(folder), "train", training=True)
-    seconds = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
-    return f"{len(source):,} captions opened in {seconds:.2f} s, {memory:.2f} GB at most"
+    return f"{len(source):,} captions opened in {time.perf_counter() - start:.2f} s, {memory()}"
+
+
+def memory() -> str:
+    """The most that this process has used."""
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at most"  # kB on Linux
+
+
+def fresh(measure: Callable[[Path], str], folder: Path) -> str:
+    """Measures in a new process, whose memory is not that of what was done before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, folder).result()
 
 
 def reading(folder: Path, name: str) -> str:
@@ -128,22 +186,26 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dir", type=Path, default=None, help="folder on the disk that is measured")
-    parser.add_argument("--records", type=int, default=10_000_000, help="of the index that is opened; 0: none")
+    parser.add_argument("--lines", type=int, default=2_000_000, help="of the list; 0: none")
+    parser.add_argument("--records", type=int, default=10_000_000, help="that are opened; 0: none")
     parser.add_argument("--pictures", type=int, default=20_000, help="in the tars that are read; 0: none")
     args = parser.parse_args()
-    if min(args.records, args.pictures) < 0:
-        raise UserError("--records and --pictures must be at least 0", 2)
-    for count, write in ((args.records, write_large_index), (args.pictures, write_tars)):
-        if not count:
-            continue
+    if min(args.lines, args.records, args.pictures) < 0:
+        raise UserError("--lines, --records and --pictures must be at least 0", 2)
+    for name, count, write, measure in (
+        ("JSONL", args.lines, write_list, listing),
+        ("tars", args.records, write_large_index, opening),
+        ("ArrayRecord", args.records, write_large_copy, opening),
+    ):
+        if count:
+            with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
+                write(Path(temporary), count)
+                print(f"{name:12} {fresh(measure, Path(temporary))}", flush=True)
+    if args.pictures:
         with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
-            folder = Path(temporary)
-            write(folder, count)
-            if write is write_large_index:
-                print(opening(folder), flush=True)
-            else:
-                for name in ORDERS:
-                    print(reading(folder, name), flush=True)
+            write_tars(Path(temporary), args.pictures)
+            for name in ORDERS:
+                print(reading(Path(temporary), name), flush=True)
 
 
 if __name__ == "__main__":

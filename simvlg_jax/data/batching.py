@@ -1,5 +1,6 @@
 """From examples to batches: padding, grouping by length, and the rows of one process. `batch` describes the layout."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,6 +39,7 @@ class Report:
       examples: their number.
       skips: the records that could not be used.
       read_seconds, decode_seconds: sums over the examples.
+      made: when the batch was whole, in seconds of `time.monotonic`.
     """
 
     def __init__(self, examples: Sequence[Example]):
@@ -45,6 +47,7 @@ class Report:
         self.skips = [example.skip for example in examples if example.skip]
         self.read_seconds = sum(example.read_seconds for example in examples)
         self.decode_seconds = sum(example.decode_seconds for example in examples)
+        self.made = time.monotonic()
 
 
 def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> Batch:
@@ -55,7 +58,7 @@ def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> B
         The other texts are always padded to theirs.
     """
     weight = np.array([example.weight for example in examples], np.float32)
-    batch = {"report": Report(examples), "weight": weight}
+    batch = {"weight": weight}
     if spec.pictures:
         batch["image"] = np.stack([example.image for example in examples])
     for name, text in spec.texts.items():
@@ -67,7 +70,7 @@ def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> B
         batch[f"{name}_mask"] = pad([[1] * len(row) for row in ids], length, 0)
         if text.predicted:
             batch[f"{name}_targets"] = pad(targets, length, IGNORE)
-    return batch
+    return batch | {"report": Report(examples)}
 
 
 def pad(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> np.ndarray:

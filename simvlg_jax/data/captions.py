@@ -51,4 +51,6 @@ def well_formed(text: str) -> str:
     JSON may contain lone surrogates ("\\ud83d", an emoji that was cut in two), which neither tokenizers nor UTF-8
     accept.
     """
+    if text.isascii():
+        return text  # itself, since millions of them are held
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

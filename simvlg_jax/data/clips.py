@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simvlg_jax.data import transforms
+from simvlg_jax.data.containers import declared_size
 from simvlg_jax.utils.errors import UserError
 
 # The containers of FFmpeg that hold one file. Others are unsafe: a playlist, for example, opens other files.
@@ -86,6 +87,7 @@ def decode(
             context.options = {"max_pixels": str(transforms.MAX_PIXELS), "lowres": str(shift)}
             context.thread_count = 1  # the pipeline decodes several clips at a time
             packets = _packets(container, stream)
+            _check_end(video, container, stream, packets)
             shown = np.flatnonzero([packet.shown for packet in packets])
             if not len(shown):
                 raise OSError("the video has no frames")
@@ -156,8 +158,7 @@ def _packets(container, stream) -> list[_Packet]:
     """The packets of a stream in the order of decoding, without decoding them.
 
     Raises:
-      OSError: an MP4 file is cut off. The other containers state no number of frames that can be trusted; a cut file
-        of theirs is the shorter clip.
+      OSError: an MP4 file is cut off, or there are too many frames.
     """
     packets: list[_Packet] = []
     found = 0
@@ -171,6 +172,23 @@ def _packets(container, stream) -> list[_Packet]:
     if "mp4" in container.format.name and found < stream.frames:
         raise OSError(f"the video is cut off: it has {found} of {stream.frames} frames")
     return packets
+
+
+def _check_end(video: bytes, container, stream, packets: list[_Packet]) -> None:
+    """Raises OSError if a file of Matroska, WebM or AVI is cut off: bytes are missing, and frames at the end too.
+
+    Neither is enough: files with a wrong size play to their end, and the sound may be longer than the frames.
+    """
+    whole = declared_size(video)
+    if whole is None or len(video) >= whole:
+        return
+    times = [(one.data.dts if one.data.pts is None else one.data.pts, one.data.duration or 0) for one in packets]
+    end = max((time + duration for time, duration in times if time is not None), default=0) * stream.time_base
+    # FFmpeg estimates the duration of a cut AVI file from its bytes; the number of frames is the header's.
+    seconds = stream.frames * stream.time_base if stream.frames else (container.duration or 0) / 1e6
+    slack = end / max(len(packets), 1) / 2  # half a frame, since times are rounded
+    if end + slack < seconds or not seconds:
+        raise OSError(f"the video is cut off: it has {len(video):,} of {whole:,} bytes")
 
 
 def _starts(packets: list[_Packet]) -> dict[int, int]:

@@ -16,9 +16,10 @@ from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.batch import Batch, BatchSpec
 from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate, pad
 from simvlg_jax.data.examples import blank
-from simvlg_jax.data.mixture import Part, mixed_examples, parts_of
+from simvlg_jax.data.mixture import mixed_examples, parts_of
+from simvlg_jax.data.receiving import Receive, Received
 from simvlg_jax.data.skipped import MIN_DRAWN, REASONS, Skip, Skipped, reason
-from simvlg_jax.data.sources import Source, name_of
+from simvlg_jax.data.sources import Source
 from simvlg_jax.data.timings import Timings
 from simvlg_jax.data.views import View, view_of
 from simvlg_jax.utils.errors import UserError, first_line
@@ -32,35 +33,6 @@ def length_window(data_config: ml_collections.ConfigDict, whole: bool) -> int:
     It is 1 (no grouping) unless this process reads the `whole` batch and pads it to less than max_tokens.
     """
     return data_config.length_window if whole and data_config.pad_multiple else 1
-
-
-@dataclass(frozen=True)
-class Receive:
-    """Takes the report off each batch that reaches this process, counts it, and stops if too much is skipped.
-
-    Attributes:
-      max_share: `data.max_skipped`.
-      enough: number of examples after which the share is checked.
-    """
-
-    parts: Sequence[Part]
-    skipped: Skipped
-    timings: Timings
-    max_share: float
-    enough: int
-
-    def __call__(self, batch: Batch) -> Batch:
-        report = batch.pop("report")
-        self.timings.add(report.examples, report.read_seconds, report.decode_seconds)
-        self.skipped.add(report.skips, report.examples, self._name)
-        self.skipped.check(self.max_share, self.enough)
-        return batch
-
-    def _name(self, skip: Skip) -> str:
-        source = next(part.source for part in self.parts if part.name == skip.part)
-        number = f"record {skip.record}" + (f" of {skip.part}" if skip.part else "")
-        name = name_of(source, skip.record)
-        return number if name is None else f"{number}, {name!r}"
 
 
 def make_train_iterator(
@@ -102,7 +74,7 @@ def make_train_iterator(
     local, whole = len(rows), len(rows) == batch_size
     if len(source) < batch_size:
         raise UserError(
-            f"the data has {len(source)} examples, less than one batch of {batch_size}: lower the batch size"
+            f"the data has {len(source)} examples, less than one batch of {batch_size}: lower train.batch_size"
         )
     spec.encode("")  # reads the tokenizers now, so that their errors come before the first batch
     window, parts = length_window(data_config, whole), parts_of(data_config, source)
@@ -128,7 +100,7 @@ def make_train_iterator(
         data_config.max_skipped,
         enough,
     )
-    return iter(dataset.map(receive))
+    return iter(Received(dataset, receive))
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

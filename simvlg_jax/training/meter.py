@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from simvlg_jax.data.skipped import REASONS, Skipped
-from simvlg_jax.data.timings import Timings
+from simvlg_jax.data.timings import Taken, Timings
 from simvlg_jax.parallel import collectives
 from simvlg_jax.training.metrics_log import memory_gb
 from simvlg_jax.utils.errors import UserError
@@ -58,7 +58,7 @@ class Meter:
         Args:
           metrics: of the last step.
           skipped: the records that this process skipped so far.
-          timings: of the examples that it received since the last line.
+          timings: of the batches that it received since the last line.
         """
         self.check_finite()
         seconds = time.monotonic() - self._start
@@ -66,13 +66,19 @@ class Meter:
         values["loss"] = float(np.mean(jax.device_get([loss for _, loss in self._losses])))
         values["images_per_second"] = self._images / seconds
         values["tflops"] = self._flops / seconds / 1e12
-        # Maxima over the processes, since the slowest and the fullest one limit the run.
+        # Of the slowest and the fullest process, since these limit the run.
         counts = [skipped.counts[reason] for reason in REASONS]
-        numbers = collectives.numbers_of_all(self._waited / seconds, memory_gb(), *timings.take(), *counts)
+        taken = timings.take()
+        depth = taken.ready / taken.draws if taken.draws else 0.0
+        numbers = collectives.numbers_of_all(self._waited / seconds, memory_gb(), depth, *taken, *counts)
         values["data_wait"], values["memory_gb"] = map(float, numbers[:, :2].max(0))
-        examples, read, decode, *counts = map(float, numbers[:, 2:].sum(0))
-        if examples:
-            values["read_ms"], values["decode_ms"] = 1000 * read / examples, 1000 * decode / examples
+        sums = numbers[:, 3:].sum(0).tolist()
+        taken, counts = Taken(*sums[: len(taken)]), sums[len(taken) :]
+        if taken.draws:
+            values["queue_depth"] = float(numbers[:, 2].min())
+        if taken.examples:
+            values["read_ms"] = 1000 * taken.read / taken.examples
+            values["decode_ms"] = 1000 * taken.decode / taken.examples
         values |= {f"skipped/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
         if total := sum(counts):
             values["unreadable"] = total

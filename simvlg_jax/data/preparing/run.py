@@ -18,6 +18,9 @@ from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError
 
 VERSION = 1  # of what the same source is made into
+_IMAGES = "; if paths in a list are relative to another folder than the list's, name that with --images"
+# Format -> what to do if most of what was skipped is missing.
+HINTS = {"lavis": _IMAGES, "table": _IMAGES, "webdataset": "; give --source a pattern of the tars that exist"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _prepare(settings: Settings, output: str, plan: Plan, kind: str, start: floa
         skipped.update(report.skipped)
     summary = Summary(sum(report.written for report in reports.values()), skipped)
     summary.fresh = summary.read - sum(one.written + sum(one.skipped.values()) for one in before.values())
-    _check_share(settings, output, summary, staging, name)
+    _check_share(settings, output, summary, staging, name, kind)
     about = {
         "fingerprint": fingerprint,
         "sources": list(settings.sources),
@@ -200,12 +203,12 @@ def _begin(settings: Settings, output: str, plan: Plan, staging: Staging, finger
     return name
 
 
-def _check_share(settings: Settings, output: str, summary: Summary, staging: Staging, name: str) -> None:
+def _check_share(settings: Settings, output: str, summary: Summary, staging: Staging, name: str, kind: str) -> None:
     """Raises UserError if nothing was written, which leaves nothing, or if too much was skipped."""
     missing = summary.skipped["missing file"]
     hint = ""
     if missing and missing * 2 > summary.skipped.total():
-        hint = "; if paths in a list are relative to another folder than the list's, name that with --images"
+        hint = HINTS.get(kind, "")
     if not summary.written:
         for path in epath.Path(output).glob(f"{name}-{settings.split}.{records.SUFFIX}-*"):
             path.unlink()

@@ -61,9 +61,9 @@ def _recognise(source: str) -> str:
     path = epath.Path(source)
     found = next((name for name, reader in READERS.items() if reader.recognises(path)), None)
     if found is None:
-        what = "folder with" if path.is_dir() else "file that is"
+        what = "folder" if path.is_dir() else "file"
         raise UserError(
-            f"{os.fspath(source)} is no {what} data of a known format (pictures with captions beside them, WebDataset "
-            "tars, JSON of LAVIS, JSONL, CSV or Parquet); see docs/data.md, or choose one with --format"
+            f"{os.fspath(source)} is no {what} of a known format (pictures or videos with captions beside them, "
+            "WebDataset tars, JSON of LAVIS, JSONL, CSV or Parquet); see docs/data.md, or choose one with --format"
         )
     return found

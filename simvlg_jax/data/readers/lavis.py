@@ -68,6 +68,7 @@ def _rows(file: str, root: int, split: str) -> Iterator[listing.Listed | Skip]:
         yield Skip(file, "wrong type")
         return
     for number, row in enumerate(rows):
+        rows[number] = None  # so that what a row becomes takes its place in memory
         yield from listed(row, f"{file}, entry {number}", root, split)
 
 

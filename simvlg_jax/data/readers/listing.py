@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from etils import epath
@@ -33,31 +33,10 @@ class Listed(NamedTuple):
     fields: Fields
 
 
-@dataclass
-class _Picture:
-    where: str
-    root: int
-    path: str
-    ids: set[str | None] = field(default_factory=set)
-    texts: list[str] = field(default_factory=list)
-    question: str | None = None
-    number: int = 0  # of the question among those of its picture
-
-    @property
-    def id(self) -> str | None:
-        return next(iter(self.ids)) if len(self.ids) == 1 else None
-
-    @property
-    def name(self) -> str:
-        """The id of a record whose row has none."""
-        return well_formed(self.path) + (f"#{self.number}" if self.number else "")
-
-
 def plan_of(rows: Iterable[Listed | Skip], roots: list[str]) -> Plan:
     """Groups rows by picture, in the order of first appearance; each question is an example of its own."""
-    entries: list[_Picture | Skip] = []
-    by_path: dict[tuple[int, str], _Picture] = {}
-    questions: Counter[tuple[int, str]] = Counter()
+    entries: list[Example | Skip] = []
+    places: dict[int, dict[str, int]] = defaultdict(dict)  # root -> path -> place in the entries
     kinds = Counter()
     for row in rows:
         if isinstance(row, Skip):
@@ -70,50 +49,52 @@ def plan_of(rows: Iterable[Listed | Skip], roots: list[str]) -> Plan:
         except Fault as fault:
             entries.append(Skip(where, str(fault)))
             continue
-        picture = None if fields.question is not None else by_path.get((root, path))
-        if picture is None:
-            picture = _Picture(where, root, path, question=fields.question)
-            entries.append(picture)
-            kinds[fields.media, fields.question is not None] += 1
-            if fields.question is None:
-                by_path[root, path] = picture
-            else:
-                questions[root, path] += 1
-                picture.number = questions[root, path]
-        picture.ids.add(fields.id)
-        picture.texts += fields.texts
+        place = len(entries)
+        if fields.question is None:
+            place = places[root].setdefault(path, place)
+        if place < len(entries):
+            first = entries[place]
+            own = first.id if first.id == fields.id else ""
+            entries[place] = first._replace(id=own, texts=(*first.texts, *fields.texts))
+            continue
+        entries.append(Example(where, root, path, fields.id or "", tuple(fields.texts), fields.question))
+        kinds[fields.media, fields.question is not None] += 1
+    places.clear()
     # A list with videos is a list of videos, and one with questions is a list of questions.
     media = "video" if any(kind == "video" for kind, _ in kinds) else "image"
     asks = any(asked for _, asked in kinds)
-    entries = [
-        Skip(entry.where, "no question") if isinstance(entry, _Picture) and asks and entry.question is None else entry
-        for entry in entries
-    ]
-    names = iter(_ids([entry for entry in entries if isinstance(entry, _Picture)]))
-    return Plan(
-        media,
-        asks,
-        entries=[
-            entry
-            if isinstance(entry, Skip)
-            else Example(entry.where, entry.root, entry.path, next(names), entry.texts, entry.question)
-            for entry in entries
-        ],
-        roots=roots,
-    )
+    for place, entry in enumerate(entries):
+        if isinstance(entry, Example) and asks and entry.question is None:
+            entries[place] = Skip(entry.where, "no question")
+    _name(entries)
+    return Plan(media, asks, entries=entries, roots=roots)
 
 
-def _ids(pictures: list[_Picture]) -> list[str]:
-    """Uses the ids of the source if every record has one of its own, and paths otherwise."""
-    own = [picture.id for picture in pictures]
-    if None not in own and len(set(own)) == len(own):
-        return own
-    return distinct([picture.name for picture in pictures])
+def _name(entries: list[Example | Skip]) -> None:
+    """Leaves the ids of the source if every record has one of its own, and replaces them by paths otherwise."""
+    own = [entry.id for entry in entries if isinstance(entry, Example)]
+    if "" not in own and len(set(own)) == len(own):
+        return
+    names = []
+    questions: Counter[tuple[int, str]] = Counter()  # of a picture
+    for entry in entries:
+        if isinstance(entry, Example):
+            number = ""
+            if entry.question is not None:
+                questions[entry.root, entry.path] += 1
+                number = f"#{questions[entry.root, entry.path]}"
+            names.append(well_formed(entry.path) + number)
+    ids = iter(distinct(names))
+    for place, entry in enumerate(entries):
+        if isinstance(entry, Example):
+            entries[place] = entry._replace(id=next(ids))
 
 
 def distinct(names: list[str]) -> list[str]:
     """Appends "~2", "~3", ... to names that occur again."""
     taken, result = set(names), []
+    if len(taken) == len(names):
+        return names
     seen: Counter[str] = Counter()
     for name in names:
         seen[name] += 1

@@ -1,77 +1,47 @@
 """Parquet files with the encoded pictures in them, as Hugging Face's data sets have them, or with paths of pictures."""
 
 import contextlib
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from etils import epath
 
 from simvlg_jax.data import transforms
 from simvlg_jax.data.index import Tar
-from simvlg_jax.data.readers import fields, listing, paths
+from simvlg_jax.data.readers import fields, listing, paths, repeats
+from simvlg_jax.data.readers.parquet_file import DAMAGED, ROWS, columns_of, media_of, open_file
 from simvlg_jax.data.readers.reader import Item, Options, Plan, Shard, Skip
 from simvlg_jax.data.skips import Fault
 from simvlg_jax.utils.errors import UserError
-
-ROWS = 16  # read at a time, since each may hold a large picture
-COLUMNS = (*fields.IMAGE, *fields.VIDEO, *fields.CAPTION, *fields.QUESTION, *fields.ANSWER, *fields.SPLIT)
-DAMAGED = (OSError, pa.ArrowException, ValueError, MemoryError)
-
-
-def _open(file: str) -> pq.ParquetFile:
-    """Verifies the checksums of pages where the file has them. Raises one of DAMAGED if it is no Parquet file."""
-    data = epath.Path(file).open("rb") if paths.is_remote(file) else os.fspath(file)
-    return pq.ParquetFile(data, page_checksum_verification=True)
-
-
-def _columns(schema: pa.Schema, extra: tuple[str, ...] = ()) -> dict[str, str]:
-    """Name of each column that is used, in lower case -> its name in the file."""
-    return {name.strip().lower(): name for name in schema.names if name.strip().lower() in (*COLUMNS, *extra)}
-
-
-def _media(schema: pa.Schema) -> tuple[str, str] | None:
-    """The medium and the name of the column with encoded media, None if there is none."""
-    columns = _columns(schema)
-    for media, names in (("video", fields.VIDEO), ("image", fields.IMAGE)):
-        name = fields.find(columns, names)
-        if name is not None:
-            kind = schema.field(columns[name]).type
-            if pa.types.is_struct(kind):
-                inner = [kind.field(number) for number in range(kind.num_fields)]
-                kind = next((one.type for one in inner if one.name == "bytes"), pa.null())
-            if any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
-                return media, columns[name]
-    return None
 
 
 def holds_bytes(file: str) -> bool | None:
     """Whether a column may hold encoded pictures. None if the file is damaged, which reading it reports."""
     try:
-        with _open(file) as opened:
+        with open_file(file) as opened:
             schema = opened.schema_arrow
     except DAMAGED:
         return None
-    if _media(schema) is None and fields.find(_columns(schema), (*fields.IMAGE, *fields.VIDEO)) is None:
+    if media_of(schema) is None and fields.find(columns_of(schema), (*fields.IMAGE, *fields.VIDEO)) is None:
         raise UserError(
             f"{file} has no column with pictures (columns: {', '.join(schema.names)}); addresses are not fetched: "
             f"download them first, for example with img2dataset, or name the column one of {', '.join(fields.IMAGE)}"
         )
-    return _media(schema) is not None
+    return media_of(schema) is not None
 
 
 def rows(file: str) -> Iterator[tuple[str, Any]]:
     """Rows of a file with paths, with their place; a Fault where the file is damaged."""
     number = 0
     try:
-        with _open(file) as opened:
-            columns = _columns(opened.schema_arrow, (*fields.IMAGE_ID, *fields.QUESTION_ID))
+        with open_file(file) as opened:
+            columns = columns_of(opened.schema_arrow, (*fields.IMAGE_ID, *fields.QUESTION_ID))
             for batch in opened.iter_batches(2**12, columns=list(columns.values())):
                 for row in batch.to_pylist():
                     number += 1
@@ -88,6 +58,8 @@ class ParquetShard:
       first: number of the first row.
       prefix: of the ids that are made of row numbers.
       own_ids: column with an id for each record, "" if there is none.
+      more: number of a row -> the captions of other rows about its picture.
+      others: the numbers of such rows, which are no records of their own.
       root: folder that paths are relative to, for rows without bytes.
     """
 
@@ -102,53 +74,36 @@ class ParquetShard:
     media: str
     questions: bool
     split: str
+    more: dict[int, list[str]] = field(default_factory=dict)
+    others: frozenset[int] = frozenset()
     tar: Tar | None = None
 
     def read(self) -> Iterator[tuple[int, Item | Skip]]:
-        """Neighbouring rows with the same picture become one record."""
-        last: Item | None = None
-        for number, found in self._rows():
-            if isinstance(found, Item) and found.question is None:
-                if last is not None and last.media == found.media:
-                    last.texts.extend(found.texts)
-                    continue
-                if last is not None:
-                    yield number, last
-                last = found
-            elif isinstance(found, Item):
-                yield number, found
-            else:
-                if last is not None:
-                    yield number, last
-                    last = None
-                yield number, found
-        if last is not None:
-            yield self.weight, last
-
-    def _rows(self) -> Iterator[tuple[int, Item | Skip]]:
         number = 0
         try:
-            with _open(self.file) as opened:
-                columns = _columns(opened.schema_arrow, (self.own_ids,))
+            with open_file(self.file) as opened:
+                columns = columns_of(opened.schema_arrow, (self.own_ids,))
                 batches = opened.iter_batches(ROWS, row_groups=list(self.groups), columns=list(columns.values()))
                 for batch in batches:
                     for row in batch.to_pylist():
-                        found = self._item(row, self.first + number)
+                        for found in self._found(row, self.first + number):
+                            yield number, found
                         number += 1
-                        if found is not None:
-                            yield number - 1, found
         except FileNotFoundError:
             yield number, Skip(self.file, "missing file")
         except DAMAGED:
             yield number, Skip(f"{self.file}, row {self.first + number}", "damaged table")
 
-    def _item(self, row: dict[str, Any], number: int) -> Item | Skip | None:
+    def _found(self, row: dict[str, Any], number: int) -> Iterator[Item | Skip]:
         where = f"{self.file}, row {number}"
         row = {name.strip().lower(): value for name, value in row.items()}
         if fields.split_of(row) not in (None, fields.canonical(self.split)):
-            return None
+            return
         try:
             found = fields.parse(row)
+            if number in self.others:
+                yield from (Skip(where, fault) for fault in found.faults)
+                return
             if self.questions and found.question is None:
                 raise Fault("no question")
             media = found.source
@@ -156,13 +111,14 @@ class ParquetShard:
                 limit = transforms.MAX_BYTES if self.media == "image" else listing.MAX_VIDEO_BYTES
                 media = paths.read_file(self.root, paths.relative(media, self.root), limit)
         except Fault as fault:
-            return Skip(where, str(fault))
+            yield Skip(where, str(fault))
+            return
         except (OSError, ValueError):
-            return Skip(where, "missing file")
+            yield Skip(where, "missing file")
+            return
         own = fields.identifier(row.get(self.own_ids)) if self.own_ids else None
-        return Item(
-            where, own or f"{self.prefix}/{number}", media, found.texts, found.question, faults=tuple(found.faults)
-        )
+        texts = found.texts + self.more.get(number, [])
+        yield Item(where, own or f"{self.prefix}/{number}", media, texts, found.question, faults=tuple(found.faults))
 
 
 def plan(files: list[str], options: Options) -> Plan:
@@ -170,15 +126,17 @@ def plan(files: list[str], options: Options) -> Plan:
     opened = {}
     for file in files:
         with contextlib.suppress(*DAMAGED):
-            opened[file] = _open(file)
-    kinds = {_media(one.schema_arrow)[0] for one in opened.values()}
-    asks = {"question" in _columns(one.schema_arrow) for one in opened.values()}
+            opened[file] = open_file(file)
+    kinds = {media_of(one.schema_arrow).kind for one in opened.values()}
+    asks = {"question" in columns_of(one.schema_arrow) for one in opened.values()}
     if len(kinds) > 1 or len(asks) > 1:
         raise UserError("some of the Parquet files hold other media than the others, or questions: prepare them apart")
     (media,), (questions,) = kinds, asks
-    own_ids = _own_ids(opened, questions)
+    found = repeats.Repeats({}, set()) if questions else repeats.find(list(opened.values()), options.split)
+    own_ids = _own_ids(opened, questions, found.others)
     stems = listing.distinct([posixpath.splitext(posixpath.basename(file))[0] for file in files])
     shards: list[Shard] = []
+    start = 0  # number of the file's first row
     for file, stem in zip(files, stems, strict=True):
         if file not in opened:
             shards.append(ParquetShard(file, "", (), 0, 1, stem, own_ids, "", media, questions, options.split))
@@ -192,19 +150,27 @@ def plan(files: list[str], options: Options) -> Plan:
             groups.append(number)
             count = sum(sizes[group] for group in groups)
             if number + 1 == len(sizes) or count + sizes[number + 1] > listing.SHARD:
+                own = range(first, first + count)
                 shards.append(
                     ParquetShard(
                         *(file, paths.stamp(file), tuple(groups), first, count, stem),
                         *(own_ids, root, media, questions, options.split),
+                        more={row: found.texts[start + row] for row in own if start + row in found.texts},
+                        others=frozenset(row for row in own if start + row in found.others),
                     )
                 )
                 first, groups = first + count, []
+        start += sum(sizes)
         opened[file].close()
     return Plan(media, questions, shards)
 
 
-def _own_ids(opened: dict[str, pq.ParquetFile], questions: bool) -> str:
-    """The column with ids, if every row of every file has one of its own; "" otherwise."""
+def _own_ids(opened: dict[str, pq.ParquetFile], questions: bool, others: set[int]) -> str:
+    """The column with ids, if every record of the files has one of its own; "" otherwise.
+
+    Args:
+      others: rows that are no records of their own, numbered through all files.
+    """
     names = fields.QUESTION_ID if questions else fields.IMAGE_ID
     for name in names:
         chunks = []
@@ -213,6 +179,10 @@ def _own_ids(opened: dict[str, pq.ParquetFile], questions: bool) -> str:
                 inside = {column.strip().lower(): column for column in one.schema_arrow.names}
                 chunks += one.read(columns=[inside[name]]).column(0).chunks
             ids = pa.chunked_array(chunks)
+            if others:
+                records = np.ones(len(ids), bool)
+                records[list(others)] = False
+                ids = ids.filter(pa.array(records))
         except (KeyError, *DAMAGED):
             continue
         kind = ids.type

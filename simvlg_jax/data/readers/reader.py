@@ -1,6 +1,6 @@
 """What every reader of a format gives: a plan of shards, and the records of each shard."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -49,7 +49,7 @@ class Example(NamedTuple):
     root: int
     path: str
     id: str
-    texts: list[str] | None
+    texts: Sequence[str] | None
     question: str | None = None
     beside: str = ""
     stamp: str = ""

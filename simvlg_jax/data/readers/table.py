@@ -88,32 +88,32 @@ def _files(source: str, split: str) -> list[str]:
 def _of_split(file: str, root: int, split: str) -> Iterator[listing.Listed | Skip]:
     """Rows of a split. Rows that name none follow others of the same picture, or the hash of the picture's name."""
     wanted = fields.canonical(split)
-    rows = []
     named: dict[str, str] = {}
-    for found in _rows(file, root):
-        rows.append(found)
-        if isinstance(found, listing.Listed) and found.fields.split:
-            named.setdefault(posixpath.normpath(found.fields.source), found.fields.split)
-    for found in rows:
-        if isinstance(found, listing.Listed) and named:
-            image = posixpath.normpath(found.fields.source)
-            if (found.fields.split or named.get(image) or folder.split_of(image)) != wanted:
-                continue
-        yield found
+    for where, row in _rows(file):  # the file is read twice, since all of its rows take much memory
+        if isinstance(row, dict) and any(name.strip().lower() in fields.SPLIT for name in row):
+            for found in lavis.listed(row, where, root):
+                if isinstance(found, listing.Listed) and found.fields.split:
+                    named.setdefault(posixpath.normpath(found.fields.source), found.fields.split)
+    for where, row in _rows(file):
+        if isinstance(row, Fault):
+            yield Skip(where, str(row))
+            continue
+        for found in lavis.listed(row, where, root):
+            if isinstance(found, listing.Listed) and named:
+                image = posixpath.normpath(found.fields.source)
+                if (found.fields.split or named.get(image) or folder.split_of(image)) != wanted:
+                    continue
+            yield found
 
 
-def _rows(file: str, root: int) -> Iterator[listing.Listed | Skip]:
-    """All rows of a table of paths, whatever their split."""
+def _rows(file: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a table of paths, whatever their split, with their places; a Fault for each that cannot be read."""
     suffix = posixpath.splitext(file)[1].lower()
     read = _csv if suffix in COLUMNS else parquet.rows if suffix in PARQUET else _jsonl
     try:
-        for where, row in read(file):
-            if isinstance(row, Fault):
-                yield Skip(where, str(row))
-                continue
-            yield from lavis.listed(row, where, root)
+        yield from read(file)
     except OSError as error:
-        yield Skip(file, f"cannot be read: {error.strerror}" if error.strerror else "damaged table")
+        yield file, Fault(f"cannot be read: {error.strerror}" if error.strerror else "damaged table")
 
 
 def _jsonl(file: str) -> Iterator[tuple[str, Any]]:
