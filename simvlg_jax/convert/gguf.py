@@ -1,5 +1,6 @@
 """Reads weights and tokenizers of SmolLM2 and other LLaMA models from GGUF files. Weights do not need PyTorch."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,26 @@ class SpecialIds:
     pad_id: int
 
 
+class _Reader(gguf.GGUFReader):
+    """Parses a file four times as fast: slices of a plain array cost less than slices of numpy's memmap."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if "_plain" not in self.__dict__:
+            self._plain = np.asarray(self.data)
+        dtype, count = np.dtype(dtype), int(count)
+        dtype = dtype.newbyteorder(self.byte_order if override_order is None else override_order)
+        return self._plain[offset : offset + count * dtype.itemsize].view(dtype)[:count]
+
+
+@functools.lru_cache(maxsize=2)  # weights and tokenizer are in one file, and parsing it takes half a second
+def _parsed(path: Path, modified: int) -> gguf.GGUFReader:
+    del modified
+    return _Reader(path)
+
+
 def _open(path: Path) -> gguf.GGUFReader:
     try:
-        return gguf.GGUFReader(path)
+        return _parsed(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         raise UserError(f"no GGUF file at {path}: {INSTALL}, or correct the path") from None
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
