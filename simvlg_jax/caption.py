@@ -43,7 +43,9 @@ def main() -> int:
         raise UserError(f"no such file or folder: {', '.join(map(str, pictures[:5]))}")
 
     from simvlg_jax.api import load
+    from simvlg_jax.parallel.compile_cache import keep_compiled
 
+    keep_compiled()
     announce = Announcer(lambda message: print(message, file=sys.stderr, flush=True))
     model = load(model_folder(arguments), checkpoint=arguments.checkpoint, overrides=overrides)
     failed = 0

@@ -63,7 +63,9 @@ def main() -> int:
             2,
         )
     from simvlg_jax.parallel import processes
+    from simvlg_jax.parallel.compile_cache import keep_compiled
 
+    keep_compiled()
     splits = arguments.split.split(",") if arguments.split else []
     return processes.run(lambda: evaluate(config, workdir, output, arguments.checkpoint, splits), arguments.distributed)
 
