@@ -6,8 +6,10 @@
       --config.data.path=FOLDER
 
 The config is the run's own, with the given overrides. --config replaces it by another file for the same model. The
-config in the run's folder does not change. To evaluate on data other than the run's, give --output, a folder for the
-results.
+config in the run's folder does not change. To evaluate on data other than the run's, or with other merges, give
+--output, a folder for the results:
+
+    python -m simvlg_jax.evaluate --example --output runs/25 --config.connector.tokens=25
 
 Without --split, this scores the test splits of the data and every entry of the config's `evals` that does not run
 during training. It writes eval/NAME.json with every caption for each, and report.html for all of them, to the workdir
@@ -33,7 +35,7 @@ from simvlg_jax.config.arguments import (
 )
 from simvlg_jax.config.check import flat_keys
 from simvlg_jax.config.load import load_config, override
-from simvlg_jax.config.saved import differences, is_of_model, read_config, save_config
+from simvlg_jax.config.saved import MERGING, differences, is_of_model, read_config, save_config
 from simvlg_jax.utils.errors import UserError, run_verb
 from simvlg_jax.utils.files import write_json
 
@@ -57,9 +59,10 @@ def main() -> int:
     elsewhere = output.resolve() != workdir.resolve()
     if elsewhere and (output / "checkpoints").exists():
         raise UserError(f"--output {output} holds another run; name another folder", 2)
-    if not elsewhere and (changed := differences(own, config, lambda key: key.startswith(WHICH_DATA))):
+    if not elsewhere and (changed := differences(own, config, lambda key: key.startswith((*WHICH_DATA, *MERGING)))):
         raise UserError(
-            "the data differ from the run's; name a folder for their results with --output:\n  " + "\n  ".join(changed),
+            "the data or merges differ from the run's; name a folder for their results with --output:\n  "
+            + "\n  ".join(changed),
             2,
         )
     from simvlg_jax.parallel import processes

@@ -164,7 +164,8 @@ def test_evaluate_takes_overrides_and_leaves_the_runs_config_alone(run, tmp_path
     assert (run / "config.json").read_text() == before
     for wrong, status, message in (
         (["--config.evaluate.batchsize=4"], 2, "did you mean evaluate.batch_size"),
-        (["--config.connector.merges=(4, 4)"], 2, "differs from this config"),
+        (["--config.connector.size=base"], 2, "differs from this config"),
+        (["--config.connector.merges=(4, 4)"], 2, "the data or merges differ"),
         (folder_of(tmp_path / "data", CAPTIONS.items()), 2, "name a folder for their results with --output"),
         (["--checkpoint", "7"], 1, "no checkpoint '7'"),
     ):

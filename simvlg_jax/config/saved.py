@@ -25,6 +25,7 @@ FREE = (  # prefixes of keys that may change when a run resumes: durations, inte
     "data.allow_outside",
     "data.max_skipped",
 )
+MERGING = ("connector.merges", "connector.r", "connector.inflect", "connector.tokens")  # weights fit any schedule
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -82,9 +83,10 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def is_of_model(key: str) -> bool:
-    """Returns whether a key defines the model, and not where its weights come from or how it is run."""
+    """Returns whether a key defines the weights, and not where they come from or how the model is run."""
     free = (".weights", ".tokenizer", ".dropout", ".remat")
-    return key.startswith(("task", "vit.", "connector.", "llm.", "sentence_encoder.")) and not key.endswith(free)
+    of_part = key.startswith(("task", "vit.", "connector.", "llm.", "sentence_encoder."))
+    return of_part and not key.endswith(free) and key not in MERGING
 
 
 def differences(saved: ConfigDict, given: ConfigDict, is_compared: Callable[[str], bool]) -> list[str]:
