@@ -17,6 +17,11 @@ or to --output. Unreadable pictures are listed there and not scored. An interrup
 unfinished batch.
 Captions are also scored against the references of other pictures (the shuffled control). A model that ignores the
 pictures scores the same on both.
+
+Answers to questions are scored by their accuracy:
+
+    python -m simvlg_jax.evaluate --workdir runs/openmoji --output runs/vqa --split val --type questions \\
+      --config.data.name=prepared --config.data.path=data/vqav2
 """
 
 import json
@@ -47,6 +52,8 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: the test splits of the data")
+    parser.add_argument("--type", default="", help="captioning, questions or retrieval; default: that of the task")
+    parser.add_argument("--metric", default="vqa", help="of questions: vqa, gqa, gqa_published or exact")
     add_checkpoint_argument(parser)
     add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
@@ -70,15 +77,22 @@ def main() -> int:
 
     keep_compiled()
     splits = arguments.split.split(",") if arguments.split else []
-    return processes.run(lambda: evaluate(config, workdir, output, arguments.checkpoint, splits), arguments.distributed)
+    kind = dict(type=arguments.type, metric=arguments.metric)
+    return processes.run(
+        lambda: evaluate(config, workdir, output, arguments.checkpoint, evaluations(config, splits, kind)),
+        arguments.distributed,
+    )
 
 
-def evaluations(config: ConfigDict, splits: list[str]) -> dict[str, ConfigDict]:
+def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str]) -> dict[str, ConfigDict]:
     """Returns {name: entry} of the evaluations.
 
     They are those of `splits`, or by default those of the test splits of the data and of the entries in `config.evals`
     that do not run during training. The one that chooses the best checkpoint is not among them, since `every=0` turns
     it off.
+
+    Args:
+      kind: type and metric of the evaluations of splits.
     """
     from simvlg_jax.data.sources import test_splits
 
@@ -87,7 +101,7 @@ def evaluations(config: ConfigDict, splits: list[str]) -> dict[str, ConfigDict]:
     entries = {}
     for split in splits or test_splits(config.data):
         entries[split] = defaults.get_eval()
-        entries[split].split = split
+        entries[split].update(split=split, **kind)
     return entries | own
 
 
@@ -103,7 +117,7 @@ def identity(config: ConfigDict, run, entry: ConfigDict, evaluator) -> dict:
     }
 
 
-def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, splits: list[str]) -> int:
+def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, entries: dict[str, ConfigDict]) -> int:
     import jax
 
     from simvlg_jax.evaluation.evaluators import make_evaluator
@@ -118,7 +132,6 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, s
 
     run, announce = restore_run(config, workdir, checkpoint), Announcer(say)
     # The evaluators come before the weights are read, so that a wrong split name fails at once.
-    entries = evaluations(config, splits)
     evaluators = [make_evaluator(name, entry, run.task, config, run.mesh) for name, entry in entries.items()]
     for evaluator in evaluators:
         say(f"scoring {len(evaluator.data)} pictures of {evaluator.name} at step {run.step}")

@@ -4,8 +4,9 @@
 
 Every known file of the folder is checked: NAME.json with NAME.safetensors and NAME.npz (whole models: outputs, loss,
 every gradient, decoded ids), keys_KIND_LLM.json (names and shapes of full-size models, never made), tome.npz,
-schedules.json, caption_metrics.json, text_and_answers.json (cleaned captions and questions). The exit status is 1 if an
-error exceeds 1e-4 (scores: 1e-6), ids or names differ, or something is missing. It is 2 if a file cannot be read.
+schedules.json, caption_metrics.json, text_and_answers.json (cleaned captions and questions, scores of answers). The
+exit status is 1 if an error exceeds 1e-4 (scores: 1e-6), ids or names differ, or something is missing. It is 2 if a
+file cannot be read.
 """
 
 import json
@@ -27,8 +28,8 @@ from simvlg_jax.convert import evlgen, families
 from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
+from simvlg_jax.evaluation.scores import answers, ptb_tokenizer
 from simvlg_jax.evaluation.scores import captions as scoring
-from simvlg_jax.evaluation.scores import ptb_tokenizer
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
@@ -214,9 +215,21 @@ def check_metrics(path: Path) -> Iterator[Check]:
 
 
 def check_texts(path: Path) -> Iterator[Check]:
-    rows = json.loads(path.read_text())["processors"]
+    golden = json.loads(path.read_text())
+    rows = golden["processors"]
     for name, clean in (("caption", captions.blip_caption), ("question", captions.blip_question)):
         yield f"{len(rows)} texts as a {name}", exact(all(clean(row["text"]) == row[name] for row in rows))
+    rows = golden["vqa"]
+    right = all(answers.normalize(row["prediction"]) == row["normalized"] for row in rows)
+    yield f"{len(rows)} answers, normalised", exact(right)
+    # The golden accuracies are rounded to two digits.
+    ours = [100 * answers.vqa_accuracy(row["prediction"], row["answers"]) for row in rows]
+    right = all(abs(x - row["accuracy"]) < 0.00501 for x, row in zip(ours, rows, strict=True))
+    yield f"VQA accuracy of {len(rows)} answers", exact(right)
+    rows = golden["gqa"]
+    for key, accuracy in (("correct", answers.gqa_accuracy), ("correct_raw_answer", answers.gqa_published_accuracy)):
+        right = all(accuracy(row["prediction"], [row["answer"]]) == row[key] for row in rows)
+        yield f"GQA {key} of {len(rows)} answers", exact(right)
 
 
 def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:

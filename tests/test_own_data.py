@@ -14,6 +14,7 @@ from simvlg_jax.config.load import load_config
 from simvlg_jax.data import pipeline, statistics
 from simvlg_jax.data.mixture import load_training
 from simvlg_jax.data.sources import load_source
+from simvlg_jax.evaluation.scores.answers import vqa_accuracy
 from simvlg_jax.tasks import build_task
 from simvlg_jax.utils.files import read_metrics
 
@@ -100,7 +101,23 @@ def test_questions_are_prompts_and_answers_are_learned(tmp_path, capsys, monkeyp
     workdir = tmp_path / "run"
     arguments = ["--config", "configs/tiny.py", "--workdir", workdir, *data_of(output, *limits), *flags(*TRAIN)]
     assert call(train, *arguments) == 0
-    assert call(evaluate, "--workdir", workdir, "--split", "val") == 0
+    assert call(evaluate, "--workdir", workdir, "--split", "val", "--type", "questions") == 0
+    results = json.loads((workdir / "eval" / "val.json").read_text())
+    assert (results["type"], results["num_examples"]) == ("questions", 9)
+    for example in results["examples"]:
+        assert example["question"].startswith("What is this, ") and example["references"] == ["yes", "no", "no"]
+        assert example["score"] == vqa_accuracy(example["caption"], ["yes", "no", "no"])
+        assert len(example["caption"]) <= 10  # tokens are characters
+    assert results["scores"]["accuracy"] == np.mean([example["score"] for example in results["examples"]])
+    assert "What is this, 4?" in (workdir / "report.html").read_text()
+
+
+def test_a_questions_evaluation_of_captions_is_refused(tmp_path, capsys):
+    arguments = ["--config", "configs/tiny.py", "--workdir", tmp_path, *flags(*TRAIN)]
+    assert call(train, *arguments, *flags("evals.val.type=questions")) == 2
+    assert "these records have no questions" in capsys.readouterr().err
+    assert call(train, *arguments, *flags("evals.val.type=questions", "evals.val.metric=cider")) == 2
+    assert "evals.val.metric is 'cider'; it takes" in capsys.readouterr().err
 
 
 def test_videos_are_trained_on_and_evaluated(tmp_path):

@@ -119,7 +119,7 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
     _check_prompt("data.prompt", config.data.prompt)
     for name, entry in config.evals.items():
-        _check_evaluation(name, entry, config.data)
+        _check_evaluation(name, entry, config.data, config.evaluate)
     for name, entry in config.data.mixture.items():
         _check_part(f"data.mixture.{name}", entry, config.data)
     if config.vit.max_frames and not config.vit.temporal:
@@ -138,11 +138,14 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
 WHOLE = ("mixture", "max_skipped", "pad_multiple", "length_window", "workers", "read_threads")
 
 
-def _check_evaluation(name: str, entry: ConfigDict, data: ConfigDict) -> None:
+def _check_evaluation(name: str, entry: ConfigDict, data: ConfigDict, decoding: ConfigDict) -> None:
     """Raises UserError (status 2) for keys of an evaluation that mean nothing, and for invalid values of its data."""
     _check_known(f"evals.{name}", entry, get_eval())
     _check_known(f"evals.{name}.data", entry.data, [key for key in data if key != "mixture"])
     _check_data(f"evals.{name}.data", entry.data)
+    _check_known(f"evals.{name}.decoding", entry.decoding, [key for key in decoding if key != "batch_size"])
+    for key, value in entry.decoding.items():
+        check_range(f"evaluate.{key}", value)
 
 
 def _check_part(prefix: str, entry: object, data: ConfigDict) -> None:

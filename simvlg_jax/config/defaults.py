@@ -169,7 +169,11 @@ def get_config() -> ConfigDict:
 def get_eval() -> ConfigDict:
     """Returns a new entry of `config.evals` with every key at its default."""
     entry = ConfigDict()
-    entry.type = ""  # "captioning" or "retrieval"; "": the default of the task
+    entry.type = ""  # "captioning", "questions" or "retrieval"; "": the default of the task
+    entry.metric = "vqa"  # "questions" only: an accuracy of evaluation.scores.answers.ACCURACIES
+    # "questions" only: keys of config.evaluate for decoding that differ from the published ones (5 beams, 1 to 10
+    # tokens, length_penalty 0).
+    entry.decoding = ConfigDict()
     entry.split = "val"
     entry.data = ConfigDict()  # keys of config.data that differ for this evaluation
     entry.every = 200  # steps between evaluations; 0: not during training

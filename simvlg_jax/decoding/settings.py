@@ -1,6 +1,8 @@
 """How texts are decoded: the options of transformers' `generate`, under the same names where it has one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
@@ -68,6 +70,6 @@ class Decoding:
         return self.min_new_tokens - self.count_bos
 
 
-def decoding_of(config: ConfigDict) -> Decoding:
-    """The options in `config.evaluate`."""
-    return Decoding(**{name: config.evaluate[name] for name in Decoding.__dataclass_fields__})
+def decoding_of(config: ConfigDict, changes: Mapping[str, object] = MappingProxyType({})) -> Decoding:
+    """The options in `config.evaluate`, with changes."""
+    return Decoding(**{name: config.evaluate[name] for name in Decoding.__dataclass_fields__} | changes)

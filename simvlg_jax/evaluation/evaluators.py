@@ -6,12 +6,14 @@ from ml_collections import ConfigDict
 from simvlg_jax.config.check import lookup
 from simvlg_jax.evaluation.captioning import Captioning
 from simvlg_jax.evaluation.evaluator import Evaluator
+from simvlg_jax.evaluation.questions import Questions
 from simvlg_jax.evaluation.retrieval import Retrieval
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError
 
 EVALUATORS = {
     "captioning": Captioning,
+    "questions": Questions,
     "retrieval": Retrieval,
 }
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import platform
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def write_report(workdir: Path) -> Path:
         name=workdir.resolve().name,
         config=config,
         splits=splits,
-        top_cider=max([1e-9, *(s[kind].get("CIDEr", 0.0) for s in splits for kind in ("scores", "shuffled"))]),
+        top_score=max([1e-9, *(s[kind].get(s["headline"], 0.0) for s in splits for kind in ("scores", "shuffled"))]),
         curves=_curves(files.read_metrics(workdir / "metrics.jsonl"), config.get("train.best_by", "val")),
         vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl"), "val"),
         versions=_versions(),
@@ -103,7 +104,8 @@ def _split(path: Path) -> dict:
     """Returns the values that the page shows of a results file."""
     results = _read_json(path)
     scores, shuffled = results.get("scores", {}), results.get("shuffled", {})
-    cider, control = scores.get("CIDEr"), shuffled.get("CIDEr")
+    headline = results.get("headline", "CIDEr")
+    score, control = scores.get(headline), shuffled.get(headline)
     examples = results.get("examples", [])
     return {
         "name": results.get("split", path.stem),
@@ -115,7 +117,9 @@ def _split(path: Path) -> dict:
         "recall": {key: results[key] for key in ("R@1", "R@5") if key in results},
         "scores": scores,
         "shuffled": shuffled,
-        "ratio": cider / control if cider is not None and control else None,
+        "headline": headline,
+        "interval": results.get("interval"),
+        "ratio": score / control if score is not None and control else None,
         "gallery": [_card(example) for example in examples if "image" in example],
         "examples": [_row(example) for example in examples],
     }
@@ -125,10 +129,14 @@ def _row(example: dict) -> dict:
     # Results of older versions have "cider".
     cider, references = example.get("score", example.get("cider")), example["references"]
     exact = example["caption"] in references
+    if "question" in example:  # each answer once, the most frequent first
+        references = [answer for answer, _ in Counter(references).most_common()]
+    best = 1.0 if "question" in example else 3.0
     # A CIDEr of 3 is a close match. An exact caption is always green, since a short one cannot reach a high CIDEr.
-    merit = 1.0 if exact else min((cider or 0.0) / 3.0, 1.0) * 0.85
+    merit = 1.0 if exact else min((cider or 0.0) / best, 1.0) * 0.85
     return {
         "id": example.get("id", ""),
+        "question": example.get("question", ""),
         "caption": example["caption"],
         "references": references,
         "cider": cider,
