@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simvlg_jax.evaluation import charts
-from simvlg_jax.evaluation.merge_map import merge_map
-from simvlg_jax.evaluation.report import write_report
+from simvlg_jax.evaluation.report import charts
+from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.report.page import write_report
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import read_metrics
 

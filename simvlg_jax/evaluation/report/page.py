@@ -17,8 +17,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from simvlg_jax.evaluation import charts
-from simvlg_jax.evaluation.merge_map import merge_map
+from simvlg_jax.evaluation.report import charts
+from simvlg_jax.evaluation.report.merge_map import merge_map
 from simvlg_jax.utils import files
 from simvlg_jax.utils.errors import UserError
 
@@ -37,14 +37,14 @@ def write_report(workdir: Path) -> Path:
         raise UserError(f"no run at {workdir}: --workdir takes the folder of a simvlg_jax.train run")
     config = _flat(_read_json(workdir / "config.json") or {})
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("simvlg_jax.evaluation", "."),
+        loader=jinja2.PackageLoader("simvlg_jax.evaluation.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     splits = [_split(path) for path in _result_files(workdir)]
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         name=workdir.resolve().name,
         config=config,
         splits=splits,
@@ -176,7 +176,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-if __name__ == "__main__":
-    raise SystemExit("error: this verb is now python -m simvlg_jax.report")
