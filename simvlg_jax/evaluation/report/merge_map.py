@@ -1,73 +1,119 @@
-"""Draws which patches of a picture were merged into which token of the connector."""
+"""Draws which patches of a picture were merged into which token of the connector, layer by layer, as SVG paths."""
 
 import colorsys
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
-from PIL import Image, ImageDraw
-
-_INK = (38, 44, 58)
 
 
-def merge_map(image: np.ndarray, source_map: np.ndarray, size: int = 256) -> Image.Image:
-    """Returns the picture with one tint per merged token, and lines between adjacent patches of different tokens.
+@dataclass(frozen=True)
+class Layer:
+    """The drawing of one source map, in units of a patch, for a square of `grid` patches a side.
+
+    Attributes:
+      tokens: how many tokens are left.
+      merged: path of all patches that were merged with another one.
+      tints: (colour, path of the patches) of each merged token, the largest first.
+      lines: path of the lines between patches of different tokens and around the picture.
+      dots: centres of the patches that were merged with the class token (the published connector never merges it).
+    """
+
+    tokens: int
+    merged: str
+    tints: list[tuple[str, str]]
+    lines: str
+    dots: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class MergeMap:
+    """The drawings of a picture after each layer, and the patches a side."""
+
+    grid: int
+    layers: list[Layer]
+
+
+def merge_map(source_maps: Sequence[Sequence[int]]) -> MergeMap:
+    """Returns the drawings of the source maps after each layer.
 
     Patches with the same tint were merged into one token, wherever they are. A patch that was not merged has no tint.
-    Larger tokens get more distinct hues. Patches merged with the class token have a dot (the published connector never
-    merges it, so none has).
+    Larger tokens get more distinct hues. From layer to layer, a token keeps the tint of its largest part.
 
     Args:
-      image: (H, W, 3) uint8, the input of the vision encoder; drawn as a square.
-      source_map: (grid * grid,) or (1 + grid * grid,) int, the output token of each input token: the class token first,
-        if there is one, then patches by row.
-      size: approximate side of the drawing in pixels, rounded to a multiple of the grid.
+      source_maps: of each layer (grid * grid,) or (1 + grid * grid,) int, the output token of each input token: the
+        class token first, if there is one, then patches by row.
 
     Raises:
-      ValueError: the length of source_map is neither a square nor 1 + a square.
+      ValueError: the length of a source map is neither a square nor 1 + a square.
     """
-    source_map = np.asarray(source_map)
-    grid = math.isqrt(len(source_map))
-    class_tokens = len(source_map) - grid * grid
+    maps = [np.asarray(source_map) for source_map in source_maps]
+    length = len(maps[-1])
+    grid = math.isqrt(length)
+    class_tokens = length - grid * grid
     if grid < 1 or class_tokens > 1:
-        raise ValueError(
-            f"a source map of {len(source_map)} tokens is not a square of patches, with or without a class token"
-        )
-    groups = source_map[class_tokens:].reshape(grid, grid)
-    cell = max(round(size / grid), 8)
-    picture = Image.fromarray(image).resize((cell * grid, cell * grid), Image.Resampling.LANCZOS)
-    # Multiplying keeps lines and shading readable; a share of the plain tint shows it on dark colours too.
-    pixels = np.asarray(picture).astype(np.float32)  # (side, side, 3)
-    tints, merged = (np.kron(x, np.ones((cell, cell, 1))) for x in _tints(groups))
-    tinted = 0.72 * pixels * tints + 0.28 * 255 * tints
-    drawing = Image.fromarray(np.where(merged, tinted, pixels).round().astype(np.uint8))
-    _outline(drawing, groups, cell)
-    for row, column in np.argwhere(np.isin(groups, source_map[:class_tokens])):
-        centre = ((column + 0.5) * cell, (row + 0.5) * cell)
-        ImageDraw.Draw(drawing).circle(centre, cell / 6, fill=_INK, outline="white", width=max(cell // 24, 1))
-    return drawing
+        raise ValueError(f"a source map of {length} tokens is not a square of patches, with or without a class token")
+    layers, above, hues = [], None, {}
+    for source_map in reversed(maps):
+        groups = source_map[class_tokens:]  # (grid * grid,)
+        hues = _hues(groups, above, hues)
+        layers.append(_layer(groups.reshape(grid, grid), set(source_map[:class_tokens].tolist()), hues, source_map))
+        above = groups
+    return MergeMap(grid, layers[::-1])
 
 
-def _tints(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Maps (grid, grid) groups to (grid, grid, 3) colours in 0..1 and (grid, grid, 1) whether a patch was merged."""
-    numbers, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    tints = np.ones((len(numbers), 3))
-    by_size = [group for group in np.argsort(-counts, kind="stable") if counts[group] > 1]
-    for rank, group in enumerate(by_size):
-        # Steps of the golden angle keep hues apart; each further round of 8 is paler.
-        hue, saturation = (0.56 + rank * 0.618034) % 1, max(0.42 - 0.10 * (rank // 8), 0.16)
-        tints[group] = colorsys.hsv_to_rgb(hue, saturation, 0.98)
-    inverse = inverse.reshape(groups.shape)
-    return tints[inverse], (counts > 1)[inverse][..., None]
+def _hues(groups: np.ndarray, above: np.ndarray | None, hues_above: dict[int, int]) -> dict[int, int]:
+    """Returns the number of the tint of each merged token, in descending order of their sizes.
+
+    Args:
+      groups: (P,) the token of each patch after a layer.
+      above: (P,) after the next layer, or None for the last one.
+      hues_above: the result of this function for the next layer.
+    """
+    numbers, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    by_size = [place for place in np.argsort(-sizes, kind="stable") if sizes[place] > 1]
+    hues: dict[int, int] = {}
+    fresh = (number for number in count() if number not in hues_above.values())
+    for place in by_size:
+        inherited = None if above is None else hues_above[int(above[first[place]])]
+        hues[int(numbers[place])] = next(fresh) if inherited is None or inherited in hues.values() else inherited
+    return hues
 
 
-def _outline(drawing: Image.Image, groups: np.ndarray, cell: int) -> None:
-    """Draws thick lines between patches of different groups and around the picture."""
-    draw = ImageDraw.Draw(drawing)
-    width = max(cell // 12, 2)
+def _layer(groups: np.ndarray, class_groups: set[int], hues: dict[int, int], source_map: np.ndarray) -> Layer:
+    """Draws (grid, grid) groups; `class_groups` are those of the class token."""
+    return Layer(
+        tokens=int(source_map.max()) + 1,
+        merged=_cells(np.isin(groups, list(hues))),
+        tints=[(_colour(hue), _cells(groups == group)) for group, hue in hues.items()],
+        lines=_lines(groups),
+        dots=[(column + 0.5, row + 0.5) for row, column in np.argwhere(np.isin(groups, list(class_groups))).tolist()],
+    )
+
+
+def _colour(number: int) -> str:
+    # Steps of the golden angle keep hues apart; each further round of 8 is paler.
+    hue, saturation = (0.56 + number * 0.618034) % 1, max(0.42 - 0.10 * (number // 8), 0.16)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(hue, saturation, 0.98))
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int, int]]:
+    """Returns (row, first column, length) of each run of True in (rows, columns)."""
+    edges = np.diff(np.pad(flags.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
+    return [(row, start, end - start) for (row, start), (_, end) in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def _cells(flags: np.ndarray) -> str:
+    """Returns the path of the cells of (grid, grid) that are True."""
+    return "".join(f"M{column} {row}h{length}v1h-{length}z" for row, column, length in _runs(flags))
+
+
+def _lines(groups: np.ndarray) -> str:
     padded = np.pad(groups, 1, constant_values=-1)
-    for row, column in np.argwhere(padded[1:, :] != padded[:-1, :]):  # between padded rows `row` and `row` + 1
-        x, y = (column - 1) * cell, row * cell
-        draw.line([(x - width // 2, y), (x + cell + width // 2, y)], fill=_INK, width=width)
-    for row, column in np.argwhere(padded[:, 1:] != padded[:, :-1]):
-        x, y = column * cell, (row - 1) * cell
-        draw.line([(x, y - width // 2), (x, y + cell + width // 2)], fill=_INK, width=width)
+    across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # (grid + 1, grid): between rows
+    down = padded[1:-1, 1:] != padded[1:-1, :-1]  # (grid, grid + 1): between columns
+    horizontal = "".join(f"M{column} {row}h{length}" for row, column, length in _runs(across))
+    return horizontal + "".join(f"M{column} {row}v{length}" for column, row, length in _runs(down.T))

@@ -5,24 +5,19 @@ eval/SPLIT.json in the workdir, and from vit/metrics.jsonl if a vision encoder w
 that are missing.
 """
 
-import base64
-import io
 import json
-import math
 import platform
 from importlib import metadata
 from pathlib import Path
 
 import jinja2
-import numpy as np
-from PIL import Image
 
+from simvlg_jax.config.defaults import get_config
 from simvlg_jax.evaluation.report import charts
-from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.report.results import read_json, read_splits, score_text
 from simvlg_jax.utils import files
 from simvlg_jax.utils.errors import UserError
 
-_SPLITS = ("test", "novel", "val", "train")  # in the order of the report; other splits follow
 _PACKAGES = ("simvlg_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers")
 
 
@@ -35,7 +30,26 @@ def write_report(workdir: Path) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"no run at {workdir}: --workdir takes the folder of a simvlg_jax.train run")
-    config = _flat(_read_json(workdir / "config.json") or {})
+    config = _flat(read_json(workdir / "config.json") or {})
+    splits = read_splits(workdir)
+    content = render(
+        "page.html.j2",
+        name=workdir.resolve().name,
+        config=config,
+        splits=splits,
+        changed=_changed(config),
+        tops=_tops(splits),
+        score_text=score_text,
+        curves=_curves(files.read_metrics(workdir / "metrics.jsonl"), config.get("train.best_by", "val")),
+        vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl"), "val"),
+        versions=_versions(),
+        chart=charts,
+    )
+    return write_page(workdir / "report.html", content)
+
+
+def render(template: str, **values: object) -> str:
+    """Returns a page made from a template of this folder; text in the values is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("simvlg_jax.evaluation.report", "."),
         autoescape=True,
@@ -43,21 +57,31 @@ def write_report(workdir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    splits = [_split(path) for path in _result_files(workdir)]
-    page = environment.get_template("page.html.j2").render(
-        name=workdir.resolve().name,
-        config=config,
-        splits=splits,
-        top_cider=max([1e-9, *(s[kind].get("CIDEr", 0.0) for s in splits for kind in ("scores", "shuffled"))]),
-        curves=_curves(files.read_metrics(workdir / "metrics.jsonl"), config.get("train.best_by", "val")),
-        vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl"), "val"),
-        versions=_versions(),
-        chart=charts,
-    )
-    path = workdir / "report.html"
+    return environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, content: str) -> Path:
+    """Writes a page atomically and returns its path."""
     with files.atomic_write(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
     return path
+
+
+def _tops(splits: list[dict]) -> dict[str, float]:
+    """Returns the value of each headline that a full bar stands for: 1 for shares, the highest for other scores."""
+    tops: dict[str, float] = {}
+    for split in splits:
+        if split["score"] is not None:
+            name = split["headline"]
+            values = [split["score"], split["control"] or 0.0, *(split["interval"] or ())]
+            tops[name] = 1.0 if score_text(name, 0).endswith("%") else max(tops.get(name, 1e-9), *values)
+    return tops
+
+
+def _changed(config: dict[str, object]) -> list[tuple[str, object, object]]:
+    """Returns (key, value, default) of each key of a flat config that is not at its default."""
+    usual = _flat(json.loads(get_config().to_json()))
+    return [(key, value, usual.get(key, "none")) for key, value in config.items() if value != usual.get(key)]
 
 
 def _curves(records: list[dict], best_by: str) -> list[charts.Chart]:
@@ -91,73 +115,6 @@ def _curves(records: list[dict], best_by: str) -> list[charts.Chart]:
         charts.line_chart("Pictures per second", {"training": points("train", "images_per_second")}, from_zero=True),
     ]
     return [chart for chart in made if chart]
-
-
-def _result_files(workdir: Path) -> list[Path]:
-    order = {split: rank for rank, split in enumerate(_SPLITS)}
-    files = (workdir / "eval").glob("*.json")
-    return sorted(files, key=lambda path: (order.get(path.stem, len(order)), path.stem))
-
-
-def _split(path: Path) -> dict:
-    """Returns the values that the page shows of a results file."""
-    results = _read_json(path)
-    scores, shuffled = results.get("scores", {}), results.get("shuffled", {})
-    cider, control = scores.get("CIDEr"), shuffled.get("CIDEr")
-    examples = results.get("examples", [])
-    return {
-        "name": results.get("split", path.stem),
-        "step": results.get("step"),
-        "count": results.get("num_examples", len(examples)),
-        "unreadable": len(results.get("unreadable", ())),
-        "loss": results.get("loss"),
-        "exact": results.get("exact_match"),
-        "recall": {key: results[key] for key in ("R@1", "R@5") if key in results},
-        "scores": scores,
-        "shuffled": shuffled,
-        "ratio": cider / control if cider is not None and control else None,
-        "gallery": [_card(example) for example in examples if "image" in example],
-        "examples": [_row(example) for example in examples],
-    }
-
-
-def _row(example: dict) -> dict:
-    # Results of older versions have "cider".
-    cider, references = example.get("score", example.get("cider")), example["references"]
-    exact = example["caption"] in references
-    # A CIDEr of 3 is a close match. An exact caption is always green, since a short one cannot reach a high CIDEr.
-    merit = 1.0 if exact else min((cider or 0.0) / 3.0, 1.0) * 0.85
-    return {
-        "id": example.get("id", ""),
-        "caption": example["caption"],
-        "references": references,
-        "cider": cider,
-        "exact": exact,
-        "hue": round(4 + 130 * math.sqrt(merit)),
-    }
-
-
-def _card(example: dict) -> dict:
-    """Returns the values of a gallery card: those of `_row`, the picture, its merge map and the token counts."""
-    card = {**_row(example), "image": example["image"], "merged": None}
-    if example.get("source_map"):
-        source_map = np.asarray(example["source_map"])  # (N,)
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(example["image"]))).convert("RGB"))
-        buffer = io.BytesIO()
-        # 128 colours are enough for flat tints and halve the size of the page.
-        merge_map(picture, source_map).quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-        card["merged"] = base64.b64encode(buffer.getvalue()).decode()
-        card["patches"], card["tokens"] = math.isqrt(len(source_map)) ** 2, int(source_map.max()) + 1
-    return card
-
-
-def _read_json(path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): delete it and run simvlg_jax.evaluate again") from error
 
 
 def _flat(config: dict, prefix: str = "") -> dict[str, object]:
