@@ -122,7 +122,7 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
 
     from simvlg_jax.evaluation.evaluators import make_evaluator
     from simvlg_jax.evaluation.partial import Partial
-    from simvlg_jax.evaluation.report import write_report
+    from simvlg_jax.evaluation.report.page import write_report
     from simvlg_jax.training.restore import restore_run
     from simvlg_jax.utils.progress import Announcer
 

@@ -6,7 +6,7 @@ python -m simvlg_jax.report --workdir runs/openmoji
 import argparse
 from pathlib import Path
 
-from simvlg_jax.evaluation.report import write_report
+from simvlg_jax.evaluation.report.page import write_report
 from simvlg_jax.utils.errors import run_verb
 
 

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simvlg_jax.evaluation import charts
-from simvlg_jax.evaluation.merge_map import merge_map
-from simvlg_jax.evaluation.report import write_report
+from simvlg_jax.config.defaults import get_config
+from simvlg_jax.evaluation.report import charts
+from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.report.page import write_report
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import read_metrics
 
@@ -74,7 +75,7 @@ def make_run(workdir, caption="a dog", split="test"):
 class Page(HTMLParser):
     """Parses a page into tags with attributes and text; the page must be well nested."""
 
-    VOID = frozenset(["meta", "img", "br", "link"])
+    VOID = frozenset(["meta", "img", "input", "br", "link"])
 
     def __init__(self, html: str):
         super().__init__()
@@ -110,8 +111,9 @@ def test_report_shows_the_run(tmp_path):
         assert words in page.text
     for title in ("Loss", "Validation CIDEr", "Retrieval on validation pictures, %", "Learning rate"):
         assert title in page.texts
-    pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(pictures) == 2  # the picture and its merge map
+    assert ("use", {"href": "#picture-1-0", "transform": "scale(4)"}) in page.tags  # the picture under its merge map
+    pictures = [attrs["href"] for tag, attrs in page.tags if tag == "image"]
+    assert len(pictures) == 1
     for source in pictures:
         assert Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))).size[0] >= 16
 
@@ -120,8 +122,10 @@ def test_report_needs_nothing_from_outside(tmp_path):
     make_run(tmp_path / "run")
     html = write_report(tmp_path / "run").read_text(encoding="utf-8")
     page = Page(html)
-    assert not [tag for tag, _ in page.tags if tag in ("link", "script", "iframe")]
-    assert all(attrs["src"].startswith("data:") for _, attrs in page.tags if "src" in attrs)
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe")]
+    assert not [tag for tag, attrs in page.tags if "src" in attrs]
+    hrefs = [attrs["href"] for tag, attrs in page.tags if "href" in attrs and tag != "a"]
+    assert all(href.startswith(("data:", "#")) for href in hrefs)
     assert not re.search(r"@import|url\(", html)
 
 
@@ -129,8 +133,71 @@ def test_report_needs_nothing_from_outside(tmp_path):
 def test_captions_are_text_and_nothing_else(tmp_path, caption):
     make_run(tmp_path / "run", caption=caption)
     page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
-    assert not [tag for tag, attrs in page.tags if tag == "script" or "onerror" in attrs]
+    assert [tag for tag, attrs in page.tags if tag == "script" or "onerror" in attrs] == ["script"]  # our own
     assert " ".join(caption.split()) in page.text
+
+
+def write_results(folder, **results):
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    (folder / "eval" / "test.json").write_text(json.dumps({"split": "test", **results}))
+
+
+def example(number, **values):
+    return {"index": number, "id": str(number), "references": ["a dog"], "caption": "a cat", "loss": 1.0} | values
+
+
+def test_answers_are_shown_with_their_question_and_by_how_many_people(tmp_path):
+    answers = ["red", "blue", "red", EVIL]
+    asked = example(0, question=EVIL, references=answers, caption="red", score=1.0, image=png(), source_map=None)
+    write_results(
+        tmp_path,
+        type="questions",
+        headline="accuracy",
+        scores={"accuracy": 0.755, "accuracy yes/no": 0.5},
+        shuffled={"accuracy": 0.25},
+        interval=[0.701, 0.81],
+        examples=[asked, example(1, question="?", references=["1"], score=0.3)],
+    )
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    for words in ("75.5 %", "25.0 %", "3.0\u00d7", "70.1 % to 81.0 %", "accuracy yes/no 50.0 %", "accuracy 30 %"):
+        assert words in page.text
+    assert "✓ accuracy 100 %" in page.text
+    assert page.text.count("2\u00d7 red · 1\u00d7 blue · 1\u00d7 " + EVIL) == 2  # on the card and in the table
+    assert "CIDEr" not in page.text.partition("How to read this")[0]
+
+
+def test_each_layer_has_its_drawing_and_each_token_its_loss(tmp_path):
+    layers = [[0, 1, 2, 2], [0, 1, 1, 1], [0, 0, 0, 0]]
+    tokens = [["a", 0.25], [" " + EVIL, 4.0], ["</s>", float("nan")]]
+    write_results(
+        tmp_path,
+        type="captioning",
+        headline="CIDEr",
+        scores=SCORES,
+        interval=None,
+        examples=[example(0, score=0.5, image=png(), source_map=layers[-1], layers=layers, tokens=tokens)],
+    )
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    drawn = [attrs for tag, attrs in page.tags if attrs.get("class") == "layer"]
+    assert [attrs["data-tokens"] for attrs in drawn] == ["3", "2", "1"]
+    assert [attrs.get("display") for attrs in drawn] == ["none", "none", None]  # without scripts: the last one
+    heats = [attrs["style"] for _, attrs in page.tags if attrs.get("style", "").startswith("--heat")]
+    assert heats == ["--heat: 6", "--heat: 100", "--heat: 100"]
+    assert EVIL + " 4.0" in page.text
+    (card,) = [attrs for _, attrs in page.tags if attrs.get("class") == "card"]
+    assert (card["data-score"], card["data-loss"]) == ("0.5", "1.0")
+    assert card["data-words"] == "0  a cat a dog"
+
+
+def test_settings_that_differ_from_the_default_are_listed(tmp_path):
+    config = json.loads(get_config().to_json())
+    config["train"]["steps"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    steps = config["train"]["steps"]
+    assert f"Different from the default key this run default train.steps {steps} {steps - 1}" in text
+    (tmp_path / "config.json").write_text(get_config().to_json())
+    assert "Different from the default" not in Page(write_report(tmp_path).read_text(encoding="utf-8")).text
 
 
 def test_missing_pieces_are_named(tmp_path):
@@ -202,34 +269,56 @@ def test_chart_stays_inside_its_frame(values):
     assert all(charts.TOP <= y <= charts.HEIGHT - charts.BOTTOM for y in numbers[1::2])
 
 
-def test_merge_map_tints_groups_and_outlines_them():
-    image = np.full((8, 8, 3), 255, np.uint8)
-    # 2 x 2 patches: the left column is one token, the right ones are alone; the class token is alone.
-    drawing = np.asarray(merge_map(image, np.array([0, 1, 2, 1, 3]), size=200))
-    assert drawing.shape == (200, 200, 3)
-    top_left, bottom_left, top_right = drawing[50, 50], drawing[150, 50], drawing[50, 150]
-    assert (top_left == bottom_left).all()
-    assert (top_left != 255).any()
-    assert (top_right == 255).all()
-    assert (drawing[50, 99:102] < 100).all(-1).any()  # a line between the columns
-    assert (drawing[100, 150] < 100).all()  # and between the right patches
-    assert (drawing[100, 50] == top_left).all()  # but none inside the merged token
+def cells(path: str) -> set[tuple[int, int]]:
+    """The (column, row) of the patches that a path of `merge_map` fills."""
+    runs = re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path)
+    assert all(there == back for _, _, there, back in runs)
+    return {(int(x) + i, int(y)) for x, y, length, _ in runs for i in range(int(length))}
 
 
-def test_merge_map_without_a_class_token_is_the_same():
-    image = np.full((8, 8, 3), 255, np.uint8)
-    with_it, without = (np.asarray(merge_map(image, np.array(x), size=200)) for x in ([9, 1, 2, 1, 3], [1, 2, 1, 3]))
-    np.testing.assert_array_equal(with_it, without)
+@given(st.integers(1, 6), st.integers(0, 1), st.data())
+def test_merge_map_tints_what_was_merged(grid, class_token, data):
+    """Of every layer: a tint covers exactly the patches of one token, and all tints what was merged."""
+    size = grid * grid + class_token
+    maps, count = [list(range(size))], size
+    for _ in range(data.draw(st.integers(1, 4))):
+        slots = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
+        order = {slot: place for place, slot in enumerate(sorted(set(slots)))}
+        maps.append([order[slots[token]] for token in maps[-1]])
+        count = len(order)
+    drawn = merge_map(maps)
+    assert drawn.grid == grid
+    for source_map, layer in zip(maps, drawn.layers, strict=True):
+        patches = {}
+        for place, token in enumerate(source_map[class_token:]):
+            patches.setdefault(token, set()).add((place % grid, place // grid))
+        merged = [group for group in patches.values() if len(group) > 1]
+        assert sorted(map(sorted, merged)) == sorted(sorted(cells(path)) for _, path in layer.tints)
+        assert cells(layer.merged) == set().union(*merged)
+        assert layer.tokens == len(set(source_map))
+        with_class = patches.get(source_map[0], set()) if class_token else set()
+        assert {(x - 0.5, y - 0.5) for x, y in layer.dots} == with_class
 
 
-def test_merge_map_marks_the_class_token():
-    image = np.full((8, 8, 3), 255, np.uint8)
-    drawing = np.asarray(merge_map(image, np.array([0, 0, 1, 2, 3]), size=200))
-    assert (drawing[50, 50] < 100).all()
-    assert (drawing[50, 150] == 255).all()
+def test_a_token_keeps_the_tint_of_its_largest_part():
+    before, after = merge_map([[0, 0, 1, 1, 1, 2, 3, 3, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1]]).layers
+    tints = {colour: cells(path) for colour, path in before.tints}
+    for colour, path in after.tints:
+        assert tints[colour] <= cells(path)
+    assert len(tints) == len(before.tints) == 4
+
+
+def test_merge_map_has_lines_between_tokens_only():
+    (layer,) = merge_map([[9, 1, 2, 1, 3]]).layers  # 2 x 2 patches: the left column is one token
+    (without_class,) = merge_map([[1, 2, 1, 3]]).layers
+    assert (layer.lines, layer.tints) == (without_class.lines, without_class.tints)
+    assert set(re.findall(r"M\d+ \d+[hv]\d+", layer.lines)) == {
+        "M0 0h2", "M0 2h2", "M0 0v2", "M2 0v2",  # around
+        "M1 0v2", "M1 1h1",  # between the columns, and between the right patches
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [0, 3, 18])
 def test_merge_map_needs_a_square_of_patches(length):
     with pytest.raises(ValueError, match="square of patches"):
-        merge_map(np.zeros((8, 8, 3), np.uint8), np.zeros(length, int))
+        merge_map([[0] * length])

@@ -93,7 +93,15 @@ def test_evaluate_writes_results_and_report(run, capsys):
     results = json.loads((run / "eval" / "test.json").read_text())
     assert results["num_examples"] == len(results["examples"]) == 16
     assert results["examples"][0]["references"] == load_source(read_config(run).data, "test")[0]["references"]
-    assert sorted(set(results["examples"][0]["source_map"])) == list(range(7))
+    for example in results["examples"]:
+        assert sorted(set(example["source_map"])) == list(range(7))
+        assert len(example["layers"]) == 2
+        assert example["layers"][-1] == example["source_map"]
+        # Patches that are one token stay one token.
+        assert len(set(zip(*example["layers"], strict=True))) == len(set(example["layers"][0]))
+        texts, nats = zip(*example["tokens"], strict=True)
+        assert example["references"][0] in "".join(texts)
+        assert np.mean(nats) == pytest.approx(example["loss"], rel=1e-3)
     assert "<html" in (run / "report.html").read_text()
 
     assert call(evaluate, "--workdir", run, "--split", "trial") == 2

@@ -60,16 +60,11 @@ def _frames(image: np.ndarray) -> list[str]:
 
 
 def _tokens(batch: Batch, spec: BatchSpec, name: str, row: int) -> list[Token]:
-    tokenizer = spec.texts[name].encoder.tokenizer
+    encoder = spec.texts[name].encoder
     ids, mask = batch[f"{name}_ids"][row], batch[f"{name}_mask"][row]
     targets = batch.get(f"{name}_targets", np.full_like(batch[f"{name}_ids"], IGNORE))[row]
     kinds = ["padding" if not m else "target" if t != IGNORE else "input" for m, t in zip(mask, targets, strict=True)]
-    return [
-        Token(
-            tokenizer.decode([int(i)], skip_special_tokens=False) or (tokenizer.id_to_token(int(i)) or ""), int(i), kind
-        )
-        for i, kind in zip(ids, kinds, strict=True)
-    ]
+    return [Token(encoder.token_text(int(i)), int(i), kind) for i, kind in zip(ids, kinds, strict=True)]
 
 
 def write_page(

@@ -67,6 +67,10 @@ class TextEncoder:
         tokens, _ = self._tokenize(prompt, "")
         return [*self.prefix, *_last(tokens, self.max_tokens - len(self.prefix) - 1)]
 
+    def token_text(self, token: int) -> str:
+        """The text of one token, special tokens included."""
+        return self.tokenizer.decode([token], skip_special_tokens=False) or self.tokenizer.id_to_token(token) or ""
+
     def _tokenize(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """The tokens of "PROMPT TEXT", cut in two where the text begins; the space between them belongs to the text."""
         prompt = prompt.rstrip(" ")  # or some tokenizers would make a token of the space, and others none

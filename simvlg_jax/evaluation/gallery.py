@@ -1,4 +1,4 @@
-"""The pictures that a report shows of an evaluation, and what became of their patches."""
+"""The pictures that a report shows of an evaluation: what became of their patches, and the loss of each token."""
 
 import base64
 import functools
@@ -9,16 +9,18 @@ import jax
 import numpy as np
 from PIL import Image
 
+from simvlg_jax.data.text import IGNORE
 from simvlg_jax.data.views import view_of
 from simvlg_jax.evaluation.evaluator import EvalData
 from simvlg_jax.parallel.collectives import gather
+from simvlg_jax.tasks.caption import PICTURE_AND_CAPTION
 from simvlg_jax.tasks.task import Task
 
 SIZE = 24
 
 
 class Gallery:
-    """Adds pictures and merge maps to a seeded sample of the examples of an evaluation.
+    """Adds pictures, merge maps and the loss by token to a seeded sample of the examples of an evaluation.
 
     Args:
       data: of the evaluation.
@@ -28,24 +30,37 @@ class Gallery:
 
     def __init__(self, data: EvalData, task: Task, seed: int):
         self._data, self._seed, self._view = data, seed, view_of(task.batch.pictures)
-        self._encode = _encode_image(task.model)
+        self._encoder = task.batch.texts["caption"].encoder
+        self._explain = _explain(task.model)
 
     def __call__(self, params: dict, indices: Sequence[int]) -> dict[int, dict]:
         """Chooses among the records `indices`; all processes call it.
 
         Returns:
-          index -> "image" (base64 PNG; of a clip the first frame) and "source_map" (see `VisualOutput`).
+          index -> "image" (base64 PNG; of a clip the first frame), "source_map" and "layers" (see `VisualOutput`; None
+          and [] for a connector without), and "tokens", [text, nats] of each target of the first reference.
         """
         chosen = np.random.default_rng(self._seed).permutation(len(indices))[:SIZE]
         chosen = sorted(indices[place] for place in chosen)
         shown: dict[int, dict] = {}
         for arrays in self._data.only(chosen):
-            maps = self._encode(params, arrays["image"])
-            rows = [None] * len(arrays["image"]) if maps is None else gather(maps).tolist()
-            for place, row in zip(gather(arrays["index"]).tolist(), rows, strict=True):
+            maps, losses = self._explain(params, *(arrays[name] for name in PICTURE_AND_CAPTION))
+            layers = [gather(layer).tolist() for layer in maps]  # L lists of (B, N)
+            losses, targets = gather(losses), gather(arrays["caption_targets"])  # (B, L)
+            for row, place in enumerate(gather(arrays["index"]).tolist()):
                 if place >= 0:
                     index = chosen[place]
-                    shown[index] = {"image": self._picture(index), "source_map": row}
+                    own = [layer[row] for layer in layers]
+                    shown[index] = {
+                        "image": self._picture(index),
+                        "source_map": own[-1] if own else None,
+                        "layers": own,
+                        "tokens": [
+                            [self._encoder.token_text(int(target)), round(float(loss), 4)]
+                            for target, loss in zip(targets[row], losses[row], strict=True)
+                            if target != IGNORE
+                        ],
+                    }
         return shown
 
     def _picture(self, index: int) -> str:
@@ -56,6 +71,14 @@ class Gallery:
 
 
 @functools.lru_cache(maxsize=4)
-def _encode_image(model):
-    """A jitted function of parameters and pictures that returns their source maps; evaluations share it."""
-    return jax.jit(lambda params, images: model.apply({"params": params}, images, method="encode_image").source_map)
+def _explain(model):
+    """A jitted `SimVLG.explain` of parameters and its arguments; evaluations share it.
+
+    It returns the layers of the merge map alone, and not the features of the picture.
+    """
+
+    def explain(params, *arguments):
+        visual, losses = model.apply({"params": params}, *arguments, method="explain")
+        return visual.layers, losses
+
+    return jax.jit(explain)

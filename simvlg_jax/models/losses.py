@@ -22,6 +22,10 @@ def token_cross_entropy(
     Returns:
       ((B,) nats, (B,) counts), float32.
     """
-    wanted = targets >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden), jnp.maximum(targets, 0))  # (B, S)
-    return jnp.sum(jnp.where(wanted, losses, 0.0), 1), jnp.sum(wanted, 1, dtype=jnp.float32)
+    return jnp.sum(token_losses(hidden, logits, targets), 1), jnp.sum(targets >= 0, 1, dtype=jnp.float32)
+
+
+def token_losses(hidden: jax.Array, logits: Callable[[jax.Array], jax.Array], targets: jax.Array) -> jax.Array:
+    """Returns the nats (B, S) of each target, float32, 0 where no loss is taken; arguments as `token_cross_entropy`."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden), jnp.maximum(targets, 0))
+    return jnp.where(targets >= 0, losses, 0.0)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
-from simvlg_jax.models.losses import token_cross_entropy
+from simvlg_jax.models.losses import token_cross_entropy, token_losses
 
 
 @struct.dataclass
@@ -19,11 +19,13 @@ class VisualOutput:
       connector: (B, P, D) the connector's tokens.
       prefix: (B, P, E) the soft prompt.
       source_map: (B, N) int32, which prefix token each ViT token became part of, or None.
+      layers: of each layer of the connector, the source map (B, N) after it; see `ConnectorOutput`.
     """
 
     connector: jax.Array
     prefix: jax.Array
     source_map: jax.Array | None
+    layers: tuple[jax.Array, ...]
 
 
 @struct.dataclass
@@ -84,7 +86,7 @@ class SimVLG(nn.Module):
           images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or normalised floats.
         """
         merged = self._connect(images)
-        return VisualOutput(merged.tokens, self.llm_proj(merged.tokens), merged.source_map)
+        return VisualOutput(merged.tokens, self.llm_proj(merged.tokens), merged.source_map, merged.layers)
 
     def _connect(self, images: jax.Array) -> ConnectorOutput:
         """Runs `encode_image` up to the connector."""
@@ -139,8 +141,21 @@ class SimVLG(nn.Module):
 
     def next_token_losses(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns `caption_losses` from the language model's states (B, P + L, E)."""
-        # Text token i is predicted from the position before it, the first one from the last prefix token.
-        return token_cross_entropy(hidden[:, -targets.shape[1] - 1 : -1], self.llm.logits, targets)
+        return token_cross_entropy(_before_targets(hidden, targets), self.llm.logits, targets)
+
+    def explain(
+        self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
+    ) -> tuple[VisualOutput, jax.Array]:
+        """Returns what a report shows of pictures, in one forward pass.
+
+        Args:
+          images, ids, mask, targets: as for `caption_losses`.
+
+        Returns:
+          (what the pictures became; (B, L) float32, the nats of each target, 0 where no loss is taken).
+        """
+        out = self(images, ids, mask)
+        return out.visual, token_losses(_before_targets(out.hidden, targets), self.llm.logits, targets)
 
     def losses_and_pair(
         self,
@@ -176,3 +191,11 @@ class SimVLG(nn.Module):
     def contrastive_losses(self, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
         """Returns `contrastive.matching_losses` at the learned temperature: (B,) float32, B the global batch."""
         return contrastive.matching_losses(picture, text, self.temperature, weight)
+
+
+def _before_targets(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the states (B, L, E) of (B, P + L, E) that predict the targets (B, L).
+
+    Text token i is predicted from the position before it, the first one from the last prefix token.
+    """
+    return hidden[:, -targets.shape[1] - 1 : -1]

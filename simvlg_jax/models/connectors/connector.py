@@ -14,10 +14,12 @@ class ConnectorOutput:
       tokens: (B, P, D).
       source_map: (B, N) int32, the output token that each visual token became part of; None for a
         connector that mixes them.
+      layers: of each layer, the source map (B, N) after it; the last one is `source_map`. Empty if that is None.
     """
 
     tokens: jax.Array
     source_map: jax.Array | None = None
+    layers: tuple[jax.Array, ...] = ()
 
 
 class Connector(Protocol):

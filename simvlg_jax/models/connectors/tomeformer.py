@@ -45,6 +45,7 @@ class TomeFormer(nn.Module):
         axes = ("mlp", "embed")
         x = layers.torch_dense(visual.shape[-1], self.width, axes, dtype=self.dtype, name="vl_proj")(visual)
         x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x)
+        maps = []
         for i, r in enumerate(self.merges):
             layer = bert.BertLayer(
                 self.num_heads,
@@ -60,7 +61,8 @@ class TomeFormer(nn.Module):
             x = out.tokens
             if out.slots is not None:
                 source_map = token_merging.compose(source_map, out.slots)
-        return ConnectorOutput(x, source_map)
+            maps.append(source_map)
+        return ConnectorOutput(x, source_map, tuple(maps))
 
 
 def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeFormer:

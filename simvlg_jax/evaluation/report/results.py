@@ -1,0 +1,118 @@
+"""The values that the report shows of a results file, eval/NAME.json. Files of older versions have fewer keys."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.utils.errors import UserError
+
+_SPLITS = ("test", "novel", "val", "train")  # in the order of the report; other splits follow
+_HEAT = 4.0  # nats of a token that is coloured most
+
+
+def read_splits(workdir: Path) -> list[dict]:
+    """Returns the values of each results file of a run, in the order of the report."""
+    order = {split: rank for rank, split in enumerate(_SPLITS)}
+    paths = sorted((workdir / "eval").glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
+    return [_split(path) for path in paths]
+
+
+def read_json(path: Path) -> dict | None:
+    """Returns the content of a file of a run, or None if there is no such file.
+
+    Raises:
+      UserError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and run simvlg_jax.evaluate again") from error
+    return content
+
+
+def score_text(name: str, value: float, digits: int = 1) -> str:
+    """Returns a score times 100 as text: "83.1" for CIDEr, which can exceed 100, and "83.1 %" for shares."""
+    return f"{100 * value:.{digits}f}" + ("" if name.startswith(("CIDEr", "BLEU", "ROUGE")) else " %")
+
+
+def _split(path: Path) -> dict:
+    results = read_json(path)
+    # Results of older versions have no "headline", and those of a retrieval have no "scores".
+    scores = results.get("scores") or {key: results[key] for key in ("R@1", "R@5") if key in results}
+    scores = {key: value for key, value in scores.items() if key != "loss"}
+    headline = results.get("headline") or next((key for key in ("CIDEr", "R@1") if key in scores), None)
+    shuffled, examples = results.get("shuffled") or {}, results.get("examples", [])
+    score, control = scores.get(headline), shuffled.get(headline)
+    kind = results.get("type") or ("retrieval" if headline == "R@1" else "captioning")
+    return {
+        "name": results.get("split", path.stem),
+        "type": kind,
+        "step": results.get("step"),
+        "count": results.get("num_examples", len(examples)),
+        "unreadable": len(results.get("unreadable", ())),
+        "loss": results.get("loss"),
+        "exact": results.get("exact_match"),
+        "headline": headline,
+        "score": score,
+        "control": control,
+        "interval": results.get("interval"),
+        "ratio": score / control if score is not None and control else None,
+        "scores": scores,
+        "shuffled": shuffled,
+        "beside": [key for key in scores if key in ("BLEU-4", "ROUGE-L") or (kind != "captioning" and key != headline)],
+        "gallery": [
+            _card(example, headline, place) for place, example in enumerate(e for e in examples if "image" in e)
+        ],
+        "examples": [_row(example, headline) for example in examples],
+    }
+
+
+def _row(example: dict, headline: str | None) -> dict:
+    """Returns the values of a row of the table of all examples."""
+    score = example.get("score", example.get("cider"))  # results of older versions have "cider"
+    references, caption = example["references"], example["caption"]
+    if headline in (None, "CIDEr"):
+        exact = caption in references
+        # A CIDEr of 3 is a close match. An exact caption is always green, since a short one cannot reach a high CIDEr.
+        merit = 1.0 if exact else min((score or 0.0) / 3.0, 1.0) * 0.85
+    else:
+        merit = min(score or 0.0, 1.0)
+        exact = merit == 1.0
+    return {
+        "id": str(example.get("id", "")),
+        "question": example.get("question"),
+        "caption": caption,
+        "references": references,
+        "answers": Counter(references).most_common(),
+        "score": score,
+        "loss": example.get("loss"),
+        "exact": exact,
+        "hue": round(4 + 130 * math.sqrt(merit)),
+        "chip": None if score is None else f"{headline or 'CIDEr'} {score_text(headline or 'CIDEr', score, 0)}",
+    }
+
+
+def _card(example: dict, headline: str | None, place: int) -> dict:
+    """Returns the values of a gallery card: those of `_row`, the picture, its merge map and the loss of each token."""
+    row = _row(example, headline)
+    source_map = example.get("source_map")
+    words = [row["id"], row["question"] or "", row["caption"], *row["references"]]
+    return {
+        **row,
+        "place": place,
+        "image": example["image"],
+        "words": " ".join(words).lower(),
+        "map": merge_map(example.get("layers") or [source_map]) if source_map else None,
+        # (text, nats, share of the most intense colour in %)
+        "tokens": [(text, nats, _heat(nats)) for text, nats in example.get("tokens", ())],
+    }
+
+
+def _heat(nats: float) -> int:
+    return round(100 * min(nats / _HEAT, 1)) if math.isfinite(nats) else 100
