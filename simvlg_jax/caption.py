@@ -42,6 +42,7 @@ def main() -> int:
     if not any(path.exists() for path in pictures):
         raise UserError(f"no such file or folder: {', '.join(map(str, pictures[:5]))}")
 
+    arguments.batch_size = min(arguments.batch_size, len(pictures))  # a batch is filled up, which takes its time
     from simvlg_jax.api import load
     from simvlg_jax.parallel.compile_cache import keep_compiled
 
