@@ -118,8 +118,8 @@ def test_every_evaluation_of_the_config_runs_when_it_is_due_and_one_chooses_the_
     assert loop.train(config, tmp_path) == 0
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
     assert [(line["step"], line["split"]) for line in lines] == [(2, "val"), (4, "seen"), (4, "val")]
-    assert list(evaluate.evaluations(config, [])) == ["test", "verb"]
-    assert list(evaluate.evaluations(config, ["train"])) == ["train"]
+    assert list(evaluate.evaluations(config, [], {})) == ["test", "verb"]
+    assert list(evaluate.evaluations(config, ["train"], {})) == ["train"]
 
 
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
