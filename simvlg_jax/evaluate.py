@@ -145,6 +145,8 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
         if jax.process_index() == 0:
             results = {"split": evaluator.name, "step": run.step, **result.details()}
             write_json(output / "eval" / f"{evaluator.name}.json", results)
+            for suffix, content in result.files.items():
+                write_json(output / "eval" / f"{evaluator.name}{suffix}", content)
             print(json.dumps({"split": evaluator.name, **result.metrics}), flush=True)
         partial.remove()
     if jax.process_index() == 0:

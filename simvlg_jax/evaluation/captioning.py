@@ -10,7 +10,9 @@ from simvlg_jax.evaluation.gallery import Gallery
 from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.evaluation.scores import captions as scoring
 from simvlg_jax.evaluation.scores.bootstrap import interval
-from simvlg_jax.evaluation.writer import Writer, Written
+from simvlg_jax.evaluation.submissions import coco
+from simvlg_jax.evaluation.writer import Writer
+from simvlg_jax.evaluation.written import Written
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.progress import SILENT, Announcer
 
@@ -27,17 +29,19 @@ class Captioning:
     def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
         written = self._write(params, announce, partial)
         shown = self._gallery(params, [example["index"] for example in written.examples]) if partial else {}
-        return score(written, shown, self._seed)
+        return score(written, shown, self._seed)._replace(files=coco(written.texts()))
 
 
 def score(written: Written, shown: dict[int, dict], seed: int) -> Result:
-    """Scores what the model wrote.
+    """Scores what the model wrote. A record without captions is kept and not scored, as in NoCaps' test split.
 
     Args:
       shown: record -> what the report shows of it.
       seed: of the shuffled control and the interval.
     """
-    examples = written.examples
+    examples = written.labelled()
+    if not examples:
+        return written.unscored("captioning", shown)
     references = {example["id"]: example["references"] for example in examples}
     captions = {example["id"]: example["caption"] for example in examples}
     scores = scoring.score_captions(references, captions)
@@ -49,16 +53,11 @@ def score(written: Written, shown: dict[int, dict], seed: int) -> Result:
         return {
             "type": "captioning",
             "headline": "CIDEr",
-            "num_examples": len(examples),
-            "unreadable": written.unreadable,
-            "loss": written.loss,
             "scores": scores.as_dict(),
             "shuffled": shuffled,
             "interval": interval(list(ciders.values()), seed),
             "exact_match": exact,
-            "examples": [
-                {**example, "score": ciders[example["id"]], **shown.get(example["index"], {})} for example in examples
-            ],
+            **written.details(ciders, shown),
         }
 
     numbers = {**scores.as_dict(), "CIDEr_shuffled": shuffled["CIDEr"], "exact_match": exact}

@@ -38,7 +38,13 @@ def make_evaluators(task: Task, config: ConfigDict, mesh: Mesh) -> list[Evaluato
     if due:
         lookup(due, "train.best_by", config.train.best_by)
     try:
-        return [make_evaluator(name, entry, task, config, mesh) for name, entry in due.items()]
+        evaluators = [make_evaluator(name, entry, task, config, mesh) for name, entry in due.items()]
+        best = next((one for one in evaluators if one.name == config.train.best_by), None)
+        if best is not None and not best.data.has_references:
+            raise UserError(
+                f"train.best_by is {best.name!r}, whose records have no captions or answers, so that it has no score", 2
+            )
+        return evaluators
     except UserError as error:
         off = " ".join(f"--config.evals.{name}.every=0" for name in due)
         raise UserError(f"{error}\nor train without evaluation: {off}", error.status) from error

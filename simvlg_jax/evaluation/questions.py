@@ -12,7 +12,9 @@ from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.evaluation.scores.answers import ACCURACIES, Accuracy
 from simvlg_jax.evaluation.scores.bootstrap import interval
 from simvlg_jax.evaluation.scores.control import derangement
-from simvlg_jax.evaluation.writer import Writer, Written
+from simvlg_jax.evaluation.submissions import OF_METRIC
+from simvlg_jax.evaluation.writer import Writer
+from simvlg_jax.evaluation.written import Written
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer
@@ -30,6 +32,7 @@ class Questions:
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
         self.name, self.every, self._seed = name, entry.every, config.seed
         self._accuracy = lookup(ACCURACIES, f"evals.{name}.metric", entry.metric)
+        self._files = OF_METRIC[entry.metric]
         self._write = Writer(name, entry, task, config, mesh, decoding_of(config, PUBLISHED | dict(entry.decoding)))
         self.data = self._write.data
         if self.data.source.info(0).question is None:
@@ -39,22 +42,22 @@ class Questions:
     def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
         written = self._write(params, announce, partial)
         shown = self._gallery(params, [example["index"] for example in written.examples]) if partial else {}
-        return score(written, shown, self._accuracy, self._seed)
+        return score(written, shown, self._accuracy, self._seed)._replace(files=self._files(written.texts()))
 
 
 def score(written: Written, shown: dict[int, dict], accuracy: Accuracy, seed: int) -> Result:
-    """Scores what the model answered. A record without answers is not scored.
+    """Scores what the model answered. A record without answers is kept and not scored, as in VQAv2's test split.
 
     Args:
       shown: record -> what the report shows of it.
       accuracy: (answer, people's answers) -> 0..1.
       seed: of the shuffled control and the interval.
     """
-    examples = [example for example in written.examples if example["references"]]
+    examples = written.labelled()
     if not examples:
-        raise UserError("no question of this split has an answer, so there is nothing to score")
-    right = [accuracy(example["caption"], example["references"]) for example in examples]
-    mean, shuffled = float(np.mean(right)), 0.0
+        return written.unscored("questions", shown)
+    right = {one["id"]: accuracy(one["caption"], one["references"]) for one in examples}
+    mean, shuffled = float(np.mean(list(right.values()))), 0.0
     if len(examples) > 1:
         others = derangement(len(examples), seed)
         pairs = zip(examples, others, strict=True)
@@ -64,16 +67,10 @@ def score(written: Written, shown: dict[int, dict], accuracy: Accuracy, seed: in
         return {
             "type": "questions",
             "headline": "accuracy",
-            "num_examples": len(examples),
-            "unreadable": written.unreadable,
-            "loss": written.loss,
             "scores": {"accuracy": mean},
             "shuffled": {"accuracy": shuffled},
-            "interval": interval(right, seed),
-            "examples": [
-                {**example, "score": each, **shown.get(example["index"], {})}
-                for example, each in zip(examples, right, strict=True)
-            ],
+            "interval": interval(list(right.values()), seed),
+            **written.details(right, shown),
         }
 
     return Result(mean, {**written.numbers(), "accuracy": mean, "accuracy_shuffled": shuffled}, details)

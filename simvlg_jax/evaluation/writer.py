@@ -1,7 +1,6 @@
 """Lets a model write a text for every record of an evaluation: captions, or answers where records have questions."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -10,8 +9,9 @@ from ml_collections import ConfigDict
 from simvlg_jax.data.sources import check_unique_ids
 from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.evaluation.captioner import Captioner
-from simvlg_jax.evaluation.evaluator import EvalData, unreadable_metric
+from simvlg_jax.evaluation.evaluator import EvalData
 from simvlg_jax.evaluation.partial import Partial
+from simvlg_jax.evaluation.written import Written
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.bar import Progress
@@ -19,25 +19,6 @@ from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import Announcer
 
 captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # evaluations share one, which is compiled once
-
-
-class Written(NamedTuple):
-    """What a model wrote for the readable records, the same on every process.
-
-    Attributes:
-      loss: mean nats per target token, over all records.
-      examples: of each record, in the order of the source: index, id, question (if it has one), references, caption
-        (what it wrote first), captions (all, if several) and loss (mean nats per target token, None without targets).
-      unreadable: ids of the other records.
-    """
-
-    loss: float
-    examples: list[dict]
-    unreadable: list[str]
-
-    def numbers(self) -> dict[str, float]:
-        """Loss and the number of unreadable records, if any, for the log."""
-        return {"loss": self.loss, **unreadable_metric(self.unreadable)}
 
 
 class Writer:
@@ -85,7 +66,7 @@ class Writer:
         unreadable = self.data.report_unreadable(skipped)
         check_unique_ids([example["id"] for example in examples])
         targets = sum(batch["targets"] for batch in batches)
-        loss = sum(batch["loss"] for batch in batches) / max(targets, 1.0)
+        loss = sum(batch["loss"] for batch in batches) / targets if targets else None
         return Written(loss, sorted(examples, key=lambda example: example["index"]), unreadable)
 
     def _batch(self, params: dict, arrays: dict[str, jax.Array], seed: int) -> dict:

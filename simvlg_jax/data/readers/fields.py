@@ -69,8 +69,12 @@ def split_of(row: Mapping[str, Any]) -> str | None:
     return canonical(split) if isinstance(split, str) else None
 
 
-def parse(row: Mapping[str, Any]) -> Fields:
-    """Reads a row whose columns are in lower case. Raises Fault if it has no picture or no good text."""
+def parse(row: Mapping[str, Any], unlabelled: bool = False) -> Fields:
+    """Reads a row whose columns are in lower case. Raises Fault if it has no picture or no good text.
+
+    Args:
+      unlabelled: a row may have no text at all.
+    """
     video, picture = _value(row, VIDEO), _value(row, IMAGE)
     source = picture if video is None else video
     if source is None:
@@ -83,9 +87,12 @@ def parse(row: Mapping[str, Any]) -> Fields:
     if question is not None and not isinstance(question, str):
         raise Fault("wrong type")
     name = "caption" if question is None else "answer"
-    good, faults = texts.sift(texts.as_list(_value(row, CAPTION if question is None else ANSWER), name), name)
-    if not good:
-        raise Fault(faults[0])
+    value = _value(row, CAPTION if question is None else ANSWER)
+    good, faults = [], []
+    if not unlabelled or value not in (None, []):
+        good, faults = texts.sift(texts.as_list(value, name), name)
+        if not good:
+            raise Fault(faults[0])
     if question is not None:
         question = texts.checked(question, "question")
     is_video = video is not None or (isinstance(source, str) and _suffix(source) in VIDEO_SUFFIXES)

@@ -62,11 +62,13 @@ class Options(NamedTuple):
       split: rows of other splits are left out, if rows name a split.
       images: the folder that paths in lists are relative to; "" is that of the list.
       index_only: the media stay in the tars.
+      unlabelled: rows without a caption or an answer are records too. For lists and tables.
     """
 
     split: str = "train"
     images: str = ""
     index_only: bool = False
+    unlabelled: bool = False
 
 
 class Shard(Protocol):

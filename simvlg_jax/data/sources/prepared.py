@@ -126,7 +126,7 @@ class PreparedSource:
         row = self._index[number]
         record: Record = {
             "image": self._reader.read(number, row),
-            "caption": row.texts[text],
+            "caption": row.texts[text] if row.texts else "",
             "references": row.texts,
             "id": row.id,
         }
