@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from etils import epath
 
+from simvlg_jax.data.extras import NONE
 from simvlg_jax.data.preparing import beam, finish, local, records
 from simvlg_jax.data.preparing.shard import Job
 from simvlg_jax.data.preparing.staging import Staging, locked
-from simvlg_jax.data.readers import LABELLED_BY_ROWS, Options, Plan, choose, listing, paths, resolve
+from simvlg_jax.data.readers import LABELLED_BY_ROWS, Example, Options, Plan, choose, listing, paths, resolve
 from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError
 
@@ -154,7 +155,9 @@ def _fingerprint(settings: Settings, plan: Plan, kind: str) -> str:
     options += ["unlabelled"] * settings.unlabelled
     digest = hashlib.sha256(json.dumps([options, plan.roots, [repr(shard) for shard in plan.shards]]).encode())
     for entry in plan.entries:
-        digest.update(json.dumps(entry).encode())
+        # Without extras, so that data of a version that had none stay valid.
+        bare = isinstance(entry, Example) and entry.extras == NONE
+        digest.update(json.dumps(entry[:-1] if bare else entry).encode())
     return digest.hexdigest()
 
 

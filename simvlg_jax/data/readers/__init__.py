@@ -7,10 +7,22 @@ from etils import epath
 
 from simvlg_jax.config.check import lookup
 from simvlg_jax.data.readers import files, lavis, paths, table, video, webdataset
-from simvlg_jax.data.readers.reader import Item, Options, Plan, Reader, Shard, Skip
+from simvlg_jax.data.readers.reader import Example, Item, Options, Plan, Reader, Shard, Skip
 from simvlg_jax.utils.errors import UserError
 
-__all__ = ["LABELLED_BY_ROWS", "READERS", "Item", "Options", "Plan", "Reader", "Shard", "Skip", "choose", "resolve"]
+__all__ = [
+    "LABELLED_BY_ROWS",
+    "READERS",
+    "Example",
+    "Item",
+    "Options",
+    "Plan",
+    "Reader",
+    "Shard",
+    "Skip",
+    "choose",
+    "resolve",
+]
 
 # In the order in which a source is compared with them.
 READERS: dict[str, Reader] = {

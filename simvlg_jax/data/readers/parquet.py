@@ -120,7 +120,8 @@ class ParquetShard:
             return
         own = fields.identifier(row.get(self.own_ids)) if self.own_ids else None
         texts = found.texts + self.more.get(number, [])
-        yield Item(where, own or f"{self.prefix}/{number}", media, texts, found.question, faults=tuple(found.faults))
+        item = Item(where, own or f"{self.prefix}/{number}", media, texts, found.question, extras=found.extras)
+        yield item._replace(faults=tuple(found.faults))
 
 
 def plan(files: list[str], options: Options) -> Plan:

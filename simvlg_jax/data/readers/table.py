@@ -178,12 +178,12 @@ def _check_header(file: str, names: list[str]) -> None:
 
 
 def _cell(name: str, value: str) -> Any:
-    """A cell of a CSV file. Several captions or answers are a JSON list."""
-    if name in (*fields.CAPTION, *fields.ANSWER) and value.startswith("["):
+    """A cell of a CSV file. Several captions, answers or choices are a JSON list."""
+    if name in (*fields.CAPTION, *fields.ANSWER, *fields.CHOICES) and value.startswith("["):
         try:
             values = texts.parse_json(value.encode())
         except Fault:
             return value
         if isinstance(values, list) and values and all(isinstance(text, str) for text in values):
             return values
-    return value
+    return int(value) if name in fields.CORRECT and value.isdecimal() else value

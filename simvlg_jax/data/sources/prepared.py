@@ -119,7 +119,7 @@ class PreparedSource:
 
     def info(self, index: int) -> RecordInfo:
         row = self._index[self._place(index)[0]]
-        return RecordInfo(row.id, row.texts, row.question)
+        return RecordInfo(row.id, row.texts, row.question, row.extras)
 
     def __getitem__(self, index: int) -> Record:
         number, text = self._place(int(index))
