@@ -22,6 +22,8 @@ Answers to questions are scored by their accuracy:
 
     python -m simvlg_jax.evaluate --workdir runs/openmoji --output runs/vqa --split val --type questions \\
       --config.data.name=prepared --config.data.path=data/vqav2
+
+--type choices takes the likeliest of the choices of each record, or of --choices, as the answer.
 """
 
 import json
@@ -52,8 +54,11 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: the test splits of the data")
-    parser.add_argument("--type", default="", help="captioning, questions or retrieval; default: that of the task")
-    parser.add_argument("--metric", default="vqa", help="of questions: vqa, gqa, gqa_published or exact")
+    add = parser.add_argument_group("the evaluation of each split, keys of an entry of config.evals").add_argument
+    add("--type", default="", help="captioning, questions, choices or retrieval; default: that of the task")
+    add("--metric", default="", help="of answers: vqa, gqa, gqa_published or exact; default: vqa, of choices exact")
+    add("--choices", default="", help='such as "yes|no", or "answers" for all of the split; default: the records\' own')
+    add("--ranking", default="sum", help="of choices: by the sum of log-likelihoods or by their mean")
     add_checkpoint_argument(parser)
     add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
@@ -77,7 +82,7 @@ def main() -> int:
 
     keep_compiled()
     splits = arguments.split.split(",") if arguments.split else []
-    kind = dict(type=arguments.type, metric=arguments.metric)
+    kind = {key: getattr(arguments, key) for key in ("type", "metric", "choices", "ranking")}
     return processes.run(
         lambda: evaluate(config, workdir, output, arguments.checkpoint, evaluations(config, splits, kind)),
         arguments.distributed,
@@ -92,7 +97,7 @@ def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str]) -> 
     it off.
 
     Args:
-      kind: type and metric of the evaluations of splits.
+      kind: keys of the evaluations of splits.
     """
     from simvlg_jax.data.sources import test_splits
 

@@ -101,6 +101,20 @@ def test_questions_keep_their_ids_and_those_without_answers_are_answered(run, tm
         assert example["score"] is example["loss"] is None and example["tokens"] == []
     assert "What is 4?" in (output / "report.html").read_text()
 
+    output = tmp_path / "chosen"
+    arguments = ("--type", "choices", "--choices", "answers", "--metric", "vqa", "--ranking", "mean", "--split", "val")
+    assert score(run, data, output, *arguments) == 0
+    results = read(output / "eval" / "val.json")
+    assert (results["type"], results["scores"]["chance"]) == ("choices", pytest.approx(1 / 6))
+    assert {example["caption"] for example in results["examples"]} <= {"yes", "no"}
+    for example in results["examples"]:
+        (_, best, best_tokens), (_, other, tokens) = example["choices"]
+        assert best / best_tokens >= other / tokens
+    assert [answer["question_id"] for answer in read(output / "eval" / "val.vqa.json")] == [
+        row["question_id"] for row in rows
+    ]
+    assert "What is 4?" in (output / "report.html").read_text()
+
 
 def test_records_without_texts_need_the_option(tmp_path, capsys):
     rows = [{"image": f"{n}.png", "question": "What?", "question_id": n} for n in range(2)]

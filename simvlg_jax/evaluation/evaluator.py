@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.data import pipeline, transforms
 from simvlg_jax.data.skipped import REASONS, in_words
-from simvlg_jax.data.sources import Source, load_source, name_of
+from simvlg_jax.data.sources import RecordInfo, Source, load_source, name_of
 from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks.task import Task
@@ -102,11 +102,13 @@ class EvalData:
     @property
     def has_references(self) -> bool:
         """Whether a record has captions or answers to compare with."""
+        return any(info.references for info in self.infos())
+
+    def infos(self) -> Iterator[RecordInfo]:
+        """Yields what scores need of each record, but of those that cannot be read."""
         for index in range(len(self)):
             with contextlib.suppress(*transforms.UNREADABLE):
-                if self.source.info(index).references:
-                    return True
-        return False
+                yield self.source.info(index)
 
     def only(self, indices: Sequence[int]) -> Iterator[dict[str, jax.Array]]:
         """Yields global batches of some records. Their "index" is the place in `indices`."""

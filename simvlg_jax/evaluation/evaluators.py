@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
 from simvlg_jax.evaluation.captioning import Captioning
+from simvlg_jax.evaluation.choices import Choices
 from simvlg_jax.evaluation.evaluator import Evaluator
 from simvlg_jax.evaluation.questions import Questions
 from simvlg_jax.evaluation.retrieval import Retrieval
@@ -13,6 +14,7 @@ from simvlg_jax.utils.errors import UserError
 
 EVALUATORS = {
     "captioning": Captioning,
+    "choices": Choices,
     "questions": Questions,
     "retrieval": Retrieval,
 }

@@ -31,8 +31,9 @@ class Questions:
 
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
         self.name, self.every, self._seed = name, entry.every, config.seed
-        self._accuracy = lookup(ACCURACIES, f"evals.{name}.metric", entry.metric)
-        self._files = OF_METRIC[entry.metric]
+        metric = entry.metric or "vqa"
+        self._accuracy = lookup(ACCURACIES, f"evals.{name}.metric", metric)
+        self._files = OF_METRIC[metric]
         self._write = Writer(name, entry, task, config, mesh, decoding_of(config, PUBLISHED | dict(entry.decoding)))
         self.data = self._write.data
         if self.data.source.info(0).question is None:
