@@ -57,6 +57,7 @@ def main() -> int:
     add = parser.add_argument_group("the evaluation of each split, keys of an entry of config.evals").add_argument
     add("--type", default="", help="captioning, questions, choices or retrieval; default: that of the task")
     add("--metric", default="", help="of answers: vqa, gqa, gqa_published or exact; default: vqa, of choices exact")
+    add("--scores", dest="extra_scores", default="", help="of captions, besides the others: meteor, spice; need Java")
     add("--choices", default="", help='such as "yes|no", or "answers" for all of the split; default: the records\' own')
     add("--ranking", default="sum", help="of choices: by the sum of log-likelihoods or by their mean")
     add_checkpoint_argument(parser)
@@ -82,7 +83,7 @@ def main() -> int:
 
     keep_compiled()
     splits = arguments.split.split(",") if arguments.split else []
-    kind = {key: getattr(arguments, key) for key in ("type", "metric", "choices", "ranking")}
+    kind = {key: getattr(arguments, key) for key in ("type", "metric", "extra_scores", "choices", "ranking")}
     return processes.run(
         lambda: evaluate(config, workdir, output, arguments.checkpoint, evaluations(config, splits, kind)),
         arguments.distributed,

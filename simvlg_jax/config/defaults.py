@@ -176,6 +176,8 @@ def get_eval() -> ConfigDict:
     # "yes|no"; "answers": all answers of the split.
     entry.choices = ""
     entry.ranking = "sum"  # "choices" only: the likeliest by the "sum" over its tokens and the end, or by their "mean"
+    # "captioning" only: "meteor", "spice" or "meteor,spice". They need Java and `pip install 'simvlg_jax[scores]'`.
+    entry.extra_scores = ""
     # "questions" only: keys of config.evaluate for decoding that differ from the published ones (5 beams, 1 to 10
     # tokens, length_penalty 0).
     entry.decoding = ConfigDict()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from simvlg_jax.data.sources import check_unique_ids
+from simvlg_jax.data.sources import RecordInfo, check_unique_ids
 from simvlg_jax.evaluation.evaluator import EvalData
 from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.utils.bar import Progress
@@ -66,6 +66,13 @@ def through_batches(
     unreadable = data.report_unreadable(skipped)
     check_unique_ids([example["id"] for example in examples])
     return Found(batches, sorted(examples, key=lambda example: example["index"]), unreadable)
+
+
+def described(index: int, info: RecordInfo) -> dict:
+    """What an example says of its record: index, id, references, and question and group if it has them."""
+    optional = {"question": info.question, "group": info.extras.group}
+    example = {"index": index, "id": info.id, "references": list(info.references)}
+    return example | {key: value for key, value in optional.items() if value is not None}
 
 
 def skipped_of(indices: list[int], codes: list[int]) -> list[list[int]]:

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
 from simvlg_jax.data.sources import RecordInfo
-from simvlg_jax.evaluation.batches import Found, skipped_of, through_batches
+from simvlg_jax.evaluation.batches import Found, described, skipped_of, through_batches
 from simvlg_jax.evaluation.evaluator import EvalData, Result
 from simvlg_jax.evaluation.gallery import Gallery
+from simvlg_jax.evaluation.groups import by_group
 from simvlg_jax.evaluation.likelihood import Likely, Query, likelihood_of
 from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.evaluation.scores.answers import ACCURACIES
@@ -76,7 +77,7 @@ class Choices:
 
         examples, others = [], []
         for row, info, texts, own in zip(rows, infos, choices, likely(rows), strict=True):
-            examples.append({"index": indices[row], **self._example(info, texts, own)})
+            examples.append({**described(indices[row], info), **self._example(info, texts, own)})
         if len(rows) > 1:
             for info, texts, other in zip(infos, choices, likely([*rows[1:], rows[0]]), strict=True):
                 others.append(self._right(info, texts, self._order(other)[0]))
@@ -97,11 +98,11 @@ class Choices:
         return self._accuracy(choices[place], info.references) if info.references else None
 
     def _example(self, info: RecordInfo, choices: Sequence[str], likely: list[Likely]) -> dict:
+        """The part of an example that depends on the choices."""
         order = self._order(likely)
         known = not self._common and info.extras.correct is not None
         right = [self._right(info, choices, place) for place in range(len(choices))]
-        example = {
-            "id": info.id,
+        return {
             "references": [choices[info.extras.correct]] if known else list(info.references),
             "caption": choices[order[0]],
             "loss": None,
@@ -109,7 +110,6 @@ class Choices:
             "right": right[order[0]],
             "chance": None if right[0] is None else float(np.mean(right)),
         }
-        return example if info.question is None else {**example, "question": info.question}
 
 
 def common_choices(name: str, choices: str, data: EvalData) -> list[str]:
@@ -155,10 +155,7 @@ def score(found: Found, written: Written, shown: dict[int, dict], seed: int) -> 
         return written.unscored("choices", shown)
     right = {example["id"]: example["right"] for example in examples}
     others = [value for batch in found.batches for value in batch["shuffled"]]
-    scores = {
-        "accuracy": float(np.mean(list(right.values()))),
-        "chance": float(np.mean([example["chance"] for example in examples])),
-    }
+    scores = means(examples)
     shuffled = float(np.mean(others)) if others else 0.0
 
     def details() -> dict:
@@ -168,7 +165,14 @@ def score(found: Found, written: Written, shown: dict[int, dict], seed: int) -> 
             "scores": scores,
             "shuffled": {"accuracy": shuffled},
             "interval": interval(list(right.values()), seed),
+            **by_group(examples, means),
             **written.details(right, shown),
         }
 
     return Result(scores["accuracy"], {**written.numbers(), **scores, "accuracy_shuffled": shuffled}, details)
+
+
+def means(examples: list[dict]) -> dict[str, float]:
+    """The accuracy of what was chosen, and that of a random choice."""
+    names = {"accuracy": "right", "chance": "chance"}
+    return {name: float(np.mean([example[key] for example in examples])) for name, key in names.items()}

@@ -4,6 +4,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
+from simvlg_jax.config.defaults import get_eval
 from simvlg_jax.evaluation.captioning import Captioning
 from simvlg_jax.evaluation.choices import Choices
 from simvlg_jax.evaluation.evaluator import Evaluator
@@ -19,6 +20,12 @@ EVALUATORS = {
     "retrieval": Retrieval,
 }
 
+# Key of an entry -> the one type that reads it, and its default.
+ONLY = {
+    key: (only, get_eval()[key])
+    for key, only in dict(extra_scores="captioning", choices="choices", ranking="choices").items()
+}
+
 
 def make_evaluator(name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh) -> Evaluator:
     """Returns the evaluator of an entry of `config.evals`.
@@ -26,7 +33,11 @@ def make_evaluator(name: str, entry: ConfigDict, task: Task, config: ConfigDict,
     Raises:
       UserError: the type is unknown or does not fit the task, or the data cannot be read.
     """
-    kind = lookup(EVALUATORS, f"evals.{name}.type", entry.type or task.evaluator)
+    type_name = entry.type or task.evaluator
+    kind = lookup(EVALUATORS, f"evals.{name}.type", type_name)
+    for key, (only, default) in ONLY.items():
+        if entry[key] != default and type_name != only:
+            raise UserError(f"evals.{name}.{key} is for the type {only}, and the type is {type_name}", 2)
     return kind(name, entry, task, config, mesh)
 
 

@@ -8,6 +8,7 @@ from simvlg_jax.config.check import lookup
 from simvlg_jax.decoding.settings import decoding_of
 from simvlg_jax.evaluation.evaluator import Result
 from simvlg_jax.evaluation.gallery import Gallery
+from simvlg_jax.evaluation.groups import by_group
 from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.evaluation.scores.answers import ACCURACIES, Accuracy
 from simvlg_jax.evaluation.scores.bootstrap import interval
@@ -71,6 +72,7 @@ def score(written: Written, shown: dict[int, dict], accuracy: Accuracy, seed: in
             "scores": {"accuracy": mean},
             "shuffled": {"accuracy": shuffled},
             "interval": interval(list(right.values()), seed),
+            **by_group(examples, lambda some: {"accuracy": float(np.mean([right[one["id"]] for one in some]))}),
             **written.details(right, shown),
         }
 

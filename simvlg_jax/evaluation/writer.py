@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.decoding.settings import Decoding
-from simvlg_jax.evaluation.batches import skipped_of, through_batches
+from simvlg_jax.evaluation.batches import described, skipped_of, through_batches
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.evaluation.evaluator import EvalData
 from simvlg_jax.evaluation.partial import Partial
@@ -57,9 +57,7 @@ class Writer:
             if indices[row] < 0 or skipped[row]:
                 continue
             info = self.data.source.info(indices[row])
-            example = {"index": indices[row], "id": info.id, "references": list(info.references), "caption": texts[0]}
-            if info.question is not None:
-                example["question"] = info.question
+            example = {**described(indices[row], info), "caption": texts[0]}
             if len(texts) > 1:
                 example["captions"] = texts
             example["loss"] = float(losses[row] / targets[row]) if targets[row] else None

@@ -11,8 +11,8 @@ class Written(NamedTuple):
 
     Attributes:
       loss: mean nats per target token, over all records; None if no record has a reference.
-      examples: of each record, in the order of the source: index, id, question (if it has one), references, caption
-        (what it wrote first), captions (all, if several) and loss (mean nats per target token, None without targets).
+      examples: of each record, in the order of the source: what `described` says of it, caption (what the model wrote
+        first), captions (all, if several) and loss (mean nats per target token, None without targets).
       unreadable: ids of the other records.
     """
 
