@@ -58,6 +58,7 @@ def main() -> int:
     add("--type", default="", help="captioning, questions, choices or retrieval; default: that of the task")
     add("--metric", default="", help="of answers: vqa, gqa, gqa_published or exact; default: vqa, of choices exact")
     add("--scores", dest="extra_scores", default="", help="of captions, besides the others: meteor, spice; need Java")
+    add("--lemmatise", action="store_true", help="answers by the base forms of nouns and verbs, as OK-VQA; needs spaCy")
     add("--choices", default="", help='such as "yes|no", or "answers" for all of the split; default: the records\' own')
     add("--ranking", default="sum", help="of choices: by the sum of log-likelihoods or by their mean")
     add_checkpoint_argument(parser)
@@ -83,14 +84,15 @@ def main() -> int:
 
     keep_compiled()
     splits = arguments.split.split(",") if arguments.split else []
-    kind = {key: getattr(arguments, key) for key in ("type", "metric", "extra_scores", "choices", "ranking")}
+    keys = ("type", "metric", "extra_scores", "lemmatise", "choices", "ranking")
+    kind = {key: getattr(arguments, key) for key in keys}
     return processes.run(
         lambda: evaluate(config, workdir, output, arguments.checkpoint, evaluations(config, splits, kind)),
         arguments.distributed,
     )
 
 
-def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str]) -> dict[str, ConfigDict]:
+def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str | bool]) -> dict[str, ConfigDict]:
     """Returns {name: entry} of the evaluations.
 
     They are those of `splits`, or by default those of the test splits of the data and of the entries in `config.evals`

@@ -178,6 +178,9 @@ def get_eval() -> ConfigDict:
     entry.ranking = "sum"  # "choices" only: the likeliest by the "sum" over its tokens and the end, or by their "mean"
     # "captioning" only: "meteor", "spice" or "meteor,spice". They need Java and `pip install 'simvlg_jax[scores]'`.
     entry.extra_scores = ""
+    # "questions" only: nouns and verbs of the answers become base forms before they are scored. Published: True for
+    # OK-VQA. It needs spaCy: `pip install 'simvlg_jax[lemmas]'`, and `python -m spacy download en_core_web_sm`.
+    entry.lemmatise = False
     # "questions" only: keys of config.evaluate for decoding that differ from the published ones (5 beams, 1 to 10
     # tokens, length_penalty 0).
     entry.decoding = ConfigDict()

@@ -20,23 +20,20 @@ EVALUATORS = {
     "retrieval": Retrieval,
 }
 
-# Key of an entry -> the one type that reads it, and its default.
-ONLY = {
-    key: (only, get_eval()[key])
-    for key, only in dict(extra_scores="captioning", choices="choices", ranking="choices").items()
-}
+# Key of an entry -> the one type that reads it.
+TYPE_OF = dict(extra_scores="captioning", lemmatise="questions", choices="choices", ranking="choices")
 
 
 def make_evaluator(name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh) -> Evaluator:
     """Returns the evaluator of an entry of `config.evals`.
 
     Raises:
-      UserError: the type is unknown or does not fit the task, or the data cannot be read.
+      UserError: the type is unknown or does not fit the task or a key, or the data cannot be read.
     """
     type_name = entry.type or task.evaluator
     kind = lookup(EVALUATORS, f"evals.{name}.type", type_name)
-    for key, (only, default) in ONLY.items():
-        if entry[key] != default and type_name != only:
+    for key, only in TYPE_OF.items():
+        if type_name != only and entry[key] != get_eval()[key]:
             raise UserError(f"evals.{name}.{key} is for the type {only}, and the type is {type_name}", 2)
     return kind(name, entry, task, config, mesh)
 

@@ -13,6 +13,7 @@ from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.evaluation.scores.answers import ACCURACIES, Accuracy
 from simvlg_jax.evaluation.scores.bootstrap import interval
 from simvlg_jax.evaluation.scores.control import derangement
+from simvlg_jax.evaluation.scores.lemmas import Nlp, lemmatise, load_nlp
 from simvlg_jax.evaluation.submissions import OF_METRIC
 from simvlg_jax.evaluation.writer import Writer
 from simvlg_jax.evaluation.written import Written
@@ -35,6 +36,7 @@ class Questions:
         metric = entry.metric or "vqa"
         self._accuracy = lookup(ACCURACIES, f"evals.{name}.metric", metric)
         self._files = OF_METRIC[metric]
+        self._nlp = load_nlp(f"evals.{name}.lemmatise") if entry.lemmatise else None
         self._write = Writer(name, entry, task, config, mesh, decoding_of(config, PUBLISHED | dict(entry.decoding)))
         self.data = self._write.data
         if self.data.source.info(0).question is None:
@@ -43,8 +45,16 @@ class Questions:
 
     def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
         written = self._write(params, announce, partial)
+        if self._nlp is not None:
+            written = lemmatised(written, self._nlp)
         shown = self._gallery(params, [example["index"] for example in written.examples]) if partial else {}
         return score(written, shown, self._accuracy, self._seed)._replace(files=self._files(written.texts()))
+
+
+def lemmatised(written: Written, nlp: Nlp) -> Written:
+    """Replaces the answers by their base forms; "written" of an example is what the model wrote."""
+    changed = ({"caption": lemmatise(one["caption"], nlp), "written": one["caption"]} for one in written.examples)
+    return written._replace(examples=[one | new for one, new in zip(written.examples, changed, strict=True)])
 
 
 def score(written: Written, shown: dict[int, dict], accuracy: Accuracy, seed: int) -> Result:
