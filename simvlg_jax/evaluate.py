@@ -131,6 +131,7 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
     from simvlg_jax.evaluation.evaluators import make_evaluator
     from simvlg_jax.evaluation.partial import Partial
     from simvlg_jax.evaluation.report.page import write_report
+    from simvlg_jax.evaluation.submissions import SUFFIXES
     from simvlg_jax.training.restore import restore_run
     from simvlg_jax.utils.progress import Announcer
 
@@ -153,8 +154,11 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
         if jax.process_index() == 0:
             results = {"split": evaluator.name, "step": run.step, **result.details()}
             write_json(output / "eval" / f"{evaluator.name}.json", results)
-            for suffix, content in result.files.items():
-                write_json(output / "eval" / f"{evaluator.name}{suffix}", content)
+            for suffix in SUFFIXES:
+                path = output / "eval" / f"{evaluator.name}{suffix}"
+                path.unlink(missing_ok=True)  # of an evaluation of another type
+                if suffix in result.files:
+                    write_json(path, result.files[suffix])
             print(json.dumps({"split": evaluator.name, **result.metrics}), flush=True)
         partial.remove()
     if jax.process_index() == 0:

@@ -101,7 +101,6 @@ def test_questions_keep_their_ids_and_those_without_answers_are_answered(run, tm
         assert example["score"] is example["loss"] is None and example["tokens"] == []
     assert "What is 4?" in (output / "report.html").read_text()
 
-    output = tmp_path / "chosen"
     arguments = ("--type", "choices", "--choices", "answers", "--metric", "vqa", "--ranking", "mean", "--split", "val")
     assert score(run, data, output, *arguments) == 0
     results = read(output / "eval" / "val.json")
@@ -114,6 +113,9 @@ def test_questions_keep_their_ids_and_those_without_answers_are_answered(run, tm
         row["question_id"] for row in rows
     ]
     assert "What is 4?" in (output / "report.html").read_text()
+    arguments = ("--type", "choices", "--choices", "answers", "--split", "val")
+    assert score(run, data, output, *arguments) == 0
+    assert not (output / "eval" / "val.vqa.json").exists()  # the metric has no official file
 
 
 def test_records_without_texts_need_the_option(tmp_path, capsys):

@@ -59,7 +59,7 @@ def test_answers_and_choices_by_group():
     expected = {"a": {"accuracy": 1.0, "num_examples": 1}, "b": {"accuracy": 0.5, "num_examples": 2}}
     assert details["groups"] == expected and details["unlabelled"] == 1
     chosen = [
-        one | {"right": None if right is None else float(right), "chance": 0.25}
+        one | {"score": None if right is None else float(right), "chance": 0.25}
         for one, right in zip(examples, (1, 0, 1, None), strict=True)
     ]
     found = Found([{"shuffled": [0.0, 1.0]}], chosen, [])

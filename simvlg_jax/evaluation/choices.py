@@ -107,7 +107,7 @@ class Choices:
             "caption": choices[order[0]],
             "loss": None,
             "choices": [[choices[place], likely[place].nats, likely[place].tokens] for place in order[:KEPT]],
-            "right": right[order[0]],
+            "score": right[order[0]],
             "chance": None if right[0] is None else float(np.mean(right)),
         }
 
@@ -150,10 +150,10 @@ def score(found: Found, written: Written, shown: dict[int, dict], seed: int) -> 
       shown: record -> what the report shows of it.
       seed: of the interval.
     """
-    examples = [example for example in found.examples if example["right"] is not None]
+    examples = [example for example in found.examples if example["score"] is not None]
     if not examples:
         return written.unscored("choices", shown)
-    right = {example["id"]: example["right"] for example in examples}
+    right = {example["id"]: example["score"] for example in examples}
     others = [value for batch in found.batches for value in batch["shuffled"]]
     scores = means(examples)
     shuffled = float(np.mean(others)) if others else 0.0
@@ -174,5 +174,5 @@ def score(found: Found, written: Written, shown: dict[int, dict], seed: int) -> 
 
 def means(examples: list[dict]) -> dict[str, float]:
     """The accuracy of what was chosen, and that of a random choice."""
-    names = {"accuracy": "right", "chance": "chance"}
+    names = {"accuracy": "score", "chance": "chance"}
     return {name: float(np.mean([example[key] for example in examples])) for name, key in names.items()}

@@ -28,7 +28,7 @@ class Result(NamedTuple):
       score: chooses the best checkpoint; higher is better. None if no record has anything to compare with.
       metrics: numbers for the log.
       details: returns the content of eval/NAME.json. It can be called on a single process.
-      files: suffix -> JSON of another file, eval/NAME + suffix.
+      files: suffix, one of `submissions.SUFFIXES` -> JSON of another file, eval/NAME + suffix.
     """
 
     score: float | None
