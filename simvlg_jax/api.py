@@ -1,7 +1,10 @@
 """Loads a trained model and captions pictures: `load("runs/openmoji").caption("picture.png")`."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -10,26 +13,47 @@ from PIL import Image
 from simvlg_jax.config.load import fill, load_config, override
 from simvlg_jax.config.saved import EXAMPLE, read_config
 from simvlg_jax.data import transforms
+from simvlg_jax.data.captions import CLEANERS
+from simvlg_jax.data.sources import prompt_of
 from simvlg_jax.decoding.settings import decoding_of
 from simvlg_jax.evaluation.captioner import Captioner
+from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.training import restore
 from simvlg_jax.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from simvlg_jax.evaluation.explanation import Explanation
+
 Picture = str | Path | Image.Image | np.ndarray
+PROMPT_MULTIPLE = 16  # questions are padded to a multiple of it, so that few lengths are compiled
+PLACE = "{}"  # of the question in `data.prompt`
 
 
 class CaptionModel:
-    """A model that captions pictures.
+    """A model that captions pictures and answers questions about them.
 
     Attributes:
+      config: the config of the model.
       task: the model and its text encoder.
       params: all parameters, on the devices.
     """
 
-    def __init__(self, config: ConfigDict, task: Task, params: dict):
-        self.task, self.params = task, params
-        self._captioner = Captioner(task.model, task.batch.texts["caption"].encoder, decoding_of(config))
+    def __init__(self, config: ConfigDict, task: Task, params: dict, chosen: Collection[str] = ()):
+        """Args:
+        chosen: keys of `config.evaluate` that also hold for answers, instead of the published decoding.
+        """
+        self.config, self.task, self.params, self._chosen = config, task, params, chosen
+        self._encoder = task.batch.texts["caption"].encoder
+        self._prompt = config.data.prompt if PLACE not in config.data.prompt else ""  # of captions
+        self._captioner = Captioner(task.model, self._encoder, decoding_of(config))
+
+    @cached_property
+    def _answerer(self) -> Captioner:
+        from simvlg_jax.evaluation.questions import PUBLISHED
+
+        published = {name: value for name, value in PUBLISHED.items() if name not in self._chosen}
+        return Captioner(self.task.model, self._encoder, decoding_of(self.config, published))
 
     def caption(self, picture: Picture, prompt: str | None = None) -> str:
         """Returns the caption of one picture. See `captions`."""
@@ -50,13 +74,95 @@ class CaptionModel:
         Raises:
           UserError: a picture cannot be read. The message names it.
         """
-        side, captions = self.task.batch.pictures.side, []
+        own = [self._prompt] * len(pictures) if self._prompt and prompt is None else prompt
+        return self._write(self._captioner, pictures, own, batch_size)
+
+    def answer(self, picture: Picture, question: str) -> str:
+        """Returns the answer to a question about one picture. See `answers`."""
+        return self.answers([picture], [question], 1)[0]
+
+    def answers(self, pictures: Sequence[Picture], questions: str | Sequence[str], batch_size: int = 16) -> list[str]:
+        """Returns the answer to a question about each picture, the first one of `several_answers`."""
+        return [answers[0] for answers in self.several_answers(pictures, questions, batch_size)]
+
+    def several_answers(
+        self, pictures: Sequence[Picture], questions: str | Sequence[str], batch_size: int = 16
+    ) -> list[list[str]]:
+        """Returns `evaluate.num_captions` answers to a question about each picture.
+
+        A question is cleaned and put into a prompt as in the model's training; by default "Question: {} Short answer:".
+        Decoding is the published one: 5 beams, 1 to 10 tokens, length penalty 0. Keys of `config.evaluate` that were
+        overridden when the model was loaded replace it.
+
+        Args:
+          pictures, batch_size: as for `several`.
+          questions: one for each picture, or one for all.
+
+        Raises:
+          UserError: a picture cannot be read, or there are not as many questions as pictures.
+        """
+        questions = [questions] * len(pictures) if isinstance(questions, str) else questions
+        if len(questions) != len(pictures):
+            raise UserError(f"{len(questions)} questions and {len(pictures)} pictures: give a question for each", 2)
+        data = self.config.data
+        template = data.prompt if PLACE in data.prompt else ""
+        prompts = [prompt_of(question, CLEANERS[data.clean], template) for question in questions]
+        return self._write(self._answerer, pictures, prompts, batch_size)
+
+    def explain(self, picture: Picture, caption: str | None = None) -> "Explanation":
+        """Returns which parts of a picture the model merged, and how likely each token of the caption is to it.
+
+        Args:
+          caption: the text to explain; default: the model's own caption.
+
+        Raises:
+          UserError: the picture cannot be read.
+        """
+        from simvlg_jax.evaluation.explanation import explain
+
+        image = read_picture(picture, self.task.batch.pictures.side)
+        caption = self.caption(image) if caption is None else caption
+        return explain(self.task, self.params, image, caption, self._prompt)
+
+    def with_merging(
+        self, *, tokens: int = 0, r: int = 0, inflect: float = 0.0, merges: Sequence[int] = ()
+    ) -> "CaptionModel":
+        """Returns the model with another merging schedule and the same parameters, which are not read or copied again.
+
+        Give one of tokens, r (with inflect) and merges; without any, no tokens are merged. Each schedule compiles a
+        program of its own, so keep the returned model.
+
+        Args: as the keys of `config.connector`.
+          tokens: number of visual tokens that are left, from evenly spread merges.
+          r: number of tokens that every layer merges away.
+          inflect: with r: from -1 (all in early layers) to 1 (all in late layers).
+          merges: number of tokens that each layer merges away.
+
+        Raises:
+          UserError: the schedule does not fit the model.
+        """
+        schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges))
+        config = override(self.config, [f"--config.connector.{key}={value}" for key, value in schedule.items()])
+        task = dataclasses.replace(build_task(config), batch=self.task.batch)  # the tokenizer is not read again
+        return CaptionModel(config, task, self.params, self._chosen)
+
+    def _write(
+        self, captioner: Captioner, pictures: Sequence[Picture], prompts: list[str] | str | None, batch_size: int
+    ) -> list[list[str]]:
+        """Returns the texts of each picture. `prompts`: one for each picture, or as the captioner takes them."""
+        from simvlg_jax.data.batching import pad_prompts
+
+        side, texts = self.task.batch.pictures.side, []
         for start in range(0, len(pictures), batch_size):
             images = np.stack([read_picture(p, side) for p in pictures[start : start + batch_size]])
-            filled = np.concatenate([images, np.zeros((batch_size - len(images), side, side, 3), np.uint8)])
-            output = self._captioner(self.params, filled, prompt, start)
-            captions += self._captioner.decode(np.asarray(output.ids))[: len(images)]
-        return captions
+            blank = batch_size - len(images)
+            filled = np.concatenate([images, np.zeros((blank, side, side, 3), np.uint8)])
+            given = prompts
+            if isinstance(prompts, list):
+                given = pad_prompts(self._encoder, prompts[start : start + batch_size] + [""] * blank, PROMPT_MULTIPLE)
+            output = captioner(self.params, filled, given, start)
+            texts += captioner.decode(np.asarray(output.ids))[: len(images)]
+        return texts
 
 
 def read_picture(picture: Picture, side: int) -> np.ndarray:
@@ -99,4 +205,5 @@ def load(
         folder = EXAMPLE if name == "example" else Path(name)
         config = override(read_config(folder), overrides)
         run = restore.restore_run(config, folder, checkpoint, captions=True)
-    return CaptionModel(config, run.task, run.params)
+    chosen = {given.removeprefix("--config.evaluate.").partition("=")[0] for given in overrides}
+    return CaptionModel(run.config, run.task, run.params, chosen)

@@ -30,8 +30,13 @@ WEIGHTS = "weights.safetensors"  # of an exported model, next to its config.json
 
 @dataclass(frozen=True)
 class Run:
-    """A model after `step` training steps. Its parameters, trained and frozen in one tree, are read on first use."""
+    """A model after `step` training steps. Its parameters, trained and frozen in one tree, are read on first use.
 
+    Attributes:
+      config: that the task was built from.
+    """
+
+    config: ConfigDict
     task: Task
     mesh: Mesh
     step: int
@@ -68,7 +73,7 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
             raise UserError(f"{workdir} is an exported model of one checkpoint: omit --checkpoint {which}", 2)
         path = workdir / WEIGHTS
         step = int(own_files.read_metadata(path).get("step", 0))
-        return Run(task, mesh, step, lambda: read_export(task, config, mesh, path))
+        return Run(config, task, mesh, step, lambda: read_export(task, config, mesh, path))
     with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
         step = checkpoints.choose(which)
 
@@ -78,13 +83,13 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
         with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
             return partition.join(frozen, checkpoints.restore_params(step, trained))
 
-    return Run(task, mesh, step, read)
+    return Run(config, task, mesh, step, read)
 
 
 def assemble(config: ConfigDict) -> Run:
     """Returns a model from the weights that its config names. Parts without weights are initialised at random."""
     task, mesh = build_task(config), meshes.make_mesh(config.mesh)
-    return Run(task, mesh, 0, lambda: partition.join(*Plan(task, config, mesh).init_params()))
+    return Run(config, task, mesh, 0, lambda: partition.join(*Plan(task, config, mesh).init_params()))
 
 
 def read_export(task: Task, config: ConfigDict, mesh: Mesh, path: Path) -> dict:
