@@ -63,19 +63,22 @@ class CaptionModel:
         """Returns the caption of each picture, the first one of `several`."""
         return [captions[0] for captions in self.several(pictures, prompt, batch_size)]
 
-    def several(self, pictures: Sequence[Picture], prompt: str | None = None, batch_size: int = 16) -> list[list[str]]:
+    def several(
+        self, pictures: Sequence[Picture], prompt: str | None = None, batch_size: int = 16, seed: int = 0
+    ) -> list[list[str]]:
         """Returns `evaluate.num_captions` captions of each picture, decoded by the settings of `config.evaluate`.
 
         Args:
           pictures: file names, PIL images or uint8 arrays (H, W, 3) of any size, squashed to the model's square.
           prompt: words that the captions continue.
           batch_size: pictures per batch. The last batch is padded, so that the model compiles once.
+          seed: of the draws, with `evaluate.do_sample`.
 
         Raises:
           UserError: a picture cannot be read. The message names it.
         """
         own = [self._prompt] * len(pictures) if self._prompt and prompt is None else prompt
-        return self._write(self._captioner, pictures, own, batch_size)
+        return self._write(self._captioner, pictures, own, batch_size, seed)
 
     def answer(self, picture: Picture, question: str) -> str:
         """Returns the answer to a question about one picture. See `answers`."""
@@ -86,7 +89,7 @@ class CaptionModel:
         return [answers[0] for answers in self.several_answers(pictures, questions, batch_size)]
 
     def several_answers(
-        self, pictures: Sequence[Picture], questions: str | Sequence[str], batch_size: int = 16
+        self, pictures: Sequence[Picture], questions: str | Sequence[str], batch_size: int = 16, seed: int = 0
     ) -> list[list[str]]:
         """Returns `evaluate.num_captions` answers to a question about each picture.
 
@@ -95,7 +98,7 @@ class CaptionModel:
         overridden when the model was loaded replace it.
 
         Args:
-          pictures, batch_size: as for `several`.
+          pictures, batch_size, seed: as for `several`.
           questions: one for each picture, or one for all.
 
         Raises:
@@ -107,7 +110,7 @@ class CaptionModel:
         data = self.config.data
         template = data.prompt if PLACE in data.prompt else ""
         prompts = [prompt_of(question, CLEANERS[data.clean], template) for question in questions]
-        return self._write(self._answerer, pictures, prompts, batch_size)
+        return self._write(self._answerer, pictures, prompts, batch_size, seed)
 
     def explain(self, picture: Picture, caption: str | None = None) -> "Explanation":
         """Returns which parts of a picture the model merged, and how likely each token of the caption is to it.
@@ -147,7 +150,12 @@ class CaptionModel:
         return CaptionModel(config, task, self.params, self._chosen)
 
     def _write(
-        self, captioner: Captioner, pictures: Sequence[Picture], prompts: list[str] | str | None, batch_size: int
+        self,
+        captioner: Captioner,
+        pictures: Sequence[Picture],
+        prompts: list[str] | str | None,
+        batch_size: int,
+        seed: int,
     ) -> list[list[str]]:
         """Returns the texts of each picture. `prompts`: one for each picture, or as the captioner takes them."""
         from simvlg_jax.data.batching import pad_prompts
@@ -160,7 +168,7 @@ class CaptionModel:
             given = prompts
             if isinstance(prompts, list):
                 given = pad_prompts(self._encoder, prompts[start : start + batch_size] + [""] * blank, PROMPT_MULTIPLE)
-            output = captioner(self.params, filled, given, start)
+            output = captioner(self.params, filled, given, seed + start)
             texts += captioner.decode(np.asarray(output.ids))[: len(images)]
         return texts
 
@@ -174,7 +182,11 @@ def read_picture(picture: Picture, side: int) -> np.ndarray:
             raise UserError(f"cannot read the picture {picture}: {error}") from error
     elif isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    # The pixels of `transforms.squash`, without the time that loading its compiled loops takes.
+    return squashed(picture, side)
+
+
+def squashed(picture: Image.Image, side: int) -> np.ndarray:
+    """Returns the pixels of `transforms.squash`, without the time that loading its compiled loops takes."""
     return np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
 
@@ -196,14 +208,23 @@ def load(
     Raises:
       UserError: the folder holds no model, or weights that it needs are missing.
     """
+    return read_weights(find(name, config, checkpoint, overrides), overrides)
+
+
+def find(
+    name: str | Path, config: ConfigDict | str | None, checkpoint: str, overrides: Sequence[str] = ()
+) -> restore.Run:
+    """Returns the model that `load` loads, before its weights are read. Raises UserError as `load`."""
     if config is not None:
         config = override(load_config(config) if isinstance(config, str) else fill(config), overrides)
         with config.unlocked():
             config.train.init_from, config.connector.weights = str(name), ""
-        run = restore.assemble(config)
-    else:
-        folder = EXAMPLE if name == "example" else Path(name)
-        config = override(read_config(folder), overrides)
-        run = restore.restore_run(config, folder, checkpoint, captions=True)
+        return restore.assemble(config)
+    folder = EXAMPLE if name == "example" else Path(name)
+    return restore.restore_run(override(read_config(folder), overrides), folder, checkpoint, captions=True)
+
+
+def read_weights(run: restore.Run, overrides: Sequence[str]) -> CaptionModel:
+    """Returns the model that `load` loads. Raises UserError as `load`."""
     chosen = {given.removeprefix("--config.evaluate.").partition("=")[0] for given in overrides}
     return CaptionModel(run.config, run.task, run.params, chosen)
