@@ -34,7 +34,7 @@ from simvlg_jax.utils.lines import Lines, json_line
 if TYPE_CHECKING:
     import numpy as np
 
-    from simvlg_jax.api import CaptionModel
+    from simvlg_jax.evaluation.caption_model import CaptionModel
     from simvlg_jax.training.restore import Run
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -134,31 +134,29 @@ def write(
     from simvlg_jax.utils.bar import Progress
     from simvlg_jax.utils.progress import Announcer
 
-    model, announce, size = read_weights(run, overrides), Announcer(say), arguments.batch_size
+    size = arguments.batch_size
+    with Announcer(say).first("reading and compiling the model"):
+        model = read_weights(run, overrides, size, arguments.prompt, arguments.question)
     shown = arguments.output is not None or not sys.stdout.isatty()  # else the bar would be between the lines
     read = functools.partial(read_or_explain, side=run.task.batch.pictures.side)
-    failed, count, progress = 0, 0, None
+    failed = 0
     with contextlib.ExitStack() as stack:
         images = stack.enter_context(contextlib.closing(map_ahead(read, paths, THREADS, 2 * size)))
+        progress = Progress("captioning", done + len(paths), done, "pictures", "pictures", shown)
+        stack.enter_context(contextlib.closing(progress))
         for start in range(0, len(paths), size):
             group = paths[start : start + size]
-            with announce.first("compiling the model and captioning the first pictures"):
-                records = records_of(model, group, list(itertools.islice(images, size)), arguments, done + start)
+            records = records_of(model, group, list(itertools.islice(images, size)), arguments, done + start)
             emit(records)
             failed += sum("error" in record for record in records)
-            if progress is None:  # the time of the first batch includes compiling and says nothing about the others
-                progress = Progress("captioning", done + len(paths), done + len(group), *["pictures"] * 2, shown)
-                stack.enter_context(contextlib.closing(progress))
-            else:
-                count += len(group)
-                progress.update(count, count)
+            progress.update(start + len(group), start + len(group))
     return failed
 
 
 def read_or_explain(path: Path, side: int) -> "np.ndarray | str":
     """Returns the picture as the model sees it, (side, side, 3) uint8, or why it cannot be read."""
-    from simvlg_jax.api import squashed
     from simvlg_jax.data import transforms
+    from simvlg_jax.evaluation.caption_model import squashed
 
     try:
         return squashed(transforms.decode(transforms.read(path)), side)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import simvlg_jax
-from simvlg_jax.api import CaptionModel
 from simvlg_jax.config.load import load_config
 from simvlg_jax.decoding.settings import Decoding
+from simvlg_jax.evaluation.caption_model import CaptionModel
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.parallel.mesh import make_mesh
 from simvlg_jax.tasks import build_task

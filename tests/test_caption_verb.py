@@ -9,7 +9,7 @@ from verbs import call
 
 import simvlg_jax
 from simvlg_jax import caption, train
-from simvlg_jax.api import CaptionModel
+from simvlg_jax.evaluation.caption_model import CaptionModel
 
 DRAWN = ["--config.evaluate.do_sample=True", "--config.evaluate.num_captions=2", "--config.evaluate.max_new_tokens=4"]
 
