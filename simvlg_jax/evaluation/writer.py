@@ -1,6 +1,7 @@
 """Lets a model write a text for every record of an evaluation: captions, or answers where records have questions."""
 
 import functools
+import time
 from typing import NamedTuple
 
 import jax
@@ -53,6 +54,7 @@ class Writer:
         self.name, self.data, self._seed = name, EvalData(entry, task, config, mesh), config.seed
         self._captioner = captioner_of(task.model, task.batch.texts["caption"].encoder, decoding)
         self._losses = task.evaluation_losses
+        self._compiled: set[int] = set()  # lengths of the prompts that the captioner has had
 
     def __call__(self, params: dict, announce: Announcer, partial: Partial | None = None) -> Written:
         """Computes the losses and the texts of all readable records.
@@ -89,14 +91,19 @@ class Writer:
         return Written(loss, sorted(examples, key=lambda example: example["index"]), unreadable)
 
     def _batch(self, params: dict, arrays: dict[str, jax.Array], seed: int) -> dict:
-        """JSON of a batch: its examples, [index, code] of the skipped records, summed loss and number of targets."""
+        """JSON of a batch: its examples, [index, code] of the skipped records, summed loss, number of targets and seconds."""
         losses, targets = self._losses(params, arrays)
         prompts = (arrays["prompt_ids"], arrays["prompt_mask"]) if "prompt_ids" in arrays else None
-        output = self._captioner(params, arrays["image"], prompts, seed)
         losses, targets = gather(losses["caption"]), gather(targets["caption"])  # (B,)
+        start = time.perf_counter()
+        ids = gather(self._captioner(params, arrays["image"], prompts, seed).ids)
+        seconds = (time.perf_counter() - start) / len(ids)
+        length = prompts[0].shape[1] if prompts else 0
+        compiled = length in self._compiled
+        self._compiled.add(length)
         indices, skipped = gather(arrays["index"]).tolist(), gather(arrays["skipped"]).tolist()
         examples = []
-        for row, texts in enumerate(self._captioner.decode(gather(output.ids))):
+        for row, texts in enumerate(self._captioner.decode(ids)):
             if indices[row] < 0 or skipped[row]:
                 continue
             info = self.data.source.info(indices[row])
@@ -112,4 +119,5 @@ class Writer:
             "skipped": [[index, code] for index, code in zip(indices, skipped, strict=True) if index >= 0 and code],
             "loss": float(losses.sum()),
             "targets": float(targets.sum()),
+            "seconds": seconds if compiled else None,
         }
