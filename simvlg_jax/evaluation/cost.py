@@ -14,7 +14,7 @@ def cost(task: Task, params: dict, batches: list[dict]) -> dict:
     Args:
       task: the model.
       params: its parameters.
-      batches: the finished ones of a `Partial`.
+      batches: the finished ones of a `Partial`, with "seconds" per picture, None in one that compiled.
 
     Returns:
       "visual_tokens": of each picture or clip, None for a task that writes no texts; and "seconds_per_picture": from

@@ -91,7 +91,7 @@ class Writer:
         return Written(loss, sorted(examples, key=lambda example: example["index"]), unreadable)
 
     def _batch(self, params: dict, arrays: dict[str, jax.Array], seed: int) -> dict:
-        """JSON of a batch: its examples, [index, code] of the skipped records, summed loss, number of targets and seconds."""
+        """JSON of a batch: its examples, [index, code] of the skipped records, summed loss and number of targets."""
         losses, targets = self._losses(params, arrays)
         prompts = (arrays["prompt_ids"], arrays["prompt_mask"]) if "prompt_ids" in arrays else None
         losses, targets = gather(losses["caption"]), gather(targets["caption"])  # (B,)
