@@ -271,9 +271,9 @@ def test_chart_stays_inside_its_frame(values):
 
 def cells(path: str) -> set[tuple[int, int]]:
     """The (column, row) of the patches that a path of `merge_map` fills."""
-    runs = re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path)
-    assert all(there == back for _, _, there, back in runs)
-    return {(int(x) + i, int(y)) for x, y, length, _ in runs for i in range(int(length))}
+    assert re.fullmatch(r"(M\d+ \d+h\d+)*", path)
+    runs = re.findall(r"M(\d+) (\d+)h(\d+)", path)
+    return {(int(x) + i, int(y)) for x, y, length in runs for i in range(int(length))}
 
 
 @given(st.integers(1, 6), st.integers(0, 1), st.data())
@@ -298,6 +298,25 @@ def test_merge_map_tints_what_was_merged(grid, class_token, data):
         assert layer.tokens == len(set(source_map))
         with_class = patches.get(source_map[0], set()) if class_token else set()
         assert {(x - 0.5, y - 0.5) for x, y in layer.dots} == with_class
+
+
+@given(st.integers(1, 5), st.data())
+def test_lines_of_a_layer_are_its_own_and_those_of_later_ones(grid, data):
+    """Drawn together, they are the lines of the layer alone, and none is drawn twice."""
+    maps = [list(range(grid * grid))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        slots = data.draw(st.lists(st.integers(0, grid * grid - 1), min_size=grid * grid, max_size=grid * grid))
+        maps.append([slots[token] for token in maps[-1]])
+    drawn = merge_map(maps).layers
+    for place, source_map in enumerate(maps):
+        together = [segment for layer in drawn[place:] for segment in segments(layer.lines)]
+        assert sorted(together) == sorted(segments(merge_map([source_map]).layers[0].lines))
+
+
+def segments(path: str) -> list[tuple[int, int, str]]:
+    """The (column, row, direction) of the lines of length 1 that a path of lines draws."""
+    runs = [(int(x), int(y), way, int(length)) for x, y, way, length in re.findall(r"M(\d+) (\d+)([hv])(\d+)", path)]
+    return [(x + i * (way == "h"), y + i * (way == "v"), way) for x, y, way, length in runs for i in range(length)]
 
 
 def test_a_token_keeps_the_tint_of_its_largest_part():

@@ -9,7 +9,7 @@ import numpy as np
 from simvlg_jax.data.text import IGNORE
 from simvlg_jax.data.views import view_of
 from simvlg_jax.evaluation.evaluator import EvalData
-from simvlg_jax.evaluation.report.pictures import png_text
+from simvlg_jax.evaluation.report.pictures import picture_text
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.caption import PICTURE_AND_CAPTION
 from simvlg_jax.tasks.task import Task
@@ -35,7 +35,7 @@ class Gallery:
         """Chooses among the records `indices`; all processes call it.
 
         Returns:
-          index -> "image" (base64 PNG; of a clip the first frame), "source_map" and "layers" (see `VisualOutput`; None
+          index -> "image" (`picture_text`), "source_map" and "layers" (see `VisualOutput`; None
           and [] for a connector without), and "tokens", [text, nats] of each target of the first reference.
         """
         chosen = np.random.default_rng(self._seed).permutation(len(indices))[:SIZE]
@@ -62,7 +62,7 @@ class Gallery:
         return shown
 
     def _picture(self, index: int) -> str:
-        return png_text(self._view.evaluate(self._data.source[index]))
+        return picture_text(self._view.evaluate(self._data.source[index]))
 
 
 @functools.lru_cache(maxsize=4)

@@ -32,6 +32,8 @@ for (const section of document.querySelectorAll("section.pictures")) {
     slider.value = layer;
     const layers = [...card.querySelectorAll(".layer")];
     layers.forEach((each, place) => each.setAttribute("display", place + 1 === Number(slider.value) ? "inline" : "none"));
+    const lines = card.querySelectorAll(".lines"); // of each layer those that the next one no longer has
+    lines.forEach((each, place) => each.setAttribute("display", place + 1 >= Number(slider.value) ? "inline" : "none"));
     card.querySelector(".layer-choice output").textContent =
       `${slider.value} of ${layers.length}: ${layers[slider.value - 1].dataset.tokens} tokens`;
   };

@@ -15,6 +15,7 @@ import jinja2
 from simvlg_jax.config.defaults import get_config
 from simvlg_jax.evaluation.report import charts
 from simvlg_jax.evaluation.report.curves import curves
+from simvlg_jax.evaluation.report.pictures import data_url
 from simvlg_jax.evaluation.report.results import flat, read_config, read_splits, score_text
 from simvlg_jax.utils import files
 from simvlg_jax.utils.errors import UserError
@@ -56,7 +57,7 @@ def render(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"chart": charts, "score_text": score_text}
+    environment.globals |= {"chart": charts, "data_url": data_url, "score_text": score_text}
     return environment.get_template(template).render(**values)
 
 

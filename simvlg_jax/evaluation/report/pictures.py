@@ -16,13 +16,25 @@ from simvlg_jax.data.views import view_of
 from simvlg_jax.utils.errors import UserError, warn
 
 SIDE = 96
+LARGEST_PNG = 12_000  # bytes
 
 
-def png_text(pixels: np.ndarray) -> str:
-    """Returns (H, W, 3) uint8, or the first frame of (F, H, W, 3), as a PNG in base64."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels if pixels.ndim == 3 else pixels[0]).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def picture_text(pixels: np.ndarray) -> str:
+    """Returns (H, W, 3) uint8, or the first frame of (F, H, W, 3), in base64: as a small PNG or else as a JPEG."""
+    picture, encoded = Image.fromarray(pixels if pixels.ndim == 3 else pixels[0]), b""
+    for options in (dict(format="PNG"), dict(format="JPEG", quality=88)):
+        buffer = io.BytesIO()
+        picture.save(buffer, **options)
+        encoded = buffer.getvalue()
+        if len(encoded) <= LARGEST_PNG:
+            break
+    return base64.b64encode(encoded).decode()
+
+
+def data_url(text: str) -> str:
+    """Returns the URL of a picture that is one of `picture_text`."""
+    kind = "jpeg" if text.startswith("/9j/") else "png"  # base64 of the first bytes of every JPEG
+    return f"data:image/{kind};base64,{text}"
 
 
 def read_pictures(workdir: Path, name: str, ids: Mapping[int, str]) -> dict[str, str]:
@@ -37,7 +49,7 @@ def read_pictures(workdir: Path, name: str, ids: Mapping[int, str]) -> dict[str,
       ids: index of a record -> its id.
 
     Returns:
-      id -> `png_text` of SIDE x SIDE pixels.
+      id -> `picture_text` of SIDE x SIDE pixels.
     """
     found = {}
     try:
@@ -54,7 +66,7 @@ def read_pictures(workdir: Path, name: str, ids: Mapping[int, str]) -> dict[str,
     for index, identity in ids.items():
         try:
             if name_of(source, index) == identity:
-                found[identity] = png_text(view.evaluate(source[index]))
+                found[identity] = picture_text(view.evaluate(source[index]))
         except (IndexError, *UNREADABLE):
             continue
     return found

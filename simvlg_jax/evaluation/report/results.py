@@ -54,7 +54,8 @@ def score_text(name: str, value: float, digits: int = 1, sign: str = "") -> str:
 
     With the sign "+", positive numbers have one.
     """
-    return f"{100 * value:{sign}.{digits}f}" + ("" if name.startswith(("CIDEr", "BLEU", "ROUGE")) else " %")
+    number = f"{100 * value:{sign}.{digits}f}".replace("-", "\u2212")
+    return number + ("" if name.startswith(("CIDEr", "BLEU", "ROUGE")) else " %")
 
 
 def _split(path: Path) -> dict:

@@ -38,7 +38,13 @@ def token_charts(comparisons: Sequence[Comparison]) -> list[Chart]:
         unit = ", %" if score_text(each.headline, 0).endswith("%") else ""
         style = dict(over="visual tokens", from_zero=True)
         made += [
-            line_chart(f"{each.headline} of {each.name}{unit}", scores, dotted=scores, intervals=intervals, **style),
-            line_chart(f"Seconds per picture of {each.name}", seconds, dotted=seconds, **style),
+            line_chart(
+                f"{each.headline} of {each.name} by visual tokens{unit}",
+                scores,
+                dotted=scores,
+                intervals=intervals,
+                **style,
+            ),
+            line_chart(f"Seconds per picture of {each.name} by visual tokens", seconds, dotted=seconds, **style),
         ]
     return [chart for chart in made if chart]
