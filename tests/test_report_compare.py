@@ -79,10 +79,10 @@ def test_lines_over_tokens_join_runs_that_differ_in_nothing_else(tmp_path):
     other["llm"]["size"] = "another"
     (runs[1] / "config.json").write_text(json.dumps(other))
     page = compared(tmp_path, *runs)
-    assert "own picture, like run4" in page.text and "own picture, like run2" in page.text
+    assert "own picture, like run8" in page.text and "own picture, like run2" in page.text
     assert "llm.size" in page.text
     lines = [attrs["d"] for tag, attrs in page.tags if tag == "path" and attrs["class"].startswith("line ")]
-    # The line of run4 and run8 has two points, that of run2 one; the others are intervals, of a bar for each run.
+    # The line of run8 and run4 has two points, that of run2 one; the others are intervals, of a bar for each run.
     assert sorted(line.count("L") for line in lines if "V" not in line)[-1] == 1
     assert sorted(line.count("V") for line in lines if "V" in line) == [1, 2]
 
