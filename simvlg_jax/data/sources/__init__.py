@@ -79,8 +79,8 @@ class TextSource:
         if self.training and not answers:
             raise CaptionError("the question has no answer")
         caption = Counter(answers).most_common(1)[0][0] if answers else ""
-        prompt = (self.prompt or QUESTION_PROMPT).replace("{}", question)
-        return {**record, "references": answers, "choices": answers, "caption": caption, "prompt": prompt}
+        texts = {"references": answers, "choices": answers, "caption": caption}
+        return {**record, **texts, "prompt": self._prompt(question)}
 
     def _checked(self, text: str, what: str) -> str:
         if self.training and not text.strip():
@@ -88,7 +88,13 @@ class TextSource:
         return well_formed(text[:MAX_CHARACTERS])
 
     def info(self, index: int) -> RecordInfo:
-        return self.source.info(index)
+        info = self.source.info(index)
+        question = None if info.question is None else self.clean.question(well_formed(info.question[:MAX_CHARACTERS]))
+        return info._replace(prompt=self._prompt(question))
+
+    def _prompt(self, question: str | None) -> str:
+        """What the text continues."""
+        return self.prompt if question is None else (self.prompt or QUESTION_PROMPT).replace("{}", question)
 
     @property
     def prefetch(self):
