@@ -72,6 +72,7 @@ def _split(path: Path) -> dict:
     return {
         "name": results.get("split", path.stem),
         "type": kind,
+        "answers": kind in ("questions", "choices"),
         "step": results.get("step"),
         "count": results.get("num_examples", len(examples)),
         "unreadable": len(results.get("unreadable", ())),
