@@ -67,7 +67,7 @@ def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> l
     return [[encoder.token_text(int(target)), round(float(loss), 4)] for target, loss in pairs if target != IGNORE]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def explainer(model):
     """A jitted `SimVLG.explain` of parameters and its arguments, shared by all that ask for the same model.
 

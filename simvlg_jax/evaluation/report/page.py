@@ -48,10 +48,14 @@ def write_report(workdir: Path) -> Path:
     return write_page(workdir / "report.html", content)
 
 
-def render(template: str, **values: object) -> str:
-    """Returns a page made from a template of this folder; text in the values is escaped."""
+def render(template: str, *, package: str = __package__, **values: object) -> str:
+    """Returns a page made from a template of this folder; text in the values is escaped.
+
+    Args:
+      package: whose folder is searched first.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("simvlg_jax.evaluation.report", "."),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name, ".") for name in (package, __package__)]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

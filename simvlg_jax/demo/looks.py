@@ -1,0 +1,86 @@
+"""What the page shows of a picture: a model with any number of visual tokens, its texts, its merge map and its time."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from simvlg_jax.evaluation.caption_model import CaptionModel
+from simvlg_jax.models.connectors.token_merging import token_counts
+
+REPEATS = 3  # the time is the median of so many runs
+LONG_SECONDS = 2.0  # of all of them together; then fewer have to do
+
+Say = Callable[[str], None]  # shows what is being done
+
+
+class Written(NamedTuple):
+    """Attributes:
+    tokens: number of visual tokens that the language model read.
+    text: a caption or an answer.
+    seconds: from the picture to the text, without compiling.
+    """
+
+    tokens: int
+    text: str
+    seconds: float
+
+
+class Looks:
+    """A model with every number of visual tokens. Each number is compiled at its first use and kept.
+
+    Attributes:
+      own: number of visual tokens by the schedule of the model.
+      least, most: the numbers that its connector can merge down to.
+      patches: number of patches of a picture.
+      class_token: whether there is one more token, of no patch.
+      side: S, the pixels a side of the pictures that it sees.
+    """
+
+    def __init__(self, model: CaptionModel):
+        connector, vit = model.task.model.connector, model.task.model.vit
+        halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
+        self.own = token_counts(vit.num_tokens, connector.merges, connector.class_token)[-1]
+        self.least = token_counts(vit.num_tokens, halving, connector.class_token)[-1]
+        self.most = vit.num_tokens
+        self.class_token = connector.class_token
+        self.patches = vit.num_tokens - connector.class_token
+        self.side = model.task.batch.pictures.side
+        self._models = {self.own: model}
+        self._compiled: set[tuple] = set()
+
+    def caption(self, image: np.ndarray, tokens: int, say: Say) -> Written:
+        """Returns the caption of an image (S, S, 3) uint8 from so many visual tokens."""
+        model = self._model(tokens)
+        return self._timed(("caption", tokens), tokens, lambda: model.caption(image), say)
+
+    def answer(self, image: np.ndarray, question: str, tokens: int, say: Say) -> Written:
+        """Returns the answer to a question about an image (S, S, 3) uint8 from so many visual tokens."""
+        model = self._model(tokens)
+        return self._timed(("answer", tokens, len(question)), tokens, lambda: model.answer(image, question), say)
+
+    def layers(self, image: np.ndarray, caption: str, tokens: int, say: Say) -> Sequence[np.ndarray]:
+        """Returns the source map after each layer, see `Explanation`."""
+        say(f"drawing the merge map of {tokens} visual tokens")
+        return self._model(tokens).explain(image, caption).layers
+
+    def _model(self, tokens: int) -> CaptionModel:
+        if tokens not in self._models:
+            self._models[tokens] = self._models[self.own].with_merging(tokens=tokens)
+        return self._models[tokens]
+
+    def _timed(self, program: tuple, tokens: int, write: Callable[[], str], say: Say) -> Written:
+        """Runs `write` and times it. The first run of a program compiles it and does not count."""
+        if program not in self._compiled:
+            say(f"compiling for {tokens} visual tokens, once")
+            write()
+            self._compiled.add(program)
+        say(f"writing from {tokens} visual tokens")
+        text, seconds = "", []
+        while len(seconds) < REPEATS and sum(seconds) < LONG_SECONDS:
+            start = time.perf_counter()
+            text = write()
+            seconds.append(time.perf_counter() - start)
+        return Written(tokens, text, statistics.median(seconds))

@@ -1,0 +1,70 @@
+"""The parts of the page as HTML, without Gradio: from what a person gives to what is shown. Errors are short messages."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from markupsafe import escape
+
+from simvlg_jax.caption import read_or_explain
+from simvlg_jax.demo.looks import Looks, Say, Written
+from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.report.page import render
+from simvlg_jax.evaluation.report.pictures import picture_text
+from simvlg_jax.utils.errors import UserError
+
+NO_PICTURE, NO_QUESTION = "Drop a picture on the left.", "Write a question first."
+draw = functools.partial(render, package=__package__)
+
+Tried = dict[int, Written]  # the captions of a picture, by the number of visual tokens
+
+
+def message(text: str) -> str:
+    return f'<p class="message" role="status">{escape(text)}</p>'
+
+
+def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) -> tuple[str, Tried]:
+    """Returns what a model makes of a picture, and `tried` with its caption.
+
+    Args:
+      path: of the picture, None if there is none.
+      tokens: number of visual tokens.
+    """
+    try:
+        image = _read(path, looks.side)
+    except UserError as error:
+        return message(str(error)), {}
+    shown = looks.caption(image, tokens, say)
+    tried = {**tried, tokens: shown}
+    html = draw(
+        "look.html.j2",
+        looks=looks,
+        shown=shown,
+        tried=[tried[number] for number in sorted(tried, reverse=True)],
+        device=jax.devices()[0].device_kind,
+        image=picture_text(image),
+        drawing=merge_map(looks.layers(image, shown.text, tokens, say)),
+    )
+    return html, tried
+
+
+def answer(looks: Looks, path: str | None, question: str, tokens: int, say: Say) -> str:
+    """Returns the answer to a question about a picture. Arguments as for `look`."""
+    try:
+        image = _read(path, looks.side)
+        if not question.strip():
+            raise UserError(NO_QUESTION)
+    except UserError as error:
+        return message(str(error))
+    return draw("answer.html.j2", question=question, written=looks.answer(image, question, tokens, say))
+
+
+def _read(path: str | None, side: int) -> np.ndarray:
+    """Returns the picture as a model sees it, (S, S, 3) uint8. Raises UserError if it cannot be read."""
+    if not path:
+        raise UserError(NO_PICTURE)
+    image = read_or_explain(Path(path), side)
+    if isinstance(image, str):
+        raise UserError(image[0].upper() + image[1:])
+    return image
