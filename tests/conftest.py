@@ -26,7 +26,7 @@ from simvlg_jax.data.openmoji import prepare
 from simvlg_jax.data.readers import listing
 from simvlg_jax.forecast.chips import COMPILE_ONLY
 
-pytest_plugins = ["launching"]  # its fixtures
+pytest_plugins = ["browser", "launching"]  # their fixtures
 
 for name, value in COMPILE_ONLY.items():  # libtpu is loaded by the first test that compiles for a TPU
     os.environ.setdefault(name, value)

@@ -1,18 +1,16 @@
 """The report and the comparison in a real browser, opened as files."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from browser import watch
 from reports import SCORES, example, png, write_results
 
 from simvlg_jax.config.defaults import get_config
 from simvlg_jax.evaluation.report.compare import write_comparison
 from simvlg_jax.evaluation.report.page import write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LAYERS = [[0, 1, 2, 3, 3], [0, 1, 2, 2, 2], [0, 1, 1, 1, 1]]
 CARDS = 16
 
@@ -82,16 +80,6 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {"report": write_report(first), "comparison": write_comparison([first, other], folder / "compare.html")}
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: install chromium to test the pages in a browser")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def show(browser, pages):
     """Opens a page by its name. After the test, nothing is in the console, and only the page itself was requested."""
@@ -100,9 +88,7 @@ def show(browser, pages):
     def show(name, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: requested.append(request.url))
+        watch(page, said, requested)
         page.goto(pages[name].as_uri())
         return page
 

@@ -13,7 +13,7 @@ from simvlg_jax.models.connectors.token_merging import token_counts
 REPEATS = 3  # the time is the median of so many runs
 LONG_SECONDS = 2.0  # of all of them together; then fewer have to do
 
-Say = Callable[[str], None]  # shows what is being done
+Say = Callable[[float, str], None]  # shows which share of the work is done, and what is being done
 
 
 class Written(NamedTuple):
@@ -63,8 +63,11 @@ class Looks:
 
     def layers(self, image: np.ndarray, caption: str, tokens: int, say: Say) -> Sequence[np.ndarray]:
         """Returns the source map after each layer, see `Explanation`."""
-        say(f"drawing the merge map of {tokens} visual tokens")
-        return self._model(tokens).explain(image, caption).layers
+        program = ("layers", tokens)
+        say(0.6, "drawing the merge map" if program in self._compiled else "compiling the merge map (once)")
+        layers = self._model(tokens).explain(image, caption).layers
+        self._compiled.add(program)
+        return layers
 
     def _model(self, tokens: int) -> CaptionModel:
         if tokens not in self._models:
@@ -74,10 +77,10 @@ class Looks:
     def _timed(self, program: tuple, tokens: int, write: Callable[[], str], say: Say) -> Written:
         """Runs `write` and times it. The first run of a program compiles it and does not count."""
         if program not in self._compiled:
-            say(f"compiling for {tokens} visual tokens, once")
+            say(0.1, f"compiling for {tokens} visual tokens (once)")
             write()
             self._compiled.add(program)
-        say(f"writing from {tokens} visual tokens")
+        say(0.5, f"writing from {tokens} visual tokens")
         text, seconds = "", []
         while len(seconds) < REPEATS and sum(seconds) < LONG_SECONDS:
             start = time.perf_counter()

@@ -7,6 +7,12 @@ from simvlg_jax.demo.looks import Looks, Say
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 CODE_FONT = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
+# Gradio tells of a new value of a slider when the pointer leaves it. The same for keys, when the key is up.
+KEYS = """() => document.addEventListener("keyup", ({target, key}) => {
+  if (!target.matches("#tokens input")) return;
+  if (target.type === "number") { if (key === "Enter") target.blur(); }
+  else if (/^(Arrow|Page|Home|End)/.test(key)) target.dispatchEvent(new PointerEvent("pointerup", {bubbles: true}));
+})"""
 
 
 class Picture(gr.Image):
@@ -45,8 +51,8 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
                     looks.most,
                     looks.own,
                     step=1,
-                    label="Visual tokens",
-                    info=f"that the language model reads; {looks.own} by the model's own schedule",
+                    label=f"Visual tokens (the model's own: {looks.own})",
+                    elem_id="tokens",
                 )
                 question = gr.Textbox(label="Question", placeholder="What is it?", submit_btn="Ask", max_lines=3)
                 answered = gr.HTML(elem_id="answer")
@@ -80,10 +86,23 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         ssr_mode=False,
         pwa=False,
         max_file_size="100mb",
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=CODE_FONT),
+        theme=_theme(),
         css=views.draw("style.css.j2"),
+        js=KEYS,
+    )
+
+
+def _theme() -> gr.themes.Default:
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=CODE_FONT)
+    soft, soft_on_dark = "*neutral_500", "*neutral_400"  # Gradio's own are hard to read
+    return theme.set(
+        body_text_color_subdued=soft,
+        body_text_color_subdued_dark=soft_on_dark,
+        block_info_text_color=soft,
+        block_info_text_color_dark=soft_on_dark,
+        input_border_width="1px",
     )
 
 
 def _sayer(progress: gr.Progress) -> Say:
-    return lambda text: progress(None, desc=text)
+    return lambda share, text: progress(share, desc=text)

@@ -1,0 +1,95 @@
+"""The page of the demo, in Gradio. It asks nothing of other machines: no analytics, and the fonts of the system."""
+
+import gradio as gr
+
+from simvlg_jax.demo import views
+from simvlg_jax.demo.looks import Looks, Say
+
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+CODE_FONT = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
+
+from gradio.events import Dependency
+
+class Picture(gr.Image):
+    """Passes on the file as it was uploaded. Gradio's own would raise an error for one that is no picture."""
+
+    is_template = True
+
+    def preprocess(self, payload) -> str | None:
+        return payload and payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def build(looks: Looks, name: str, note: str) -> gr.Blocks:
+    """Returns the page of a model.
+
+    Args:
+      name: of the model.
+      note: what a person should know of it, or "".
+    """
+
+    def look(path, tokens, tried, progress=gr.Progress()):  # noqa: B008 (Gradio finds it by the default)
+        return views.look(looks, path, tokens, tried, _sayer(progress))
+
+    def answer(path, question, tokens, progress=gr.Progress()):  # noqa: B008
+        return views.answer(looks, path, question, tokens, _sayer(progress))
+
+    # One computation at a time: two would slow each other down, and their times would mean nothing.
+    alone = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
+    with gr.Blocks(title=f"SimVLG · {name}", analytics_enabled=False) as page:
+        tried = gr.State({})
+        gr.HTML(views.draw("head.html.j2", name=name, note=note, looks=looks))
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                picture = Picture(label="Picture", sources=["upload", "clipboard"], height=300, buttons=[])
+                tokens = gr.Slider(
+                    looks.least,
+                    looks.most,
+                    looks.own,
+                    step=1,
+                    label="Visual tokens",
+                    info=f"that the language model reads; {looks.own} by the model's own schedule",
+                )
+                question = gr.Textbox(label="Question", placeholder="What is it?", submit_btn="Ask", max_lines=3)
+                answered = gr.HTML(elem_id="answer")
+            with gr.Column(scale=5, min_width=360):
+                looked = gr.HTML(views.message(views.NO_PICTURE), elem_id="look", min_height=180)
+        inputs, outputs = [picture, tokens, tried], [looked, tried]
+        forgotten = picture.change(lambda: ({}, ""), None, [tried, answered], queue=False, api_visibility="private")
+        forgotten.then(look, inputs, outputs, show_progress_on=looked, **alone)
+        tokens.release(look, inputs, outputs, show_progress_on=looked, **alone)
+        question.submit(answer, [picture, question, tokens], answered, **alone)
+    return page
+
+
+def launch(page: gr.Blocks, host: str, port: int) -> None:
+    """Serves the page in threads of this process.
+
+    Raises:
+      OSError: the port is taken, or the host is not an address of this machine.
+    """
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        inbrowser=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        max_file_size="100mb",
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=CODE_FONT),
+        css=views.draw("style.css.j2"),
+    )
+
+
+def _sayer(progress: gr.Progress) -> Say:
+    return lambda text: progress(None, desc=text)
