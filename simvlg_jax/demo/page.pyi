@@ -19,10 +19,10 @@ class Picture(gr.Image):
         return payload and payload.path
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def build(looks: Looks, name: str, note: str) -> gr.Blocks:
     """Returns the page of a model.
@@ -65,7 +65,6 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
         question.submit(answer, [picture, question, tokens], answered, **alone)
     return page
 
-
 def launch(page: gr.Blocks, host: str, port: int) -> None:
     """Serves the page in threads of this process.
 
@@ -89,7 +88,6 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=CODE_FONT),
         css=views.draw("style.css.j2"),
     )
-
 
 def _sayer(progress: gr.Progress) -> Say:
     return lambda text: progress(None, desc=text)
