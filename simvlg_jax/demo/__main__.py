@@ -31,9 +31,7 @@ def main() -> None:
     )
     add_model_arguments(parser)
     add_checkpoint_argument(parser)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
     parser.add_argument("--port", type=int, default=7860)
     parser.epilog = "Any config value can be set: --config.evaluate.num_beams=5"
     arguments, overrides = parser.parse_known_args()
@@ -82,9 +80,8 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} is taken, perhaps by another demo: choose another one with --port") from error
-        raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): check --host and --port"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"cannot listen on {host}:{port} ({reason}): check --host and --port") from error
 
 
 def say(text: str) -> None:

@@ -15,15 +15,6 @@ KEYS = """() => document.addEventListener("keyup", ({target, key}) => {
 })"""
 
 
-class Picture(gr.Image):
-    """Passes on the file as it was uploaded. Gradio's own would raise an error for one that is no picture."""
-
-    is_template = True
-
-    def preprocess(self, payload) -> str | None:
-        return payload and payload.path
-
-
 def build(looks: Looks, name: str, note: str) -> gr.Blocks:
     """Returns the page of a model.
 
@@ -45,7 +36,9 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
         gr.HTML(views.draw("head.html.j2", name=name, note=note, looks=looks))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                picture = Picture(label="Picture", sources=["upload", "clipboard"], height=300, buttons=[])
+                picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=300, buttons=[])
+                # The file as it was uploaded: Gradio's own method raises an error for one that is no picture.
+                picture.preprocess = lambda payload: payload and payload.path
                 tokens = gr.Slider(
                     looks.least,
                     looks.most,

@@ -1,4 +1,4 @@
-"""The parts of the page as HTML, without Gradio: from what a person gives to what is shown. Errors are short messages."""
+"""The parts of the page as HTML, without Gradio, made from what a person gives. Errors are short messages."""
 
 import functools
 from pathlib import Path
