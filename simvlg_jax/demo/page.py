@@ -44,12 +44,14 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
                     looks.most,
                     looks.own,
                     step=1,
-                    label=f"Visual tokens (the model's own: {looks.own})",
+                    label="Visual tokens",
                     elem_id="tokens",
                 )
-                question = gr.Textbox(label="Question", placeholder="What is it?", submit_btn="Ask", max_lines=3)
+                question = gr.Textbox(
+                    label="Question", placeholder="What is it?", submit_btn="Ask", max_lines=3, elem_id="question"
+                )
                 answered = gr.HTML(elem_id="answer")
-            with gr.Column(scale=5, min_width=360):
+            with gr.Column(scale=5, min_width=300):
                 looked = gr.HTML(views.message(views.NO_PICTURE), elem_id="look", min_height=180)
         inputs, outputs = [picture, tokens, tried], [looked, tried]
         forgotten = picture.change(lambda: ({}, ""), None, [tried, answered], queue=False, api_visibility="private")
@@ -93,7 +95,6 @@ def _theme() -> gr.themes.Default:
         body_text_color_subdued_dark=soft_on_dark,
         block_info_text_color=soft,
         block_info_text_color_dark=soft_on_dark,
-        input_border_width="1px",
     )
 
 

@@ -14,7 +14,7 @@ from simvlg_jax.evaluation.report.page import render
 from simvlg_jax.evaluation.report.pictures import picture_text
 from simvlg_jax.utils.errors import UserError
 
-NO_PICTURE, NO_QUESTION = "Drop a picture on the left.", "Write a question first."
+NO_PICTURE, NO_QUESTION = "Drop a picture first.", "Write a question first."
 draw = functools.partial(render, package=__package__)
 
 Tried = dict[int, Written]  # the captions of a picture, by the number of visual tokens
