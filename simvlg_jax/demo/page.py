@@ -53,10 +53,11 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
                 answered = gr.HTML(elem_id="answer")
             with gr.Column(scale=5, min_width=300):
                 looked = gr.HTML(views.message(views.NO_PICTURE), elem_id="look", min_height=180)
-        inputs, outputs = [picture, tokens, tried], [looked, tried]
-        forgotten = picture.change(lambda: ({}, ""), None, [tried, answered], queue=False, api_visibility="private")
-        forgotten.then(look, inputs, outputs, show_progress_on=looked, **alone)
-        tokens.release(look, inputs, outputs, show_progress_on=looked, **alone)
+        shown = dict(inputs=[picture, tokens, tried], outputs=[looked, tried], show_progress_on=looked)
+        shown["trigger_mode"] = "always_last"  # what is chosen during a computation is shown after it
+        picture.change(lambda: "", None, answered, queue=False, api_visibility="private")
+        picture.change(look, **shown, **alone)
+        tokens.release(look, **shown, **alone)
         question.submit(answer, [picture, question, tokens], answered, **alone)
     return page
 

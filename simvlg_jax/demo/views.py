@@ -17,7 +17,7 @@ from simvlg_jax.utils.errors import UserError
 NO_PICTURE, NO_QUESTION = "Drop a picture first.", "Write a question first."
 draw = functools.partial(render, package=__package__)
 
-Tried = dict[int, Written]  # the captions of a picture, by the number of visual tokens
+Tried = dict[tuple[str, int], Written]  # the captions of a picture, by its path and the number of visual tokens
 
 
 def message(text: str) -> str:
@@ -25,7 +25,7 @@ def message(text: str) -> str:
 
 
 def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) -> tuple[str, Tried]:
-    """Returns what a model makes of a picture, and `tried` with its caption.
+    """Returns what a model makes of a picture, and `tried` with its caption and without those of other pictures.
 
     Args:
       path: of the picture, None if there is none.
@@ -33,15 +33,15 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
     """
     try:
         image = _read(path, looks.side)
+        shown = looks.caption(image, tokens, say)
     except UserError as error:
         return message(str(error)), {}
-    shown = looks.caption(image, tokens, say)
-    tried = {**tried, tokens: shown}
+    tried = {key: written for key, written in tried.items() if key[0] == path} | {(path, tokens): shown}
     html = draw(
         "look.html.j2",
         looks=looks,
         shown=shown,
-        tried=[tried[number] for number in sorted(tried, reverse=True)],
+        tried=[tried[key] for key in sorted(tried, reverse=True)],
         device=jax.devices()[0].device_kind,
         image=picture_text(image),
         drawing=merge_map(looks.layers(image, shown.text, tokens, say)),
@@ -55,9 +55,10 @@ def answer(looks: Looks, path: str | None, question: str, tokens: int, say: Say)
         image = _read(path, looks.side)
         if not question.strip():
             raise UserError(NO_QUESTION)
+        written = looks.answer(image, question, tokens, say)
     except UserError as error:
         return message(str(error))
-    return draw("answer.html.j2", question=question, written=looks.answer(image, question, tokens, say))
+    return draw("answer.html.j2", question=question, written=written)
 
 
 def _read(path: str | None, side: int) -> np.ndarray:
