@@ -31,7 +31,7 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
 
     # One computation at a time: two would slow each other down, and their times would mean nothing.
     alone = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
-    with gr.Blocks(title=f"SimVLG · {name}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"SimVLG · {name}", analytics_enabled=False, fill_width=True) as page:
         tried = gr.State({})
         gr.HTML(views.draw("head.html.j2", name=name, note=note, looks=looks))
         with gr.Row():
