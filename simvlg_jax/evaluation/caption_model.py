@@ -3,16 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from simvlg_jax.config.load import override
-from simvlg_jax.data import transforms
 from simvlg_jax.data.captions import CLEANERS
+from simvlg_jax.data.pictures import Picture, read_picture
 from simvlg_jax.data.sources import prompt_of
 from simvlg_jax.decoding.settings import decoding_of
 from simvlg_jax.evaluation.captioner import Captioner
@@ -23,7 +21,6 @@ from simvlg_jax.utils.errors import UserError
 if TYPE_CHECKING:
     from simvlg_jax.evaluation.explanation import Explanation
 
-Picture = str | Path | Image.Image | np.ndarray
 PROMPT_MULTIPLE = 16  # questions are padded to a multiple of it, so that few lengths are compiled
 PLACE = "{}"  # of the question in `data.prompt`
 
@@ -195,20 +192,3 @@ class CaptionModel:
 
             return images, pad_prompts(self._encoder, [*prompts, *[""] * blank], PROMPT_MULTIPLE)
         return images, prompts
-
-
-def read_picture(picture: Picture, side: int) -> np.ndarray:
-    """Returns the picture as (side, side, 3) uint8."""
-    if isinstance(picture, str | Path):
-        try:
-            picture = transforms.decode(transforms.read(Path(picture)))
-        except transforms.UNREADABLE as error:
-            raise UserError(f"cannot read the picture {picture}: {error}") from error
-    elif isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    return squashed(picture, side)
-
-
-def squashed(picture: Image.Image, side: int) -> np.ndarray:
-    """Returns the pixels of `transforms.squash`, without the time that loading its compiled loops takes."""
-    return np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
