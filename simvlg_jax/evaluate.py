@@ -22,6 +22,8 @@ Answers to questions are scored by their accuracy:
 
     python -m simvlg_jax.evaluate --workdir runs/openmoji --output runs/vqa --split val --type questions \\
       --config.data.name=prepared --config.data.path=data/vqav2
+
+--type choices takes the likeliest of the choices of each record, or of --choices, as the answer.
 """
 
 import json
@@ -52,8 +54,13 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: the test splits of the data")
-    parser.add_argument("--type", default="", help="captioning, questions or retrieval; default: that of the task")
-    parser.add_argument("--metric", default="vqa", help="of questions: vqa, gqa, gqa_published or exact")
+    add = parser.add_argument_group("the evaluation of each split, keys of an entry of config.evals").add_argument
+    add("--type", default="", help="captioning, questions, choices or retrieval; default: that of the task")
+    add("--metric", default="", help="of answers: vqa, gqa, gqa_published or exact; default: vqa, of choices exact")
+    add("--scores", dest="extra_scores", default="", help="of captions, besides the others: meteor, spice; need Java")
+    add("--lemmatise", action="store_true", help="answers by the base forms of nouns and verbs, as OK-VQA; needs spaCy")
+    add("--choices", default="", help='such as "yes|no", or "answers" for all of the split; default: the records\' own')
+    add("--ranking", default="sum", help="of choices: by the sum of log-likelihoods or by their mean")
     add_checkpoint_argument(parser)
     add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
@@ -77,14 +84,15 @@ def main() -> int:
 
     keep_compiled()
     splits = arguments.split.split(",") if arguments.split else []
-    kind = dict(type=arguments.type, metric=arguments.metric)
+    keys = ("type", "metric", "extra_scores", "lemmatise", "choices", "ranking")
+    kind = {key: getattr(arguments, key) for key in keys}
     return processes.run(
         lambda: evaluate(config, workdir, output, arguments.checkpoint, evaluations(config, splits, kind)),
         arguments.distributed,
     )
 
 
-def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str]) -> dict[str, ConfigDict]:
+def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str | bool]) -> dict[str, ConfigDict]:
     """Returns {name: entry} of the evaluations.
 
     They are those of `splits`, or by default those of the test splits of the data and of the entries in `config.evals`
@@ -92,7 +100,7 @@ def evaluations(config: ConfigDict, splits: list[str], kind: dict[str, str]) -> 
     it off.
 
     Args:
-      kind: type and metric of the evaluations of splits.
+      kind: keys of the evaluations of splits.
     """
     from simvlg_jax.data.sources import test_splits
 
@@ -123,6 +131,7 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
     from simvlg_jax.evaluation.evaluators import make_evaluator
     from simvlg_jax.evaluation.partial import Partial
     from simvlg_jax.evaluation.report.page import write_report
+    from simvlg_jax.evaluation.submissions import SUFFIXES
     from simvlg_jax.training.restore import restore_run
     from simvlg_jax.utils.progress import Announcer
 
@@ -145,6 +154,11 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
         if jax.process_index() == 0:
             results = {"split": evaluator.name, "step": run.step, **result.details()}
             write_json(output / "eval" / f"{evaluator.name}.json", results)
+            for suffix in SUFFIXES:
+                path = output / "eval" / f"{evaluator.name}{suffix}"
+                path.unlink(missing_ok=True)  # of an evaluation of another type
+                if suffix in result.files:
+                    write_json(path, result.files[suffix])
             print(json.dumps({"split": evaluator.name, **result.metrics}), flush=True)
         partial.remove()
     if jax.process_index() == 0:

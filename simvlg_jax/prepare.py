@@ -34,6 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--engine", choices=("local", "beam"), default="local", help="what runs the work (default: local)")
     add("--beam_options", default="", metavar="OPTIONS", help="of the Beam pipeline, such as '--runner=DataflowRunner'")
     add("--max_skipped", type=float, default=0.5, metavar="SHARE", help="fails if more is skipped (default: 0.5)")
+    add("--unlabelled", action="store_true", help="keep rows of lists without captions or answers, as in test splits")
     add(EXAMPLE, default=None, help="without --source: folder of the example (default: data)")
     return parser.parse_args(arguments)
 

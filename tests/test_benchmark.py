@@ -1,5 +1,6 @@
 """The benchmarks: what they print, and that the loaders read the same pictures."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from verbs import call
 
-from simvlg_jax.benchmark import loader, storage, torch_loader
+from simvlg_jax.benchmark import loader, stability, storage, torch_loader
 from simvlg_jax.benchmark.photos import write_photos
+from simvlg_jax.config.load import load_config
 from simvlg_jax.data import transforms
 from simvlg_jax.data.sources import load_source
+from simvlg_jax.training import loop
 from simvlg_jax.utils.errors import UserError
 
 
@@ -91,3 +94,24 @@ def test_storage_refuses_what_it_cannot_measure(tmp_path, capsys):
     assert call(storage, "--records", -1) == 2
     with pytest.raises(UserError, match="choose another --dir"):
         storage.reads_of(Path("/proc"))
+
+
+def test_stability_counts_what_differs():
+    maps = np.array([[0, 1], [1, 1], [0, 0]])
+    wanted = stability.Outcome(maps, ["a dog", "a cat", "a cow"])
+    found = stability.Outcome(maps ^ [[0, 0], [1, 0], [1, 1]], ["a dog", "a cat", "the cow"])
+    assert stability.compare(wanted, wanted) == "0 merge otherwise, 0 captions differ"
+    assert stability.compare(found, wanted) == "2 merge otherwise, 1 captions differ"
+
+
+def test_stability_compares_batch_sizes_and_devices(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the verb adds to it
+    flags = ["train.steps=1", "evals.val.every=0", "evaluate.max_new_tokens=4", "data.synthetic_size.val=10"]
+    loop.train(load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags]), tmp_path)
+    capsys.readouterr()
+    arguments = ["--workdir", tmp_path, "--pictures", 6, "--batch_sizes", "1,4", "--devices", "1,4"]
+    assert call(stability, *arguments) == 0
+    layouts = ["1 devices, batch 4", "1 devices, batch 1", "4 devices, batch 4"]
+    equal = "0 merge otherwise, 0 captions differ"
+    assert capsys.readouterr().out.splitlines() == [f"6 pictures, {layout}: {equal}" for layout in layouts]
+    assert call(stability, "--example", "--batch_sizes", "0") == 2

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import ipc
 
 from simvlg_jax.data import index as indexes
+from simvlg_jax.data.extras import NONE, Extras
 from simvlg_jax.data.index import Index, Row, Tar, merge_indexes, write_index
 from simvlg_jax.utils.errors import UserError
 
@@ -21,6 +23,9 @@ ROWS = st.lists(
         st.integers(0, 1),
         st.integers(0, 2**40),
         st.integers(0, 2**33),
+        st.none() | TEXT,
+        st.none() | st.lists(TEXT, max_size=3),
+        st.none() | st.integers(0, 2**31 - 1),
     ),
     max_size=12,
 )
@@ -50,6 +55,20 @@ def test_rows_survive_writing_and_merging(tmp_path_factory, parts, batch):
     everything = [row for rows in parts for row in rows]
     np.testing.assert_array_equal(index.counts(), [len(row.texts) for row in everything])
     assert index.has_questions == any(row.question is not None for row in everything)
+
+
+def test_an_index_without_extras_is_read_and_merged(tmp_path):
+    rows = [Row("a", ["b"]), Row("c", ["d", "e"], "what?", group="near", choices=["d", "f"], correct=0)]
+    for name, row in zip("01", rows, strict=True):
+        write_index(tmp_path / name, [row])
+    old = Index(tmp_path / "0").table
+    old = old.select([name for name in old.schema.names if name not in indexes.OPTIONAL])
+    with ipc.new_file(tmp_path / "old", old.schema) as writer:
+        writer.write_table(old)
+    assert Index(tmp_path / "old")[0] == rows[0]
+    assert rows[0].extras == NONE and rows[1].extras == Extras("near", ("d", "f"), 0)
+    merge_indexes(tmp_path / "all", [tmp_path / "old", tmp_path / "1"])
+    assert list(Index(tmp_path / "all")) == rows
 
 
 def test_a_row_outside_is_an_index_error(tmp_path):

@@ -169,8 +169,18 @@ def get_config() -> ConfigDict:
 def get_eval() -> ConfigDict:
     """Returns a new entry of `config.evals` with every key at its default."""
     entry = ConfigDict()
-    entry.type = ""  # "captioning", "questions" or "retrieval"; "": the default of the task
-    entry.metric = "vqa"  # "questions" only: an accuracy of evaluation.scores.answers.ACCURACIES
+    entry.type = ""  # "captioning", "questions", "choices" or "retrieval"; "": the default of the task
+    # An accuracy of evaluation.scores.answers.ACCURACIES; "": "vqa" for "questions" and "exact" for "choices".
+    entry.metric = ""
+    # "choices" only: what the model chooses from. "": the choices of each record; texts with | between them, such as
+    # "yes|no"; "answers": all answers of the split.
+    entry.choices = ""
+    entry.ranking = "sum"  # "choices" only: the likeliest by the "sum" over its tokens and the end, or by their "mean"
+    # "captioning" only: "meteor", "spice" or "meteor,spice". They need Java and `pip install 'simvlg_jax[scores]'`.
+    entry.extra_scores = ""
+    # "questions" only: nouns and verbs of the answers become base forms before they are scored. Published: True for
+    # OK-VQA. It needs spaCy: `pip install 'simvlg_jax[lemmas]'`, and `python -m spacy download en_core_web_sm`.
+    entry.lemmatise = False
     # "questions" only: keys of config.evaluate for decoding that differ from the published ones (5 beams, 1 to 10
     # tokens, length_penalty 0).
     entry.decoding = ConfigDict()

@@ -92,8 +92,12 @@ def blank(spec: BatchSpec, skip: Skip | None = None) -> Example:
       skip: the record in whose place it stands.
     """
     image = spec.pictures and np.zeros(spec.pictures.shape(1)[1:], np.uint8)
-    texts = {name: (ids, [IGNORE] * len(ids)) for name, (ids, _) in spec.encode("").items()}
-    return Example(image, texts, weight=0.0, skip=skip)
+    return Example(image, untargeted(spec.encode("")), weight=0.0, skip=skip)
+
+
+def untargeted(texts: dict[str, tuple[list[int], list[int]]]) -> dict[str, tuple[list[int], list[int]]]:
+    """The same texts, name -> (ids, targets), without a loss."""
+    return {name: (ids, [IGNORE] * len(ids)) for name, (ids, _) in texts.items()}
 
 
 def examples(

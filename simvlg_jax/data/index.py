@@ -3,7 +3,8 @@
 An index is one Arrow file. It is mapped into memory, so opening ten million records takes under a second, and texts are
 read without the pictures. The columns are id, texts (captions, or the answers to a question) and question, which is
 null for captions. Pictures in ArrayRecord files have the same order as the rows. For pictures in tars, the columns tar
-(a number into `Index.tars`), offset and size (bytes) say where the encoded picture is.
+(a number into `Index.tars`), offset and size (bytes) say where the encoded picture is. The columns group, choices and
+correct are the fields of `Extras`; older indexes lack them.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import pyarrow as pa
 from etils import epath
 from pyarrow import ipc
 
+from simvlg_jax.data.extras import Extras
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import atomic_write
 
@@ -32,8 +34,12 @@ SCHEMA = pa.schema(
         "tar": pa.int32(),
         "offset": pa.int64(),
         "size": pa.int64(),
+        "group": pa.string(),
+        "choices": pa.list_(pa.string()),
+        "correct": pa.int32(),
     }
 )
+OPTIONAL = Extras._fields  # columns that older indexes lack, the last ones
 BATCH = 2**16  # rows
 KEY = b"simvlg_jax"  # of the metadata
 MEDIA = ("image", "video")
@@ -47,7 +53,7 @@ class Tar(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One record: texts, and where its picture lies in a tar."""
+    """One record: texts, where its picture lies in a tar, and the fields of its `Extras`."""
 
     id: str
     texts: list[str]
@@ -55,6 +61,13 @@ class Row(NamedTuple):
     tar: int = -1
     offset: int = 0
     size: int = 0
+    group: str | None = None
+    choices: Sequence[str] | None = None
+    correct: int | None = None
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.group, tuple(self.choices or ()), self.correct)
 
 
 def write_index(path: epath.PathLike, rows: Iterable[Row], *, media: str = "image", tars: Sequence[Tar] = ()) -> None:
@@ -84,13 +97,20 @@ def merge_indexes(path: epath.PathLike, parts: Iterable[epath.PathLike]) -> None
         first = 0  # number of the part's first tar
         for part in parts:
             index = Index(part)
-            for batch in index.table.to_batches():
+            for batch in map(_completed, index.table.to_batches()):
                 shifted = pa.array(np.asarray(batch.column("tar")) + np.int32(first), pa.int32())
                 yield batch.set_column(SCHEMA.get_field_index("tar"), "tar", shifted) if index.tars else batch
             first += len(index.tars)
 
     (kind,) = media
     _write(path, batches(), kind, tars)
+
+
+def _completed(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Adds the columns that a part of an older version lacks."""
+    for name in SCHEMA.names[batch.num_columns :]:
+        batch = batch.append_column(SCHEMA.field(name), pa.nulls(len(batch), SCHEMA.field(name).type))
+    return batch
 
 
 def _write(path: epath.PathLike, batches: Iterable[pa.RecordBatch], media: str, tars: Sequence[Tar]) -> None:
@@ -129,7 +149,8 @@ class Index:
                 f"{self.path} is no index of simvlg_jax, or damaged ({error}): delete its folder and prepare it again"
             ) from error
         self.media, self.tars = about["media"], [Tar(*tar) for tar in about["tars"]]
-        self._columns = [self.table.column(name) for name in SCHEMA.names]
+        there = [name for name in SCHEMA.names if name not in OPTIONAL or name in self.table.schema.names]
+        self._columns = [self.table.column(name) for name in there]
         chunks = self._columns[0].chunks
         self._starts = np.cumsum([0, *map(len, chunks)])  # of the chunks
 

@@ -15,7 +15,7 @@ from absl import flags
 from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.batch import Batch, BatchSpec
 from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate, pad_prompts
-from simvlg_jax.data.examples import blank
+from simvlg_jax.data.examples import blank, untargeted
 from simvlg_jax.data.mixture import mixed_examples, parts_of
 from simvlg_jax.data.receiving import Receive, Received
 from simvlg_jax.data.skipped import MIN_DRAWN, REASONS, Skip, Skipped, reason
@@ -133,9 +133,10 @@ class EvalBatch:
         try:
             record = self.source[index]
             prompt = record.get("prompt", "")
-            return Example(
-                self.view and self.view.evaluate(record), self.spec.encode(record["caption"], prompt)
-            ), prompt
+            texts = self.spec.encode(record["caption"], prompt)
+            if not record["references"]:  # nothing to learn or to compare with, such as a test split without answers
+                texts = untargeted(texts)
+            return Example(self.view and self.view.evaluate(record), texts), prompt
         except transforms.UNREADABLE as error:
             return self.blank._replace(skip=Skip(reason(error), first_line(error), index, "")), ""
 

@@ -1,17 +1,19 @@
 """Common parts of the evaluators: the data of an evaluation, its result and its interface."""
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax.data import pipeline
+from simvlg_jax.data import pipeline, transforms
 from simvlg_jax.data.skipped import REASONS, in_words
-from simvlg_jax.data.sources import Source, load_source, name_of
+from simvlg_jax.data.sources import RecordInfo, Source, load_source, name_of
 from simvlg_jax.evaluation.partial import Partial
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks.task import Task
@@ -23,14 +25,16 @@ class Result(NamedTuple):
     """The result of an evaluation.
 
     Attributes:
-      score: chooses the best checkpoint; higher is better.
+      score: chooses the best checkpoint; higher is better. None if no record has anything to compare with.
       metrics: numbers for the log.
       details: returns the content of eval/NAME.json. It can be called on a single process.
+      files: suffix, one of `submissions.SUFFIXES` -> JSON of another file, eval/NAME + suffix.
     """
 
-    score: float
+    score: float | None
     metrics: dict[str, float]
     details: Callable[[], dict]
+    files: Mapping[str, Sequence[dict]] = MappingProxyType({})
 
 
 class Evaluator(Protocol):
@@ -94,6 +98,17 @@ class EvalData:
         batches = self._make(self.source, start=start) if start else self._batches
         for number, batch in enumerate(batches, start):
             yield number, meshes.put_batch(batch, self._mesh)
+
+    @property
+    def has_references(self) -> bool:
+        """Whether a record has captions or answers to compare with."""
+        return any(info.references for info in self.infos())
+
+    def infos(self) -> Iterator[RecordInfo]:
+        """Yields what scores need of each record, but of those that cannot be read."""
+        for index in range(len(self)):
+            with contextlib.suppress(*transforms.UNREADABLE):
+                yield self.source.info(index)
 
     def only(self, indices: Sequence[int]) -> Iterator[dict[str, jax.Array]]:
         """Yields global batches of some records. Their "index" is the place in `indices`."""

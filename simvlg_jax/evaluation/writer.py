@@ -1,43 +1,23 @@
 """Lets a model write a text for every record of an evaluation: captions, or answers where records have questions."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax.data.sources import check_unique_ids
 from simvlg_jax.decoding.settings import Decoding
+from simvlg_jax.evaluation.batches import described, skipped_of, through_batches
 from simvlg_jax.evaluation.captioner import Captioner
-from simvlg_jax.evaluation.evaluator import EvalData, unreadable_metric
+from simvlg_jax.evaluation.evaluator import EvalData
 from simvlg_jax.evaluation.partial import Partial
+from simvlg_jax.evaluation.written import Written
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.task import Task
-from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import Announcer
 
 captioner_of = functools.lru_cache(maxsize=4)(Captioner)  # evaluations share one, which is compiled once
-
-
-class Written(NamedTuple):
-    """What a model wrote for the readable records, the same on every process.
-
-    Attributes:
-      loss: mean nats per target token, over all records.
-      examples: of each record, in the order of the source: index, id, question (if it has one), references, caption
-        (what it wrote first), captions (all, if several) and loss (mean nats per target token, None without targets).
-      unreadable: ids of the other records.
-    """
-
-    loss: float
-    examples: list[dict]
-    unreadable: list[str]
-
-    def numbers(self) -> dict[str, float]:
-        """Loss and the number of unreadable records, if any, for the log."""
-        return {"loss": self.loss, **unreadable_metric(self.unreadable)}
 
 
 class Writer:
@@ -55,41 +35,18 @@ class Writer:
         self._losses = task.evaluation_losses
 
     def __call__(self, params: dict, announce: Announcer, partial: Partial | None = None) -> Written:
-        """Computes the losses and the texts of all readable records.
+        """Computes the losses and the texts of all readable records; arguments and errors as `through_batches`."""
 
-        Args:
-          partial: keeps finished batches, and holds those of an interrupted evaluation. With it a bar is shown.
+        def make(arrays: dict[str, jax.Array], number: int) -> dict:
+            return self._batch(params, arrays, self._seed + number)
 
-        Raises:
-          UserError: no record can be read, or two have one id.
-        """
-        batches = list(partial.batches) if partial else []
-        shown = partial is not None and jax.process_index() == 0
-        before = sum(len(batch["examples"]) + len(batch["skipped"]) for batch in batches)
-        progress = Progress(f"scoring {self.name}", len(self.data), before, "pictures", "pictures", shown)
-        try:
-            count = 0
-            for number, arrays in self.data.batches(start=len(batches)):
-                length = arrays["caption_ids"].shape[1]
-                with announce.first("compiling the evaluation", f"for texts of {length} tokens"):
-                    batch = self._batch(params, arrays, self._seed + number)
-                batches.append(batch)
-                if partial:
-                    partial.add(batch)
-                count += len(batch["examples"]) + len(batch["skipped"])
-                progress.update(count, count)
-        finally:
-            progress.close()
-        skipped = {index: code for batch in batches for index, code in batch["skipped"]}
-        examples = [example for batch in batches for example in batch["examples"]]
-        unreadable = self.data.report_unreadable(skipped)
-        check_unique_ids([example["id"] for example in examples])
-        targets = sum(batch["targets"] for batch in batches)
-        loss = sum(batch["loss"] for batch in batches) / max(targets, 1.0)
-        return Written(loss, sorted(examples, key=lambda example: example["index"]), unreadable)
+        found = through_batches(self.name, self.data, announce, partial, make)
+        targets = sum(batch["targets"] for batch in found.batches)
+        loss = sum(batch["loss"] for batch in found.batches) / targets if targets else None
+        return Written(loss, found.examples, found.unreadable)
 
     def _batch(self, params: dict, arrays: dict[str, jax.Array], seed: int) -> dict:
-        """JSON of a batch: its examples, [index, code] of the skipped records, summed loss and number of targets."""
+        """JSON of a batch, as `through_batches` takes it, with the summed loss and the number of targets."""
         losses, targets = self._losses(params, arrays)
         prompts = (arrays["prompt_ids"], arrays["prompt_mask"]) if "prompt_ids" in arrays else None
         output = self._captioner(params, arrays["image"], prompts, seed)
@@ -100,16 +57,14 @@ class Writer:
             if indices[row] < 0 or skipped[row]:
                 continue
             info = self.data.source.info(indices[row])
-            example = {"index": indices[row], "id": info.id, "references": list(info.references), "caption": texts[0]}
-            if info.question is not None:
-                example["question"] = info.question
+            example = {**described(indices[row], info), "caption": texts[0]}
             if len(texts) > 1:
                 example["captions"] = texts
             example["loss"] = float(losses[row] / targets[row]) if targets[row] else None
             examples.append(example)
         return {
             "examples": examples,
-            "skipped": [[index, code] for index, code in zip(indices, skipped, strict=True) if index >= 0 and code],
+            "skipped": skipped_of(indices, skipped),
             "loss": float(losses.sum()),
             "targets": float(targets.sum()),
         }

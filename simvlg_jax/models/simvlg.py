@@ -118,12 +118,16 @@ class SimVLG(nn.Module):
           ids, mask: (B, L) int32, padded on the right; the mask is 1 for real tokens.
         """
         visual = self.encode_image(images)
+        return SimVLGOutput(visual, self._read(visual.prefix, ids, mask))
+
+    def _read(self, prefix: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the language model's states (B, P + L, E) over soft prompts (B, P, E) and texts (B, L)."""
         text = self.llm.embed(ids)
-        parts = self.prompted(visual.prefix, text[:, :1]), text[:, 1:]
+        parts = self.prompted(prefix, text[:, :1]), text[:, 1:]
         embeddings = jnp.concatenate(parts, 1)  # (B, P + L, E)
-        mask = jnp.concatenate([jnp.ones(visual.prefix.shape[:2], mask.dtype), mask], 1)
+        mask = jnp.concatenate([jnp.ones(prefix.shape[:2], mask.dtype), mask], 1)
         positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-        return SimVLGOutput(visual, self.llm(embeddings, mask, positions).hidden)
+        return self.llm(embeddings, mask, positions).hidden
 
     def caption_losses(
         self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
@@ -142,6 +146,22 @@ class SimVLG(nn.Module):
     def next_token_losses(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns `caption_losses` from the language model's states (B, P + L, E)."""
         return token_cross_entropy(_before_targets(hidden, targets), self.llm.logits, targets)
+
+    def likelihoods(
+        self, prefix: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns how likely texts are after soft prompts that `encode_image` gave.
+
+        Args:
+          prefix: (B, P, E), one for each text.
+          ids, mask, targets: as for `caption_losses`.
+
+        Returns:
+          ((B,) log-likelihood of the targets, nats in float32; (B,) bool, whether each of them is the likeliest token).
+        """
+        logits = self.llm.logits(_before_targets(self._read(prefix, ids, mask), targets))
+        losses = token_losses(logits, lambda logits: logits, targets)
+        return -jnp.sum(losses, 1), jnp.all((jnp.argmax(logits, -1) == targets) | (targets < 0), 1)
 
     def explain(
         self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array

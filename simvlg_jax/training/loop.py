@@ -145,7 +145,7 @@ class Run:
             self.check_lock()
             self.log.write(step, "eval", {"split": evaluator.name, "score": result.score, **result.metrics})
             self.evaluated.add((step, evaluator.name))
-            if evaluator.name == self.trainer.config.train.best_by:
+            if evaluator.name == self.trainer.config.train.best_by and result.score is not None:
                 self.checkpoints.score(step, result.score)
             pause = time.monotonic() - before
             self.stop.grant(pause)

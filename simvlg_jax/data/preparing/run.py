@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from etils import epath
 
+from simvlg_jax.data.extras import NONE
 from simvlg_jax.data.preparing import beam, finish, local, records
 from simvlg_jax.data.preparing.shard import Job
 from simvlg_jax.data.preparing.staging import Staging, locked
-from simvlg_jax.data.readers import Options, Plan, choose, listing, paths, resolve
+from simvlg_jax.data.readers import LABELLED_BY_ROWS, Example, Options, Plan, choose, listing, paths, resolve
 from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError
 
@@ -31,6 +32,7 @@ class Settings:
       images: folder that paths in lists are relative to; "" is the list's.
       max_side: pixels, 0 for no limit.
       max_skipped: share of what was read.
+      unlabelled: see `Options`.
     """
 
     sources: Sequence[str]
@@ -44,6 +46,7 @@ class Settings:
     engine: str = "local"
     beam_options: str = ""
     max_skipped: float = 0.5
+    unlabelled: bool = False
 
 
 @dataclass
@@ -88,7 +91,9 @@ def prepare(settings: Settings) -> Summary:
     if inside := next((source for source in sources if f"{output}/".startswith(f"{source.rstrip('/')}/")), None):
         raise UserError(f"--output {output} lies in the source {inside}: choose a folder outside of it", status=2)
     kind, reader = choose(sources, settings.format)
-    plan = reader.plan(sources, Options(settings.split, images, settings.index_only))
+    if settings.unlabelled and kind not in LABELLED_BY_ROWS:
+        raise UserError(f"--unlabelled is for lists and tables, and {sources[0]} has the format {kind}", status=2)
+    plan = reader.plan(sources, Options(settings.split, images, settings.index_only, settings.unlabelled))
     if settings.index_only and (plan.entries or any(shard.tar is None for shard in plan.shards)):
         raise UserError(f"--index_only is for WebDataset tars, and {sources[0]} has the format {kind}", status=2)
     with locked(output):
@@ -147,9 +152,12 @@ def _prepare(settings: Settings, output: str, plan: Plan, kind: str, start: floa
 def _fingerprint(settings: Settings, plan: Plan, kind: str) -> str:
     """Hash of the plan and of the options that the result depends on."""
     options = [VERSION, kind, settings.split, settings.max_side, settings.index_only, plan.media, plan.questions]
+    options += ["unlabelled"] * settings.unlabelled
     digest = hashlib.sha256(json.dumps([options, plan.roots, [repr(shard) for shard in plan.shards]]).encode())
     for entry in plan.entries:
-        digest.update(json.dumps(entry).encode())
+        # Without extras, so that data of a version that had none stay valid.
+        bare = isinstance(entry, Example) and entry.extras == NONE
+        digest.update(json.dumps(entry[:-1] if bare else entry).encode())
     return digest.hexdigest()
 
 
@@ -209,6 +217,9 @@ def _check_share(settings: Settings, output: str, summary: Summary, staging: Sta
     hint = ""
     if missing and missing * 2 > summary.skipped.total():
         hint = HINTS.get(kind, "")
+    bare = summary.skipped["no caption"] + summary.skipped["no answer"]
+    if bare * 2 > summary.skipped.total() and kind in LABELLED_BY_ROWS:
+        hint = "; to keep records without captions or answers, as test splits have them, add --unlabelled"
     if not summary.written:
         for path in epath.Path(output).glob(f"{name}-{settings.split}.{records.SUFFIX}-*"):
             path.unlink()

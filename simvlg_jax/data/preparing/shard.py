@@ -95,4 +95,4 @@ def _prepare(
 
 def _row(item: Item, in_tar: bool) -> Row:
     place = (0, item.offset, len(item.media)) if in_tar else ()
-    return Row(item.id, item.texts, item.question, *place)
+    return Row(item.id, item.texts, item.question, *place)._replace(**item.extras._asdict())

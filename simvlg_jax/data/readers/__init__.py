@@ -7,10 +7,22 @@ from etils import epath
 
 from simvlg_jax.config.check import lookup
 from simvlg_jax.data.readers import files, lavis, paths, table, video, webdataset
-from simvlg_jax.data.readers.reader import Item, Options, Plan, Reader, Shard, Skip
+from simvlg_jax.data.readers.reader import Example, Item, Options, Plan, Reader, Shard, Skip
 from simvlg_jax.utils.errors import UserError
 
-__all__ = ["READERS", "Item", "Options", "Plan", "Reader", "Shard", "Skip", "choose", "resolve"]
+__all__ = [
+    "LABELLED_BY_ROWS",
+    "READERS",
+    "Example",
+    "Item",
+    "Options",
+    "Plan",
+    "Reader",
+    "Shard",
+    "Skip",
+    "choose",
+    "resolve",
+]
 
 # In the order in which a source is compared with them.
 READERS: dict[str, Reader] = {
@@ -20,6 +32,9 @@ READERS: dict[str, Reader] = {
     "table": table,
     "lavis": lavis,
 }
+
+# Formats whose captions and answers are columns of rows, so that a row without them is still a record.
+LABELLED_BY_ROWS = ("table", "lavis")
 
 
 def resolve(sources: Sequence[str]) -> list[str]:

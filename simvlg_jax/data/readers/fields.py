@@ -4,6 +4,7 @@ import posixpath
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from simvlg_jax.data.extras import NONE, Extras
 from simvlg_jax.data.readers import texts
 from simvlg_jax.data.skips import Fault
 
@@ -17,6 +18,8 @@ QUESTION = ("question",)
 ANSWER = ("answer", "answers", "direct_answers")
 IMAGE_ID, QUESTION_ID = ("image_id", "img_id", "video_id", "id"), ("question_id", "id")
 SPLIT = ("split",)
+GROUP = ("group", "domain")  # NoCaps: domain
+CHOICES, CORRECT = ("choices",), ("correct_choice_idx", "correct")  # A-OKVQA: correct_choice_idx
 ADDRESS = ("url", "image_url", "coco_url", "flickr_url", "contenturl")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 # Other names of splits: of Hugging Face, and of COCO-Karpathy.
@@ -31,6 +34,7 @@ class Fields(NamedTuple):
       source: path or encoded bytes.
       faults: why some of its texts are left out.
       split: None if the row names none.
+      extras: what evaluations use besides.
     """
 
     media: str
@@ -40,6 +44,7 @@ class Fields(NamedTuple):
     question: str | None
     id: str | None
     split: str | None
+    extras: Extras = NONE
 
 
 def find(columns: Iterable[str], names: tuple[str, ...]) -> str | None:
@@ -69,8 +74,12 @@ def split_of(row: Mapping[str, Any]) -> str | None:
     return canonical(split) if isinstance(split, str) else None
 
 
-def parse(row: Mapping[str, Any]) -> Fields:
-    """Reads a row whose columns are in lower case. Raises Fault if it has no picture or no good text."""
+def parse(row: Mapping[str, Any], unlabelled: bool = False) -> Fields:
+    """Reads a row whose columns are in lower case. Raises Fault if it has no picture or no good text.
+
+    Args:
+      unlabelled: a row may have no text at all.
+    """
     video, picture = _value(row, VIDEO), _value(row, IMAGE)
     source = picture if video is None else video
     if source is None:
@@ -83,14 +92,33 @@ def parse(row: Mapping[str, Any]) -> Fields:
     if question is not None and not isinstance(question, str):
         raise Fault("wrong type")
     name = "caption" if question is None else "answer"
-    good, faults = texts.sift(texts.as_list(_value(row, CAPTION if question is None else ANSWER), name), name)
-    if not good:
-        raise Fault(faults[0])
+    extras = _extras(row)
+    value = _value(row, CAPTION if question is None else ANSWER)
+    if extras.correct is not None and not isinstance(value, str | list | tuple | dict):
+        value = extras.choices[extras.correct]
+    good, faults = [], []
+    if not unlabelled or value not in (None, []):
+        good, faults = texts.sift(texts.as_list(value, name), name)
+        if not good:
+            raise Fault(faults[0])
     if question is not None:
         question = texts.checked(question, "question")
     is_video = video is not None or (isinstance(source, str) and _suffix(source) in VIDEO_SUFFIXES)
     own_id = identifier(_value(row, IMAGE_ID if question is None else QUESTION_ID))
-    return Fields("video" if is_video else "image", source, good, faults, question, own_id, split_of(row))
+    return Fields("video" if is_video else "image", source, good, faults, question, own_id, split_of(row), extras)
+
+
+def _extras(row: Mapping[str, Any]) -> Extras:
+    """The right choice may be a number, which is its place. Raises Fault if there are choices that cannot be used."""
+    group, found = identifier(_value(row, GROUP)), _value(row, CHOICES)
+    if found is None or found == []:
+        return Extras(group)
+    choices = tuple(texts.checked(text, "choice") for text in texts.as_list(found, "choice"))
+    places = (row.get(name) for name in (*CORRECT, *ANSWER))
+    correct = next((place for place in places if isinstance(place, int) and not isinstance(place, bool)), None)
+    if correct is not None and not 0 <= correct < len(choices):
+        raise Fault("no such choice")
+    return Extras(group, choices, correct)
 
 
 def _suffix(path: str) -> str:

@@ -40,7 +40,7 @@ def plan(sources: Iterable[str], options: Options) -> Plan:
             roots.append(options.images or posixpath.dirname(file))
             if roots[-1] in roots[:-1]:
                 roots.pop()
-            yield from _rows(file, roots.index(options.images or posixpath.dirname(file)), options.split)
+            yield from _rows(file, roots.index(options.images or posixpath.dirname(file)), options)
 
     return listing.plan_of(rows(), roots)
 
@@ -54,7 +54,7 @@ def _files(sources: Iterable[str]) -> Iterator[str]:
             yield source
 
 
-def _rows(file: str, root: int, split: str) -> Iterator[listing.Listed | Skip]:
+def _rows(file: str, root: int, options: Options) -> Iterator[listing.Listed | Skip]:
     try:
         content = json.loads(epath.Path(file).read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -69,10 +69,12 @@ def _rows(file: str, root: int, split: str) -> Iterator[listing.Listed | Skip]:
         return
     for number, row in enumerate(rows):
         rows[number] = None  # so that what a row becomes takes its place in memory
-        yield from listed(row, f"{file}, entry {number}", root, split)
+        yield from listed(row, f"{file}, entry {number}", root, options.split, options.unlabelled)
 
 
-def listed(row: Any, where: str, root: int, split: str | None = None) -> Iterator[listing.Listed | Skip]:
+def listed(
+    row: Any, where: str, root: int, split: str | None = None, unlabelled: bool = False
+) -> Iterator[listing.Listed | Skip]:
     """A row of a list, or the reason to skip it; nothing if it belongs to another split than `split`."""
     try:
         if not isinstance(row, dict):
@@ -80,7 +82,7 @@ def listed(row: Any, where: str, root: int, split: str | None = None) -> Iterato
         row = {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
         if split is not None and fields.split_of(row) not in (None, fields.canonical(split)):
             return
-        found = fields.parse(row)
+        found = fields.parse(row, unlabelled)
         if isinstance(found.source, bytes):
             raise Fault("wrong type")
         yield listing.Listed(f"{where}: {well_formed(found.source[:200])}", root, found)

@@ -12,6 +12,7 @@ from etils import epath
 
 from simvlg_jax.data import transforms
 from simvlg_jax.data.captions import well_formed
+from simvlg_jax.data.extras import NONE, Extras
 from simvlg_jax.data.index import Tar
 from simvlg_jax.data.readers import paths, texts
 from simvlg_jax.data.readers.fields import Fields
@@ -55,9 +56,11 @@ def plan_of(rows: Iterable[Listed | Skip], roots: list[str]) -> Plan:
         if place < len(entries):
             first = entries[place]
             own = first.id if first.id == fields.id else ""
-            entries[place] = first._replace(id=own, texts=(*first.texts, *fields.texts))
+            extras = first.extras if first.extras != NONE else fields.extras
+            entries[place] = first._replace(id=own, texts=(*first.texts, *fields.texts), extras=extras)
             continue
-        entries.append(Example(where, root, path, fields.id or "", tuple(fields.texts), fields.question))
+        example = Example(where, root, path, fields.id or "", tuple(fields.texts), fields.question)
+        entries.append(example._replace(extras=fields.extras))
         kinds[fields.media, fields.question is not None] += 1
     places.clear()
     # A list with videos is a list of videos, and one with questions is a list of questions.
@@ -147,7 +150,8 @@ class ListedShard:
         except (Fault, OSError, ValueError) as error:
             # A name with NUL or half a character raises ValueError: no such file exists.
             return Skip(example.where, "missing file" if isinstance(error, ValueError) else reason(error))
-        return Item(example.where, example.id, media, found[0], example.question, faults=found[1])
+        extras = Extras(*example.extras)
+        return Item(example.where, example.id, media, found[0], example.question, faults=found[1], extras=extras)
 
 
 def beside(root: str, example: Example) -> tuple[list[str], tuple[str, ...]] | None:

@@ -61,6 +61,7 @@ class ParquetShard:
       more: number of a row -> the captions of other rows about its picture.
       others: the numbers of such rows, which are no records of their own.
       root: folder that paths are relative to, for rows without bytes.
+      unlabelled: see `Options`.
     """
 
     file: str
@@ -77,6 +78,7 @@ class ParquetShard:
     more: dict[int, list[str]] = field(default_factory=dict)
     others: frozenset[int] = frozenset()
     tar: Tar | None = None
+    unlabelled: bool = field(default=False, repr=False)  # not in the fingerprint of a shard: it is an option
 
     def read(self) -> Iterator[tuple[int, Item | Skip]]:
         number = 0
@@ -100,7 +102,7 @@ class ParquetShard:
         if fields.split_of(row) not in (None, fields.canonical(self.split)):
             return
         try:
-            found = fields.parse(row)
+            found = fields.parse(row, self.unlabelled)
             if number in self.others:
                 yield from (Skip(where, fault) for fault in found.faults)
                 return
@@ -118,7 +120,8 @@ class ParquetShard:
             return
         own = fields.identifier(row.get(self.own_ids)) if self.own_ids else None
         texts = found.texts + self.more.get(number, [])
-        yield Item(where, own or f"{self.prefix}/{number}", media, texts, found.question, faults=tuple(found.faults))
+        item = Item(where, own or f"{self.prefix}/{number}", media, texts, found.question, extras=found.extras)
+        yield item._replace(faults=tuple(found.faults))
 
 
 def plan(files: list[str], options: Options) -> Plan:
@@ -157,6 +160,7 @@ def plan(files: list[str], options: Options) -> Plan:
                         *(own_ids, root, media, questions, options.split),
                         more={row: found.texts[start + row] for row in own if start + row in found.texts},
                         others=frozenset(row for row in own if start + row in found.others),
+                        unlabelled=options.unlabelled,
                     )
                 )
                 first, groups = first + count, []

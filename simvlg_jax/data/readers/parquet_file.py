@@ -10,7 +10,10 @@ from etils import epath
 from simvlg_jax.data.readers import fields, paths
 
 ROWS = 16  # read at a time, since each may hold a large picture
-COLUMNS = (*fields.IMAGE, *fields.VIDEO, *fields.CAPTION, *fields.QUESTION, *fields.ANSWER, *fields.SPLIT)
+COLUMNS = (
+    *(*fields.IMAGE, *fields.VIDEO, *fields.CAPTION, *fields.QUESTION, *fields.ANSWER, *fields.SPLIT),
+    *(*fields.GROUP, *fields.CHOICES, *fields.CORRECT),
+)
 DAMAGED = (OSError, pa.ArrowException, ValueError, MemoryError)
 
 

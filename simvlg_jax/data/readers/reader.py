@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from etils import epath
 
+from simvlg_jax.data.extras import NONE, Extras
 from simvlg_jax.data.index import Tar
 
 
@@ -25,6 +26,7 @@ class Item(NamedTuple):
       texts: captions, or the answers to the question.
       offset: of the media in the tar, if the source is one.
       faults: why some of its texts are left out.
+      extras: what evaluations use besides.
     """
 
     where: str
@@ -34,6 +36,7 @@ class Item(NamedTuple):
     question: str | None = None
     offset: int = 0
     faults: tuple[str, ...] = ()
+    extras: Extras = NONE
 
 
 class Example(NamedTuple):
@@ -43,6 +46,7 @@ class Example(NamedTuple):
       root: number of the folder that the path is relative to, in `Plan.roots`.
       texts: captions or answers; None if they are in the file `beside`.
       stamp: size and time of the files, if the plan knows them.
+      extras: what evaluations use besides.
     """
 
     where: str
@@ -53,6 +57,7 @@ class Example(NamedTuple):
     question: str | None = None
     beside: str = ""
     stamp: str = ""
+    extras: Extras = NONE
 
 
 class Options(NamedTuple):
@@ -62,11 +67,13 @@ class Options(NamedTuple):
       split: rows of other splits are left out, if rows name a split.
       images: the folder that paths in lists are relative to; "" is that of the list.
       index_only: the media stay in the tars.
+      unlabelled: rows without a caption or an answer are records too. For lists and tables.
     """
 
     split: str = "train"
     images: str = ""
     index_only: bool = False
+    unlabelled: bool = False
 
 
 class Shard(Protocol):

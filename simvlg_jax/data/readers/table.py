@@ -53,7 +53,7 @@ def plan(sources: Iterable[str], options: Options) -> Plan:
     def rows() -> Iterator[listing.Listed | Skip]:
         for file in files:
             root = roots.index(options.images or posixpath.dirname(file))
-            yield from _of_split(file, root, options.split)
+            yield from _of_split(file, root, options)
 
     return listing.plan_of(rows(), roots)
 
@@ -85,20 +85,20 @@ def _files(source: str, split: str) -> list[str]:
     return [posixpath.join(source, name) for name in names]
 
 
-def _of_split(file: str, root: int, split: str) -> Iterator[listing.Listed | Skip]:
+def _of_split(file: str, root: int, options: Options) -> Iterator[listing.Listed | Skip]:
     """Rows of a split. Rows that name none follow others of the same picture, or the hash of the picture's name."""
-    wanted = fields.canonical(split)
+    wanted = fields.canonical(options.split)
     named: dict[str, str] = {}
     for where, row in _rows(file):  # the file is read twice, since all of its rows take much memory
         if isinstance(row, dict) and any(name.strip().lower() in fields.SPLIT for name in row):
-            for found in lavis.listed(row, where, root):
+            for found in lavis.listed(row, where, root, unlabelled=options.unlabelled):
                 if isinstance(found, listing.Listed) and found.fields.split:
                     named.setdefault(posixpath.normpath(found.fields.source), found.fields.split)
     for where, row in _rows(file):
         if isinstance(row, Fault):
             yield Skip(where, str(row))
             continue
-        for found in lavis.listed(row, where, root):
+        for found in lavis.listed(row, where, root, unlabelled=options.unlabelled):
             if isinstance(found, listing.Listed) and named:
                 image = posixpath.normpath(found.fields.source)
                 if (found.fields.split or named.get(image) or folder.split_of(image)) != wanted:
@@ -178,12 +178,12 @@ def _check_header(file: str, names: list[str]) -> None:
 
 
 def _cell(name: str, value: str) -> Any:
-    """A cell of a CSV file. Several captions or answers are a JSON list."""
-    if name in (*fields.CAPTION, *fields.ANSWER) and value.startswith("["):
+    """A cell of a CSV file. Several captions, answers or choices are a JSON list."""
+    if name in (*fields.CAPTION, *fields.ANSWER, *fields.CHOICES) and value.startswith("["):
         try:
             values = texts.parse_json(value.encode())
         except Fault:
             return value
         if isinstance(values, list) and values and all(isinstance(text, str) for text in values):
             return values
-    return value
+    return int(value) if name in fields.CORRECT and value.isdecimal() else value

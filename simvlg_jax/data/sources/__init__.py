@@ -79,8 +79,8 @@ class TextSource:
         if self.training and not answers:
             raise CaptionError("the question has no answer")
         caption = Counter(answers).most_common(1)[0][0] if answers else ""
-        prompt = prompt_of(question, self.clean, self.prompt)
-        return {**record, "references": answers, "choices": answers, "caption": caption, "prompt": prompt}
+        texts = {"references": answers, "choices": answers, "caption": caption}
+        return {**record, **texts, "prompt": prompt_of(question, self.clean, self.prompt)}
 
     def _checked(self, text: str, what: str) -> str:
         if self.training and not text.strip():
@@ -88,7 +88,9 @@ class TextSource:
         return _usable(text)
 
     def info(self, index: int) -> RecordInfo:
-        return self.source.info(index)
+        info = self.source.info(index)
+        prompt = self.prompt if info.question is None else prompt_of(info.question, self.clean, self.prompt)
+        return info._replace(prompt=prompt)
 
     @property
     def prefetch(self):

@@ -119,14 +119,14 @@ class PreparedSource:
 
     def info(self, index: int) -> RecordInfo:
         row = self._index[self._place(index)[0]]
-        return RecordInfo(row.id, row.texts, row.question)
+        return RecordInfo(row.id, row.texts, row.question, row.extras)
 
     def __getitem__(self, index: int) -> Record:
         number, text = self._place(int(index))
         row = self._index[number]
         record: Record = {
             "image": self._reader.read(number, row),
-            "caption": row.texts[text],
+            "caption": row.texts[text] if row.texts else "",
             "references": row.texts,
             "id": row.id,
         }

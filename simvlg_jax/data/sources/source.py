@@ -4,6 +4,8 @@ from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
+from simvlg_jax.data.extras import NONE, Extras
+
 
 class Record(TypedDict):
     """One example.
@@ -29,11 +31,19 @@ class Record(TypedDict):
 
 
 class RecordInfo(NamedTuple):
-    """The part of a `Record` that scores need."""
+    """What scores need of a record, without its picture.
+
+    Attributes:
+      id, references, question: as in `Record`.
+      extras: what evaluations use besides.
+      prompt: the text that the caption continues. `load_source` adds it.
+    """
 
     id: str
     references: list[str]
     question: str | None = None
+    extras: Extras = NONE
+    prompt: str = ""
 
 
 class Source(Protocol):

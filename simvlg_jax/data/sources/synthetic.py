@@ -50,5 +50,5 @@ class SyntheticSource:
         else:
             draw.rectangle((x - half, y - half // 3, x + half, y + half // 3), fill=colour)
             draw.rectangle((x - half // 3, y - half, x + half // 3, y + half), fill=colour)
-        name, references, _ = self.info(index)
+        name, references, *_ = self.info(index)
         return {"image": np.asarray(picture), "caption": references[0], "references": references, "id": name}

@@ -82,7 +82,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Record:
         record = self._read(index)
-        name, texts, _ = self._info(index, record)
+        name, texts, *_ = self._info(index, record)
         if not texts:
             raise ValueError(f"record {index} of {self._name} has no caption")
         image = _get(record, self._image)

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.submissions import SUFFIXES
 from simvlg_jax.utils.errors import UserError
 
 _SPLITS = ("test", "novel", "val", "train")  # in the order of the report; other splits follow
@@ -15,7 +16,8 @@ _HEAT = 4.0  # nats of a token that is coloured most
 def read_splits(workdir: Path) -> list[dict]:
     """Returns the values of each results file of a run, in the order of the report."""
     order = {split: rank for rank, split in enumerate(_SPLITS)}
-    paths = sorted((workdir / "eval").glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
+    paths = (path for path in (workdir / "eval").glob("*.json") if not path.name.endswith(SUFFIXES))
+    paths = sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
     return [_split(path) for path in paths]
 
 

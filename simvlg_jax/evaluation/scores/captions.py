@@ -1,8 +1,7 @@
 """Caption scores over a corpus: BLEU-1..4, ROUGE-L and CIDEr, with the numbers of the COCO caption evaluation.
 
 The three are short, so they are implemented here: pycocoevalcap, their reference, installs 100 MB of Java programs
-and data. The tests compare with its numbers. METEOR and SPICE are omitted: both are Java programs with their own
-dictionaries (WordNet, a paraphrase table, a parser).
+and data. The tests compare with its numbers. METEOR and SPICE are in `java`.
 
 Scale: fractions. BLEU and ROUGE-L are in 0..1, CIDEr in 0..10. "CIDEr 139.1" in papers is 1.391 here.
 """
@@ -58,7 +57,7 @@ def score_captions(references: dict[str, list[str]], hypotheses: dict[str, str])
     Raises:
       ValueError: the keys differ, there is no picture, or a picture has no reference.
     """
-    return _score(*_tokenized(references, hypotheses))
+    return _score(*tokenized(references, hypotheses))
 
 
 def shuffled_control(references: dict[str, list[str]], hypotheses: dict[str, str], seed: int) -> dict[str, float]:
@@ -70,18 +69,19 @@ def shuffled_control(references: dict[str, list[str]], hypotheses: dict[str, str
     Returns:
       `CaptionScores.as_dict()` of the shuffled captions; all 0 if there is only one picture.
     """
-    tokenized_references, tokenized = _tokenized(references, hypotheses)
-    captions = list(tokenized.values())
+    references, hypotheses = tokenized(references, hypotheses)
+    captions = list(hypotheses.values())
     if len(captions) < 2:
-        return dict.fromkeys(_score(tokenized_references, tokenized).as_dict(), 0.0)
+        return dict.fromkeys(_score(references, hypotheses).as_dict(), 0.0)
     order = derangement(len(captions), seed)
-    shuffled = {key: captions[i] for key, i in zip(tokenized, order, strict=True)}
-    return _score(tokenized_references, shuffled).as_dict()
+    shuffled = {key: captions[i] for key, i in zip(hypotheses, order, strict=True)}
+    return _score(references, shuffled).as_dict()
 
 
-def _tokenized(
+def tokenized(
     references: dict[str, list[str]], hypotheses: dict[str, str]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Returns the references and the hypotheses as tokens with spaces between them; errors as `score_captions`."""
     if references.keys() != hypotheses.keys():
         lone = sorted(references.keys() ^ hypotheses.keys())
         raise ValueError(f"pictures need both references and a caption; these have only one: {lone[:5]}")
