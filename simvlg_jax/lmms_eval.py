@@ -1,4 +1,4 @@
-"""A model for the harness lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), for its tasks that generate text.
+"""A model for the harness lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) and its tasks of one picture.
 
     pip install . -r requirements-lmms.txt
     python -m lmms_eval --model simvlg_jax --model_args pretrained=runs/vqa --tasks vqav2_val --batch_size 16
@@ -10,6 +10,7 @@ below the question, such as "Answer the question using a single word or phrase."
 
 from collections.abc import Sequence
 
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
@@ -20,13 +21,11 @@ from simvlg_jax.utils.bar import Progress
 from simvlg_jax.utils.errors import UserError, warn
 
 MANIFEST = ModelManifest("simvlg_jax", simple_class_path="simvlg_jax.lmms_eval.SimVLG")
-# What the model does with the texts of the requests.
+# The question in the text of a request; None: there is none, and the model writes captions.
 CONTEXTS = {
-    "question": lambda model, pictures, texts, size: model.answers(pictures, texts, size),
-    "first_line": lambda model, pictures, texts, size: model.answers(
-        pictures, [text.partition("\n")[0] for text in texts], size
-    ),
-    "ignore": lambda model, pictures, texts, size: model.captions(pictures, batch_size=size),
+    "question": lambda text: text,
+    "first_line": lambda text: text.partition("\n")[0],
+    "ignore": lambda text: None,
 }
 
 
@@ -54,7 +53,7 @@ class SimVLG(lmms):
         **config: object,
     ):
         super().__init__()
-        self._write, self._size = lookup(CONTEXTS, "context", context), int(batch_size)
+        self._question, self._size = lookup(CONTEXTS, "context", context), int(batch_size)
         overrides = [f"--config.{key}={value}" for key, value in config.items()]
         self._model = load(pretrained, checkpoint=str(checkpoint), overrides=overrides)
 
@@ -66,11 +65,12 @@ class SimVLG(lmms):
         try:
             for start in range(0, len(requests), self._size):
                 group = [request.args for request in requests[start : start + self._size]]
-                pictures = [self._picture(*arguments[2:6]) for arguments in group]
-                contexts = [arguments[0].replace("<image>", "").strip() for arguments in group]
-                for arguments, text in zip(
-                    group, self._write(self._model, pictures, contexts, self._size), strict=True
-                ):
+                pictures, questions = self._inputs(group)
+                if questions is None:
+                    written = self._model.captions(pictures, batch_size=self._size)
+                else:
+                    written = self._model.answers(pictures, questions, self._size)
+                for arguments, text in zip(group, written, strict=True):
                     texts.append(cut(text, arguments[1].get("until", ())))
                     self.cache_hook.add_partial("generate_until", arguments[:2], texts[-1])
                 progress.update(len(texts), len(texts))
@@ -78,8 +78,30 @@ class SimVLG(lmms):
             progress.close()
         return texts
 
+    def loglikelihood(self, requests: Sequence) -> list[GenerationResult]:
+        """Returns (nats of loss, whether greedy decoding would write it) for the text of each request.
+
+        The harness chooses the text of the lowest number. It would turn a bare pair into a string (version 0.7.3).
+        """
+        group = [request.args for request in requests]
+        pictures, questions = self._inputs(group)
+        texts = [text(self._document(*place)) if callable(text) else text for _, text, _, *place in group]
+        likely = self._model.loglikelihoods(pictures, questions, texts, self._size)
+        return [GenerationResult((-nats, greedy)) for nats, greedy in likely]
+
+    def _document(self, number: int, task: str, split: str) -> dict:
+        return self.task_dict[task][split][number]
+
+    def _inputs(self, group: Sequence[tuple]) -> tuple[list[Image.Image], list[str] | None]:
+        """Returns the pictures of requests, and their questions, if they are asked."""
+        if any(len(arguments) != 6 for arguments in group):
+            raise UserError("this task has requests without a picture")
+        pictures = [self._picture(visuals, *place) for _, _, visuals, *place in group]
+        questions = [self._question(arguments[0].replace("<image>", "").strip()) for arguments in group]
+        return pictures, None if None in questions else questions
+
     def _picture(self, visuals, number: int, task: str, split: str) -> Image.Image:
-        found = visuals(self.task_dict[task][split][number])
+        found = visuals(self._document(number, task, split))
         if len(found) != 1 or not isinstance(found[0], Image.Image):
             kinds = ", ".join(type(each).__name__ for each in found) or "nothing"
             raise UserError(f"example {number} of {task} has {kinds}; this model takes one picture")
@@ -89,9 +111,6 @@ class SimVLG(lmms):
         asked = {name: value for request in requests[:1] for name, value in request.args[1].items() if name != "until"}
         if asked:
             warn(f"the task asks for {asked}; the model decodes by its own config (--model_args evaluate.KEY=VALUE)")
-
-    def loglikelihood(self, requests: Sequence) -> list:
-        raise UserError("simvlg_jax takes tasks that generate text, and this one compares likelihoods")
 
     def generate_until_multi_round(self, requests: Sequence) -> list:
         raise UserError("simvlg_jax takes tasks of one question, and this one has several rounds")

@@ -23,6 +23,10 @@ class Model:
     def captions(self, pictures, batch_size):
         return [f"colour {picture.getpixel((0, 0))}" for picture in pictures]
 
+    def loglikelihoods(self, pictures, questions, texts, batch_size):
+        assert len(pictures) == len(texts)
+        return [(-len(text), question) for text, question in zip(texts, questions or texts, strict=True)]
+
 
 class Base:
     def __init__(self):
@@ -33,6 +37,7 @@ class Base:
 def adapter(monkeypatch):
     if importlib.util.find_spec("lmms_eval") is None:
         stand_ins = {
+            "lmms_eval.api.instance": {"GenerationResult": namedtuple("GenerationResult", "text")},
             "lmms_eval.api.model": {"lmms": Base},
             "lmms_eval.models.registry_v2": {"ModelManifest": lambda *arguments, **options: (arguments, options)},
         }
@@ -72,13 +77,23 @@ def test_captions_ignore_the_text_and_see_the_picture_of_the_request(adapter):
     assert model.generate_until(requests_of(model, ["x"] * 3)) == [f"colour {colour}" for colour in colours]
 
 
+def test_likelihood_is_that_of_the_text_or_of_what_the_task_makes_of_the_document(adapter):
+    requests = requests_of(adapter.SimVLG(context="first_line"), ["a?\nChoose."] * 3)
+    texts = [" red", "green", lambda document: f"{len(document)} blue"]
+    requests = [Request((each.args[0], text, *each.args[2:])) for each, text in zip(requests, texts, strict=True)]
+    for context, second in (("first_line", ["a?"] * 3), ("ignore", [" red", "green", "1 blue"])):
+        model = adapter.SimVLG(context=context)
+        requests_of(model, [])
+        assert [each.text for each in model.loglikelihood(requests)] == list(zip([4, 5, 6], second, strict=True))
+
+
 def test_what_the_model_cannot_do_is_refused(adapter):
     with pytest.raises(UserError, match="context is 'all'; it takes 'question', 'first_line', 'ignore'"):
         adapter.SimVLG(context="all")
     model = adapter.SimVLG()
     with pytest.raises(UserError, match="example 0 of task has str; this model takes one picture"):
         model.generate_until(requests_of(model, ["a"], ["audio"]))
-    with pytest.raises(UserError, match="compares likelihoods"):
-        model.loglikelihood([])
+    with pytest.raises(UserError, match="requests without a picture"):
+        model.loglikelihood([Request(("", "red"))])
     with pytest.raises(UserError, match="several rounds"):
         model.generate_until_multi_round([])

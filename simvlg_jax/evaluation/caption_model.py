@@ -104,6 +104,26 @@ class CaptionModel:
             raise UserError(f"{len(questions)} questions and {len(pictures)} pictures: give a question for each", 2)
         return self._write(self._answerer, pictures, self._answer_prompts(questions), batch_size, seed)
 
+    def loglikelihoods(
+        self, pictures: Sequence[Picture], questions: Sequence[str] | None, texts: Sequence[str], batch_size: int = 16
+    ) -> list[tuple[float, bool]]:
+        """Returns how likely a text is about each picture, to rank given answers; see `likelihood.loglikelihood`.
+
+        Args:
+          pictures, batch_size: as for `several`.
+          questions: that the texts answer, one for each picture; None: the texts are captions.
+          texts: one for each picture.
+
+        Returns:
+          For each the nats, summed over its tokens, and whether greedy decoding would write it.
+        """
+        from simvlg_jax.evaluation.likelihood import loglikelihood
+
+        side = self.task.batch.pictures.side
+        prompts = [self._prompt] * len(texts) if questions is None else self._answer_prompts(questions)
+        requests = zip((read_picture(picture, side) for picture in pictures), prompts, texts, strict=True)
+        return loglikelihood(self.task, self.params, list(requests), batch_size)
+
     def explain(self, picture: Picture, caption: str | None = None) -> "Explanation":
         """Returns which parts of a picture the model merged, and how likely each token of the caption is to it.
 
