@@ -17,6 +17,8 @@ from statistics import median
 import numpy as np
 
 from simvlg_jax.config.arguments import add_model_arguments, model_folder
+from simvlg_jax.config.load import override
+from simvlg_jax.config.saved import read_config
 from simvlg_jax.utils.errors import UserError, run_verb
 
 Write = Callable[[np.ndarray], list[str]]  # pictures (B, S, S, 3) uint8 -> their captions
@@ -87,16 +89,19 @@ def main() -> None:
     if min(arguments.pictures, arguments.batch_size, arguments.rounds) < 1:
         raise UserError("--pictures, --batch_size and --rounds must be at least 1", 2)
 
-    from simvlg_jax.api import load
+    from simvlg_jax.evaluation.caption_model import CaptionModel
+    from simvlg_jax.training.restore import restore_run
 
+    folder = model_folder(arguments)
     for name, beams in DECODING.items():
         flags = [*overrides, f"--config.evaluate.num_beams={beams}"]
-        model = load(model_folder(arguments), overrides=flags)
+        run = restore_run(override(read_config(folder), flags), folder, captions=True)
+        model = CaptionModel(run.config, run.task, run.params)
         images = pictures_of(model, arguments.split, arguments.pictures)
         batch_size = min(arguments.batch_size, len(images))
         images = images[: len(images) // batch_size * batch_size]  # whole batches: neither fills up rows
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = torch_writer(model, Path(folder), beams)
+        with tempfile.TemporaryDirectory() as exported:
+            theirs = torch_writer(model, Path(exported), beams)
             ours = lambda images: model.captions(list(images), batch_size=batch_size)  # noqa: B023, E731
             ours(images[:batch_size]), theirs(images[:batch_size])  # compiles, and fills caches
             rounds = [
