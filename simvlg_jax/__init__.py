@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ml_collections import ConfigDict
 
-    from simvlg_jax.api import CaptionModel
+    from simvlg_jax.evaluation.caption_model import CaptionModel
 
 __all__ = ["UserError", "load"]
 

@@ -8,13 +8,13 @@ from flax import traverse_util
 from preparing import run as run_prepare
 from preparing import write_json
 
-from simvlg_jax.api import read_picture
 from simvlg_jax.config import defaults
 from simvlg_jax.config.load import load_config
 from simvlg_jax.data.batching import pad
 from simvlg_jax.data.sources import RecordInfo
 from simvlg_jax.data.text import IGNORE
 from simvlg_jax.decoding.settings import Decoding
+from simvlg_jax.evaluation.caption_model import read_picture
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.evaluation.choices import RANKINGS, common_choices
 from simvlg_jax.evaluation.evaluators import make_evaluator

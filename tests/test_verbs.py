@@ -16,10 +16,10 @@ from verbs import call
 
 import simvlg_jax
 from simvlg_jax import caption, evaluate, export, train
-from simvlg_jax.api import CaptionModel
 from simvlg_jax.config.check import flat_keys
 from simvlg_jax.config.saved import EXAMPLE, read_config
 from simvlg_jax.data.sources import check_unique_ids, load_source
+from simvlg_jax.evaluation.caption_model import CaptionModel
 from simvlg_jax.evaluation.scores import captions as scoring
 from simvlg_jax.utils import errors
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from simvlg_jax.data.batch import Batch, BatchSpec
 from simvlg_jax.data.skipped import Skip
-from simvlg_jax.data.text import IGNORE
+from simvlg_jax.data.text import IGNORE, TextEncoder
 
 
 class Example(NamedTuple):
@@ -80,6 +80,20 @@ def pad(rows: Sequence[list[int]], length: int, value: int, left: bool = False) 
         start = length - len(ids) if left else 0
         row[start : start + len(ids)] = ids
     return padded
+
+
+def pad_prompts(encoder: TextEncoder, prompts: Sequence[str], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of prompts, without the start token, and their mask: int32 (B, Q), padded on the left.
+
+    Args:
+      multiple: they are padded to the longest, rounded up to a multiple of this; 0: to the longest possible.
+    """
+    ids = [encoder.prompt_ids(prompt)[1:] for prompt in prompts]
+    length = encoder.max_tokens - 1
+    if multiple:
+        length = min(length, -(-max(map(len, ids)) // multiple) * multiple)
+    mask = pad([[1] * len(row) for row in ids], length, 0, left=True)
+    return pad(ids, length, encoder.pad_id, left=True), mask
 
 
 class RowsOf(grain.MapDataset):

@@ -14,7 +14,7 @@ from absl import flags
 
 from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.batch import Batch, BatchSpec
-from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate, pad
+from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate, pad_prompts
 from simvlg_jax.data.examples import blank, untargeted
 from simvlg_jax.data.mixture import mixed_examples, parts_of
 from simvlg_jax.data.receiving import Receive, Received
@@ -151,14 +151,10 @@ class EvalBatch:
         return batch | self._prompts(prompts) if self.prompted else batch
 
     def _prompts(self, prompts: Sequence[str]) -> Batch:
-        """The arrays of the prompts, without the start token."""
+        """The arrays of the prompts."""
         text = next(text for text in self.spec.texts.values() if text.predicted)
-        ids = [text.encoder.prompt_ids(prompt)[1:] for prompt in prompts]
-        length = text.max_tokens - 1
-        if self.multiple:
-            length = min(length, -(-max(map(len, ids)) // self.multiple) * self.multiple)
-        mask = pad([[1] * len(row) for row in ids], length, 0, left=True)
-        return {"prompt_ids": pad(ids, length, text.encoder.pad_id, left=True), "prompt_mask": mask}
+        ids, mask = pad_prompts(text.encoder, prompts, self.multiple)
+        return {"prompt_ids": ids, "prompt_mask": mask}
 
 
 def _has_prompts(source: Source, spec: BatchSpec) -> bool:

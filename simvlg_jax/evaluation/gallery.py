@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from simvlg_jax.data.text import IGNORE
+from simvlg_jax.data.text import IGNORE, TextEncoder
 from simvlg_jax.data.views import view_of
 from simvlg_jax.evaluation.evaluator import EvalData
 from simvlg_jax.evaluation.report.pictures import picture_text
@@ -29,7 +29,7 @@ class Gallery:
     def __init__(self, data: EvalData, task: Task, seed: int):
         self._data, self._seed, self._view = data, seed, view_of(task.batch.pictures)
         self._encoder = task.batch.texts["caption"].encoder
-        self._explain = _explain(task.model)
+        self._explain = explainer(task.model)
 
     def __call__(self, params: dict, indices: Sequence[int]) -> dict[int, dict]:
         """Chooses among the records `indices`; all processes call it.
@@ -53,11 +53,7 @@ class Gallery:
                         "image": self._picture(index),
                         "source_map": own[-1] if own else None,
                         "layers": own,
-                        "tokens": [
-                            [self._encoder.token_text(int(target)), round(float(loss), 4)]
-                            for target, loss in zip(targets[row], losses[row], strict=True)
-                            if target != IGNORE
-                        ],
+                        "tokens": by_token(self._encoder, targets[row], losses[row]),
                     }
         return shown
 
@@ -65,9 +61,15 @@ class Gallery:
         return picture_text(self._view.evaluate(self._data.source[index]))
 
 
+def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> list[list[str | float]]:
+    """The text and the nats of each target of a caption; `targets` and `losses` are (L,)."""
+    pairs = zip(targets, losses, strict=True)
+    return [[encoder.token_text(int(target)), round(float(loss), 4)] for target, loss in pairs if target != IGNORE]
+
+
 @functools.lru_cache(maxsize=4)
-def _explain(model):
-    """A jitted `SimVLG.explain` of parameters and its arguments; evaluations share it.
+def explainer(model):
+    """A jitted `SimVLG.explain` of parameters and its arguments, shared by all that ask for the same model.
 
     It returns the layers of the merge map alone, and not the features of the picture.
     """

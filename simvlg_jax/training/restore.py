@@ -1,9 +1,9 @@
 """Restores a trained run or an exported model for evaluation, captioning and export."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,7 +20,6 @@ from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.tasks.build import check_shapes
 from simvlg_jax.tasks.task import Task
-from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
@@ -30,14 +29,21 @@ WEIGHTS = "weights.safetensors"  # of an exported model, next to its config.json
 
 @dataclass(frozen=True)
 class Run:
-    """A model after `step` training steps. Its parameters, trained and frozen in one tree, are read on first use."""
+    """A model after `step` training steps. Its parameters, trained and frozen in one tree, are read on first use.
 
+    Attributes:
+      config: that the task was built from.
+      shapes: returns a ShapeDtypeStruct of each parameter, with its sharding.
+    """
+
+    config: ConfigDict
     task: Task
     mesh: Mesh
     step: int
+    shapes: Callable[[], dict]
     read: Callable[[], dict]
 
-    @cached_property
+    @functools.cached_property
     def params(self) -> dict:
         """Sharded parameters. Raises UserError if the weights or the checkpoint cannot be used."""
         return self.read()
@@ -68,35 +74,54 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
             raise UserError(f"{workdir} is an exported model of one checkpoint: omit --checkpoint {which}", 2)
         path = workdir / WEIGHTS
         step = int(own_files.read_metadata(path).get("step", 0))
-        return Run(task, mesh, step, lambda: read_export(task, config, mesh, path))
+        shapes = functools.cache(lambda: _exported_shapes(task, config, mesh))
+        return Run(config, task, mesh, step, shapes, lambda: read_export(task, shapes(), path))
+    from simvlg_jax.training.checkpoint import Checkpoints  # here, since exported models do not need Orbax
+
     with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
         step = checkpoints.choose(which)
 
+    plan = functools.cache(lambda: Plan(task, config, mesh))
+
     def read() -> dict:
-        trained, frozen = Plan(task, config, mesh).init_params()
+        trained, frozen = plan().init_params()
         check_frozen(workdir, describe_frozen(frozen, task.sources))
         with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
             return partition.join(frozen, checkpoints.restore_params(step, trained))
 
-    return Run(task, mesh, step, read)
+    return Run(config, task, mesh, step, lambda: _placed(plan().shapes, plan().shardings), read)
 
 
 def assemble(config: ConfigDict) -> Run:
     """Returns a model from the weights that its config names. Parts without weights are initialised at random."""
     task, mesh = build_task(config), meshes.make_mesh(config.mesh)
-    return Run(task, mesh, 0, lambda: partition.join(*Plan(task, config, mesh).init_params()))
+    plan = functools.cache(lambda: Plan(task, config, mesh))
+
+    def read() -> dict:
+        return partition.join(*plan().init_params())
+
+    return Run(config, task, mesh, 0, lambda: _placed(plan().shapes, plan().shardings), read)
 
 
-def read_export(task: Task, config: ConfigDict, mesh: Mesh, path: Path) -> dict:
+def read_export(task: Task, shapes: dict, path: Path) -> dict:
     """Returns all parameters: those of the exported file, and the others from the weights that the config names.
+
+    Args:
+      shapes: see `Run`.
 
     Raises:
       UserError: the file is damaged or has another architecture.
     """
-    boxed = jax.eval_shape(task.init, jax.random.key(config.seed))
-    abstract = nn.unbox(boxed)
-    loaded = {**task.load_pretrained(abstract), **traverse_util.unflatten_dict(own_files.read_flat(path), sep="/")}
-    check_shapes({name: loaded.get(name, {}) for name in {**abstract, **loaded}}, abstract)
-    dtype = jnp.dtype(config.frozen_dtype)
-    shardings = meshes.param_shardings(boxed, mesh)
-    return jax.tree.map(lambda x, s: lazy.put(x.astype(dtype), s), loaded, shardings)
+    loaded = {**task.load_pretrained(shapes), **traverse_util.unflatten_dict(own_files.read_flat(path), sep="/")}
+    check_shapes({name: loaded.get(name, {}) for name in {**shapes, **loaded}}, shapes)
+    return jax.tree.map(lambda x, shape: lazy.put(x.astype(shape.dtype), shape.sharding), loaded, shapes)
+
+
+def _exported_shapes(task: Task, config: ConfigDict, mesh: Mesh) -> dict:
+    boxed, dtype = jax.eval_shape(task.init, jax.random.key(config.seed)), jnp.dtype(config.frozen_dtype)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
+    return _placed(shapes, meshes.param_shardings(boxed, mesh))
+
+
+def _placed(shapes: dict, shardings: dict) -> dict:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

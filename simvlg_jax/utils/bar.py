@@ -22,6 +22,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int, unit: str, items: str = "records", shown: bool = True):
         self._what, self._items, self._shown = what, items, shown
+        self._both = unit != items  # the bar itself shows the rate of the weight
         self._total, self._first, self._weight = max(total, 1), done, done
         self._start = self._said = time.monotonic()
         self._bar = None
@@ -42,7 +43,9 @@ class Progress:
         weight += self._first
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{count / max(now - self._start, 1e-3):.0f} {self._items}/s", refresh=False)
+            if self._both:
+                rate = _rate(count / max(now - self._start, 1e-3))
+                self._bar.set_postfix_str(f"{rate} {self._items}/s", refresh=False)
             self._bar.update(weight - self._weight)
         elif self._shown and now - self._said >= LINE_SECONDS:
             self._said = now
@@ -52,8 +55,12 @@ class Progress:
     def _line(self, weight: int, count: int, seconds: float) -> str:
         new = weight - self._first
         left = f", {(self._total - weight) * seconds / new / 60:.1f} min left" if new else ""
-        return f"{100 * weight / self._total:.1f} %, {count:,} {self._items}, {count / seconds:.0f}/s{left}"
+        return f"{100 * weight / self._total:.1f} %, {count:,} {self._items}, {_rate(count / seconds)}/s{left}"
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _rate(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"

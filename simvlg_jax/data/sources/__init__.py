@@ -74,32 +74,37 @@ class TextSource:
             prompt = {"prompt": self.prompt} if self.prompt else {}
             choices = {"choices": texts} if "choices" in record else {}
             return {**record, "caption": texts[0], **choices, **prompt}
-        question = self.clean.question(self._checked(question, "question"))
+        question = self._checked(question, "question")
         answers = [self._checked(answer, "answer") for answer in record["references"]]
         if self.training and not answers:
             raise CaptionError("the question has no answer")
         caption = Counter(answers).most_common(1)[0][0] if answers else ""
         texts = {"references": answers, "choices": answers, "caption": caption}
-        return {**record, **texts, "prompt": self._prompt(question)}
+        return {**record, **texts, "prompt": prompt_of(question, self.clean, self.prompt)}
 
     def _checked(self, text: str, what: str) -> str:
         if self.training and not text.strip():
             raise CaptionError(f"the {what} is empty")
-        return well_formed(text[:MAX_CHARACTERS])
+        return _usable(text)
 
     def info(self, index: int) -> RecordInfo:
         info = self.source.info(index)
-        question = None if info.question is None else self.clean.question(well_formed(info.question[:MAX_CHARACTERS]))
-        return info._replace(prompt=self._prompt(question))
-
-    def _prompt(self, question: str | None) -> str:
-        """What the text continues."""
-        return self.prompt if question is None else (self.prompt or QUESTION_PROMPT).replace("{}", question)
+        prompt = self.prompt if info.question is None else prompt_of(info.question, self.clean, self.prompt)
+        return info._replace(prompt=prompt)
 
     @property
     def prefetch(self):
         """The method of the source, or None."""
         return getattr(self.source, "prefetch", None)
+
+
+def prompt_of(question: str, clean: Cleaner, prompt: str = "") -> str:
+    """`prompt` (`data.prompt`), or the published one, with the cleaned question in the place of its {}."""
+    return (prompt or QUESTION_PROMPT).replace("{}", clean.question(_usable(question)))
+
+
+def _usable(text: str) -> str:
+    return well_formed(text[:MAX_CHARACTERS])
 
 
 def load_source(data_config: ConfigDict, split: str, training: bool = False) -> Source:
