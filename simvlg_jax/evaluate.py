@@ -128,6 +128,7 @@ def identity(config: ConfigDict, run, entry: ConfigDict, evaluator) -> dict:
 def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, entries: dict[str, ConfigDict]) -> int:
     import jax
 
+    from simvlg_jax.evaluation.cost import cost
     from simvlg_jax.evaluation.evaluators import make_evaluator
     from simvlg_jax.evaluation.partial import Partial
     from simvlg_jax.evaluation.report.page import write_report
@@ -152,7 +153,8 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
             say(f"going on after {len(partial.batches)} batches that an interrupted evaluation finished")
         result = evaluator(run.params, announce, partial)
         if jax.process_index() == 0:
-            results = {"split": evaluator.name, "step": run.step, **result.details()}
+            spent = cost(run.task, run.params, partial.batches)
+            results = {"split": evaluator.name, "step": run.step, **spent, **result.details()}
             write_json(output / "eval" / f"{evaluator.name}.json", results)
             for suffix in SUFFIXES:
                 path = output / "eval" / f"{evaluator.name}{suffix}"

@@ -21,12 +21,15 @@ def run(tmp_path_factory):
 
 def score(run, folder) -> dict:
     assert call(evaluate, "--workdir", run, "--output", folder) == 0
-    return json.loads((folder / "eval" / "test.json").read_text())
+    results = json.loads((folder / "eval" / "test.json").read_text())
+    assert results.pop("seconds_per_picture") > 0
+    return results
 
 
 def test_interrupted_evaluation_gives_the_undisturbed_results(run, tmp_path, monkeypatch, capsys):
     whole = score(run, tmp_path / "whole")
     assert len(whole["examples"]) == 20
+    assert whole["visual_tokens"] == 1 + max(whole["examples"][0]["source_map"])
     drawn, batch = [], Writer._batch
 
     def fail_at_the_third(self, params, arrays, seed):
@@ -39,6 +42,8 @@ def test_interrupted_evaluation_gives_the_undisturbed_results(run, tmp_path, mon
     assert call(evaluate, "--workdir", run, "--output", tmp_path / "parts") == 130
     kept = tmp_path / "parts" / "eval" / "test.partial.jsonl"
     assert len(kept.read_text().splitlines()) == 3  # the identity and two batches
+    batches = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
+    assert [batch["seconds"] is None for batch in batches] == [True, False]  # the first one compiles
     kept.write_text(kept.read_text() + '{"examples": [{"index"')  # and one that was being written
     capsys.readouterr()
     assert score(run, tmp_path / "parts") == whole

@@ -6,100 +6,22 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reports import EVIL, SCORES, Page, example, make_run, png, write_results
 
 from simvlg_jax.config.defaults import get_config
+from simvlg_jax.evaluation.cost import cost
 from simvlg_jax.evaluation.report import charts
 from simvlg_jax.evaluation.report.merge_map import merge_map
 from simvlg_jax.evaluation.report.page import write_report
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import read_metrics
-
-EVIL = "<script>alert(\"x\")</script> & 'quote' <img src=x onerror=y> \u202e 🙂"
-SCORES = {"BLEU-1": 0.5, "BLEU-2": 0.4, "BLEU-3": 0.3, "BLEU-4": 0.2, "ROUGE-L": 0.45, "CIDEr": 0.831}
-
-
-def png() -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def make_run(workdir, caption="a dog", split="test"):
-    (workdir / "eval").mkdir(parents=True)
-    (workdir / "vit").mkdir()
-    source_map = [0, *[1 + i % 5 for i in range(16)]]
-    examples = [
-        {
-            "id": "a",
-            "references": ["a dog"],
-            "caption": caption,
-            "cider": 2.5,
-            "image": png(),
-            "source_map": source_map,
-        },
-        {"id": "b", "references": ["a cat", EVIL], "caption": "", "cider": 0.0},
-    ]
-    results = {
-        "split": split,
-        "step": 200,
-        "num_examples": 2,
-        "loss": 1.25,
-        "scores": SCORES,
-        "shuffled": {**SCORES, "CIDEr": 0.2},
-        "exact_match": 0.5,
-        "config": "",
-        "examples": examples,
-    }
-    (workdir / "eval" / f"{split}.json").write_text(json.dumps(results))
-    train = [
-        {"step": s, "kind": "train", "loss": 5 / s, "lr": 1e-4, "images_per_second": 9.0} for s in range(10, 210, 10)
-    ]
-    val = [
-        {"step": s, "kind": "eval", "split": "val", "loss": 2.0, "CIDEr": 0.4, "CIDEr_shuffled": 0.1}
-        for s in (100, 200)
-    ]
-    lines = [json.dumps(record) for record in [*train, *val, {"step": 205, "kind": "train", "loss": float("nan")}]]
-    (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 210, "ki')
-    vit = [{"step": 10, "kind": "train", "loss": 3.0}, {"step": 10, "kind": "eval", "R@1": 0.25, "R@5": 0.5}]
-    (workdir / "vit" / "metrics.jsonl").write_text("\n".join(map(json.dumps, vit)))
-    (workdir / "config.json").write_text(json.dumps({"data": {"name": "openmoji"}, "vit.size": "tiny", "seed": 1}))
-
-
-class Page(HTMLParser):
-    """Parses a page into tags with attributes and text; the page must be well nested."""
-
-    VOID = frozenset(["meta", "img", "input", "br", "link"])
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.texts, self._open = [], [], []
-        self.feed(html)
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
 
 
 def test_report_shows_the_run(tmp_path):
@@ -135,15 +57,6 @@ def test_captions_are_text_and_nothing_else(tmp_path, caption):
     page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
     assert [tag for tag, attrs in page.tags if tag == "script" or "onerror" in attrs] == ["script"]  # our own
     assert " ".join(caption.split()) in page.text
-
-
-def write_results(folder, **results):
-    (folder / "eval").mkdir(parents=True, exist_ok=True)
-    (folder / "eval" / "test.json").write_text(json.dumps({"split": "test", **results}))
-
-
-def example(number, **values):
-    return {"index": number, "id": str(number), "references": ["a dog"], "caption": "a cat", "loss": 1.0} | values
 
 
 def test_answers_are_shown_with_their_question_and_by_how_many_people(tmp_path):
@@ -219,6 +132,13 @@ def test_results_of_retrieval_and_of_older_runs_are_shown(tmp_path):
     assert "50.0" in text
 
 
+def test_seconds_are_the_median_of_the_batches_that_compiled_nothing():
+    retrieval = SimpleNamespace(captions=False)
+    batches = [{"seconds": each} for each in (None, 0.5, 9.0, 0.25)]
+    assert cost(retrieval, {}, batches) == {"visual_tokens": None, "seconds_per_picture": 0.5}
+    assert cost(retrieval, {}, [{"seconds": None}, {}])["seconds_per_picture"] is None
+
+
 def test_report_is_replaced_whole(tmp_path):
     make_run(tmp_path / "run")
     first = write_report(tmp_path / "run").read_text(encoding="utf-8")
@@ -271,9 +191,9 @@ def test_chart_stays_inside_its_frame(values):
 
 def cells(path: str) -> set[tuple[int, int]]:
     """The (column, row) of the patches that a path of `merge_map` fills."""
-    runs = re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path)
-    assert all(there == back for _, _, there, back in runs)
-    return {(int(x) + i, int(y)) for x, y, length, _ in runs for i in range(int(length))}
+    assert re.fullmatch(r"(M\d+ \d+h\d+)*", path)
+    runs = re.findall(r"M(\d+) (\d+)h(\d+)", path)
+    return {(int(x) + i, int(y)) for x, y, length in runs for i in range(int(length))}
 
 
 @given(st.integers(1, 6), st.integers(0, 1), st.data())
@@ -298,6 +218,25 @@ def test_merge_map_tints_what_was_merged(grid, class_token, data):
         assert layer.tokens == len(set(source_map))
         with_class = patches.get(source_map[0], set()) if class_token else set()
         assert {(x - 0.5, y - 0.5) for x, y in layer.dots} == with_class
+
+
+@given(st.integers(1, 5), st.data())
+def test_lines_of_a_layer_are_its_own_and_those_of_later_ones(grid, data):
+    """Drawn together, they are the lines of the layer alone, and none is drawn twice."""
+    maps = [list(range(grid * grid))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        slots = data.draw(st.lists(st.integers(0, grid * grid - 1), min_size=grid * grid, max_size=grid * grid))
+        maps.append([slots[token] for token in maps[-1]])
+    drawn = merge_map(maps).layers
+    for place, source_map in enumerate(maps):
+        together = [segment for layer in drawn[place:] for segment in segments(layer.lines)]
+        assert sorted(together) == sorted(segments(merge_map([source_map]).layers[0].lines))
+
+
+def segments(path: str) -> list[tuple[int, int, str]]:
+    """The (column, row, direction) of the lines of length 1 that a path of lines draws."""
+    runs = [(int(x), int(y), way, int(length)) for x, y, way, length in re.findall(r"M(\d+) (\d+)([hv])(\d+)", path)]
+    return [(x + i * (way == "h"), y + i * (way == "v"), way) for x, y, way, length in runs for i in range(length)]
 
 
 def test_a_token_keeps_the_tint_of_its_largest_part():

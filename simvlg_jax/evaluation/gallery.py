@@ -1,17 +1,15 @@
 """The pictures that a report shows of an evaluation: what became of their patches, and the loss of each token."""
 
-import base64
 import functools
-import io
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from PIL import Image
 
 from simvlg_jax.data.text import IGNORE, TextEncoder
 from simvlg_jax.data.views import view_of
 from simvlg_jax.evaluation.evaluator import EvalData
+from simvlg_jax.evaluation.report.pictures import picture_text
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.caption import PICTURE_AND_CAPTION
 from simvlg_jax.tasks.task import Task
@@ -37,8 +35,8 @@ class Gallery:
         """Chooses among the records `indices`; all processes call it.
 
         Returns:
-          index -> "image" (base64 PNG; of a clip the first frame), "source_map" and "layers" (see `VisualOutput`; None
-          and [] for a connector without), and "tokens", [text, nats] of each target of the first reference.
+          index -> "image" (`picture_text`), "source_map" and "layers" (see `VisualOutput`; None and [] for
+          a connector without), and "tokens", [text, nats] of each target of the first reference.
         """
         chosen = np.random.default_rng(self._seed).permutation(len(indices))[:SIZE]
         chosen = sorted(indices[place] for place in chosen)
@@ -60,10 +58,7 @@ class Gallery:
         return shown
 
     def _picture(self, index: int) -> str:
-        pixels = self._view.evaluate(self._data.source[index])
-        buffer = io.BytesIO()
-        Image.fromarray(pixels if pixels.ndim == 3 else pixels[0]).save(buffer, "PNG")
-        return base64.b64encode(buffer.getvalue()).decode()
+        return picture_text(self._view.evaluate(self._data.source[index]))
 
 
 def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> list[list[str | float]]:

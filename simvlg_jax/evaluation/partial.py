@@ -18,7 +18,7 @@ class Partial:
       identity: JSON of what determines the results. Batches of another identity are dropped.
 
     Attributes:
-      batches: those that an interrupted evaluation finished.
+      batches: those that are finished, first those of an interrupted evaluation.
     """
 
     def __init__(self, path: Path, identity: dict):
@@ -38,6 +38,7 @@ class Partial:
 
     def add(self, batch: dict) -> None:
         """Appends a finished batch."""
+        self.batches.append(batch)
         if self._writes:
             with self._path.open("a") as file:  # closed after each line: a mounted bucket stores closed files only
                 file.write(json.dumps(batch) + "\n")

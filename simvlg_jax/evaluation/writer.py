@@ -1,6 +1,7 @@
 """Lets a model write a text for every record of an evaluation: captions, or answers where records have questions."""
 
 import functools
+import time
 
 import jax
 from jax.sharding import Mesh
@@ -33,6 +34,7 @@ class Writer:
         self.name, self.data, self._seed = name, EvalData(entry, task, config, mesh), config.seed
         self._captioner = captioner_of(task.model, task.batch.texts["caption"].encoder, decoding)
         self._losses = task.evaluation_losses
+        self._compiled: set[int] = set()  # lengths of the prompts that the captioner has had
 
     def __call__(self, params: dict, announce: Announcer, partial: Partial | None = None) -> Written:
         """Computes the losses and the texts of all readable records; arguments and errors as `through_batches`."""
@@ -49,11 +51,16 @@ class Writer:
         """JSON of a batch, as `through_batches` takes it, with the summed loss and the number of targets."""
         losses, targets = self._losses(params, arrays)
         prompts = (arrays["prompt_ids"], arrays["prompt_mask"]) if "prompt_ids" in arrays else None
-        output = self._captioner(params, arrays["image"], prompts, seed)
         losses, targets = gather(losses["caption"]), gather(targets["caption"])  # (B,)
+        start = time.perf_counter()
+        ids = gather(self._captioner(params, arrays["image"], prompts, seed).ids)
+        seconds = (time.perf_counter() - start) / len(ids)
+        length = prompts[0].shape[1] if prompts else 0
+        compiled = length in self._compiled
+        self._compiled.add(length)
         indices, skipped = gather(arrays["index"]).tolist(), gather(arrays["skipped"]).tolist()
         examples = []
-        for row, texts in enumerate(self._captioner.decode(gather(output.ids))):
+        for row, texts in enumerate(self._captioner.decode(ids)):
             if indices[row] < 0 or skipped[row]:
                 continue
             info = self.data.source.info(indices[row])
@@ -67,4 +74,5 @@ class Writer:
             "skipped": skipped_of(indices, skipped),
             "loss": float(losses.sum()),
             "targets": float(targets.sum()),
+            "seconds": seconds if compiled else None,
         }

@@ -15,7 +15,7 @@ for (const section of document.querySelectorAll("section.pictures")) {
   const arrange = () => {
     const [key, sign] = tools.elements.sort.value.split(" ");
     const words = tools.elements.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const part = tools.elements.part.value, quarter = Math.ceil(cards.length / 4);
+    const part = tools.elements.part?.value ?? "all", quarter = Math.ceil(cards.length / 4);
     const chosen = new Set(part === "all" ? cards : sorted("score", part === "worst" ? 1 : -1).slice(0, quarter));
     let shown = 0;
     for (const card of sorted(key, Number(sign))) {
@@ -32,6 +32,8 @@ for (const section of document.querySelectorAll("section.pictures")) {
     slider.value = layer;
     const layers = [...card.querySelectorAll(".layer")];
     layers.forEach((each, place) => each.setAttribute("display", place + 1 === Number(slider.value) ? "inline" : "none"));
+    const lines = card.querySelectorAll(".lines"); // of each layer those that the next one no longer has
+    lines.forEach((each, place) => each.setAttribute("display", place + 1 >= Number(slider.value) ? "inline" : "none"));
     card.querySelector(".layer-choice output").textContent =
       `${slider.value} of ${layers.length}: ${layers[slider.value - 1].dataset.tokens} tokens`;
   };
@@ -47,7 +49,7 @@ for (const section of document.querySelectorAll("section.pictures")) {
   const all = tools.elements.layer;
   if (all) all.addEventListener("input", () => cards.forEach((card) => setLayer(card, all.value)));
   tools.addEventListener("submit", (event) => event.preventDefault());
-  for (const name of ["search", "sort", "part"]) tools.elements[name].addEventListener("input", arrange);
+  for (const name of ["search", "sort", "part"]) tools.elements[name]?.addEventListener("input", arrange);
   tools.hidden = false;
   arrange();
   const others = section.querySelector(".others");

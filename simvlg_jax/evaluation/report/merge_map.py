@@ -13,11 +13,14 @@ import numpy as np
 class Layer:
     """The drawing of one source map, in units of a patch, for a square of `grid` patches a side.
 
+    A path of patches is drawn with a line as wide as a patch, half a patch further down.
+
     Attributes:
       tokens: how many tokens are left.
       merged: path of all patches that were merged with another one.
       tints: (colour, path of the patches) of each merged token, the largest first.
-      lines: path of the lines between patches of different tokens and around the picture.
+      lines: path of the lines between patches of different tokens and around the picture, without those of the next
+        layer. So a layer shows its own lines and those of all later layers.
       dots: centres of the patches that were merged with the class token (the published connector never merges it).
     """
 
@@ -55,12 +58,15 @@ def merge_map(source_maps: Sequence[Sequence[int]]) -> MergeMap:
     class_tokens = length - grid * grid
     if grid < 1 or class_tokens > 1:
         raise ValueError(f"a source map of {length} tokens is not a square of patches, with or without a class token")
-    layers, above, hues = [], None, {}
+    layers, above, hues, later = [], None, {}, None
     for source_map in reversed(maps):
         groups = source_map[class_tokens:]  # (grid * grid,)
         hues = _hues(groups, above, hues)
-        layers.append(_layer(groups.reshape(grid, grid), set(source_map[:class_tokens].tolist()), hues, source_map))
-        above = groups
+        borders = _borders(groups.reshape(grid, grid))
+        lines = borders if later is None else [now & ~then for now, then in zip(borders, later, strict=True)]
+        class_groups = set(source_map[:class_tokens].tolist())
+        layers.append(_layer(groups.reshape(grid, grid), class_groups, hues, source_map, _lines(*lines)))
+        above, later = groups, borders
     return MergeMap(grid, layers[::-1])
 
 
@@ -82,13 +88,15 @@ def _hues(groups: np.ndarray, above: np.ndarray | None, hues_above: dict[int, in
     return hues
 
 
-def _layer(groups: np.ndarray, class_groups: set[int], hues: dict[int, int], source_map: np.ndarray) -> Layer:
+def _layer(
+    groups: np.ndarray, class_groups: set[int], hues: dict[int, int], source_map: np.ndarray, lines: str
+) -> Layer:
     """Draws (grid, grid) groups; `class_groups` are those of the class token."""
     return Layer(
         tokens=int(source_map.max()) + 1,
         merged=_cells(np.isin(groups, list(hues))),
         tints=[(_colour(hue), _cells(groups == group)) for group, hue in hues.items()],
-        lines=_lines(groups),
+        lines=lines,
         dots=[(column + 0.5, row + 0.5) for row, column in np.argwhere(np.isin(groups, list(class_groups))).tolist()],
     )
 
@@ -107,13 +115,15 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _cells(flags: np.ndarray) -> str:
-    """Returns the path of the cells of (grid, grid) that are True."""
-    return "".join(f"M{column} {row}h{length}v1h-{length}z" for row, column, length in _runs(flags))
+    """Returns the path of the cells of (grid, grid) that are True: a line along the top of each run in a row."""
+    return "".join(f"M{column} {row}h{length}" for row, column, length in _runs(flags))
 
 
-def _lines(groups: np.ndarray) -> str:
+def _borders(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns whether there is a line between rows, (grid + 1, grid), and between columns, (grid, grid + 1)."""
     padded = np.pad(groups, 1, constant_values=-1)
-    across = padded[1:, 1:-1] != padded[:-1, 1:-1]  # (grid + 1, grid): between rows
-    down = padded[1:-1, 1:] != padded[1:-1, :-1]  # (grid, grid + 1): between columns
-    horizontal = "".join(f"M{column} {row}h{length}" for row, column, length in _runs(across))
-    return horizontal + "".join(f"M{column} {row}v{length}" for column, row, length in _runs(down.T))
+    return padded[1:, 1:-1] != padded[:-1, 1:-1], padded[1:-1, 1:] != padded[1:-1, :-1]
+
+
+def _lines(across: np.ndarray, down: np.ndarray) -> str:
+    return _cells(across) + "".join(f"M{column} {row}v{length}" for column, row, length in _runs(down.T))

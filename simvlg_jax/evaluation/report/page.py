@@ -14,7 +14,9 @@ import jinja2
 
 from simvlg_jax.config.defaults import get_config
 from simvlg_jax.evaluation.report import charts
-from simvlg_jax.evaluation.report.results import read_json, read_splits, score_text
+from simvlg_jax.evaluation.report.curves import curves
+from simvlg_jax.evaluation.report.pictures import data_url
+from simvlg_jax.evaluation.report.results import flat, read_config, read_splits, score_text
 from simvlg_jax.utils import files
 from simvlg_jax.utils.errors import UserError
 
@@ -30,7 +32,7 @@ def write_report(workdir: Path) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"no run at {workdir}: --workdir takes the folder of a simvlg_jax.train run")
-    config = _flat(read_json(workdir / "config.json") or {})
+    config = read_config(workdir)
     splits = read_splits(workdir)
     content = render(
         "page.html.j2",
@@ -38,12 +40,10 @@ def write_report(workdir: Path) -> Path:
         config=config,
         splits=splits,
         changed=_changed(config),
-        tops=_tops(splits),
-        score_text=score_text,
-        curves=_curves(files.read_metrics(workdir / "metrics.jsonl"), config.get("train.best_by", "val")),
-        vit_curves=_curves(files.read_metrics(workdir / "vit" / "metrics.jsonl"), "val"),
+        tops=tops_of(splits),
+        curves=curves(workdir, config.get("train.best_by", "val")),
+        vit_curves=curves(workdir / "vit", "val"),
         versions=_versions(),
-        chart=charts,
     )
     return write_page(workdir / "report.html", content)
 
@@ -57,6 +57,7 @@ def render(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"chart": charts, "data_url": data_url, "score_text": score_text}
     return environment.get_template(template).render(**values)
 
 
@@ -67,8 +68,8 @@ def write_page(path: Path, content: str) -> Path:
     return path
 
 
-def _tops(splits: list[dict]) -> dict[str, float]:
-    """Returns the value of each headline that a full bar stands for: 1 for shares, the highest for other scores."""
+def tops_of(splits: list[dict]) -> dict[str, float]:
+    """Returns {headline: the value that a full bar stands for}: 1 for shares, the highest for other scores."""
     tops: dict[str, float] = {}
     for split in splits:
         if split["score"] is not None:
@@ -78,51 +79,15 @@ def _tops(splits: list[dict]) -> dict[str, float]:
     return tops
 
 
+def default_config() -> dict[str, object]:
+    """Returns {"a.b": default} of every key."""
+    return flat(json.loads(get_config().to_json()))
+
+
 def _changed(config: dict[str, object]) -> list[tuple[str, object, object]]:
     """Returns (key, value, default) of each key of a flat config that is not at its default."""
-    usual = _flat(json.loads(get_config().to_json()))
+    usual = default_config()
     return [(key, value, usual.get(key, "none")) for key, value in config.items() if value != usual.get(key)]
-
-
-def _curves(records: list[dict], best_by: str) -> list[charts.Chart]:
-    """Returns the charts that the records of a captioning or contrastive run have values for.
-
-    Args:
-      best_by: name of the evaluation that is drawn.
-    """
-    records = [record for record in records if record.get("split", best_by) == best_by]
-
-    def points(kind: str, key: str, scale: float = 1.0) -> list[tuple[int, float]]:
-        chosen = [r for r in records if r.get("kind") == kind and isinstance(r.get(key), int | float)]
-        return [(r["step"], r[key] * scale) for r in chosen]
-
-    loss = points("train", "loss")
-    made = [
-        charts.line_chart(
-            "Loss", {"each step": loss, "smoothed": charts.smoothed(loss), "validation": points("eval", "loss")}
-        ),
-        charts.line_chart(
-            "Validation CIDEr",
-            {"own picture": points("eval", "CIDEr", 100), "shuffled": points("eval", "CIDEr_shuffled", 100)},
-            from_zero=True,
-        ),
-        charts.line_chart(
-            "Retrieval on validation pictures, %",
-            {"R@1": points("eval", "R@1", 100), "R@5": points("eval", "R@5", 100)},
-            from_zero=True,
-        ),
-        charts.line_chart("Learning rate", {"learning rate": points("train", "lr")}, from_zero=True),
-        charts.line_chart("Pictures per second", {"training": points("train", "images_per_second")}, from_zero=True),
-    ]
-    return [chart for chart in made if chart]
-
-
-def _flat(config: dict, prefix: str = "") -> dict[str, object]:
-    """Flattens {"a": {"b": 1}} to {"a.b": 1}."""
-    flat = {}
-    for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _versions() -> dict[str, str]:

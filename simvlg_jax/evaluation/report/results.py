@@ -38,9 +38,26 @@ def read_json(path: Path) -> dict | None:
     return content
 
 
-def score_text(name: str, value: float, digits: int = 1) -> str:
-    """Returns a score times 100 as text: "83.1" for CIDEr, which can exceed 100, and "83.1 %" for shares."""
-    return f"{100 * value:.{digits}f}" + ("" if name.startswith(("CIDEr", "BLEU", "ROUGE")) else " %")
+def read_config(workdir: Path) -> dict[str, object]:
+    """Returns the config of a run as {"a.b": value}, or {} without one."""
+    return flat(read_json(workdir / "config.json") or {})
+
+
+def flat(config: dict, prefix: str = "") -> dict[str, object]:
+    """Flattens {"a": {"b": 1}} to {"a.b": 1}."""
+    found = {}
+    for key, value in config.items():
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
+
+
+def score_text(name: str, value: float, digits: int = 1, sign: str = "") -> str:
+    """Returns a score times 100 as text: "83.1" for CIDEr, which can exceed 100, and "83.1 %" for shares.
+
+    With the sign "+", positive numbers have one.
+    """
+    number = f"{100 * value:{sign}.{digits}f}".replace("-", "\u2212")
+    return number + ("" if name.startswith(("CIDEr", "BLEU", "ROUGE")) else " %")
 
 
 def _split(path: Path) -> dict:
@@ -55,11 +72,14 @@ def _split(path: Path) -> dict:
     return {
         "name": results.get("split", path.stem),
         "type": kind,
+        "answers": kind in ("questions", "choices"),
         "step": results.get("step"),
         "count": results.get("num_examples", len(examples)),
         "unreadable": len(results.get("unreadable", ())),
         "loss": results.get("loss"),
         "exact": results.get("exact_match"),
+        "tokens": results.get("visual_tokens"),
+        "seconds": results.get("seconds_per_picture"),
         "headline": headline,
         "score": score,
         "control": control,
@@ -87,6 +107,7 @@ def _row(example: dict, headline: str | None) -> dict:
         merit = min(score or 0.0, 1.0)
         exact = merit == 1.0
     return {
+        "index": example.get("index"),
         "id": str(example.get("id", "")),
         "question": example.get("question"),
         "caption": caption,
@@ -96,6 +117,7 @@ def _row(example: dict, headline: str | None) -> dict:
         "loss": example.get("loss"),
         "exact": exact,
         "hue": round(4 + 130 * math.sqrt(merit)),
+        "words": " ".join([str(example.get("id", "")), example.get("question") or "", caption, *references]).lower(),
         "chip": None if score is None else f"{headline or 'CIDEr'} {score_text(headline or 'CIDEr', score, 0)}",
     }
 
@@ -104,12 +126,10 @@ def _card(example: dict, headline: str | None, place: int) -> dict:
     """Returns the values of a gallery card: those of `_row`, the picture, its merge map and the loss of each token."""
     row = _row(example, headline)
     source_map = example.get("source_map")
-    words = [row["id"], row["question"] or "", row["caption"], *row["references"]]
     return {
         **row,
         "place": place,
         "image": example["image"],
-        "words": " ".join(words).lower(),
         "map": merge_map(example.get("layers") or [source_map]) if source_map else None,
         # (text, nats, share of the most intense colour in %)
         "tokens": [(text, nats, _heat(nats)) for text, nats in example.get("tokens", ())],
