@@ -66,12 +66,12 @@ def get_config(mode: str = "") -> ConfigDict:
         config.train.init_from = "example"  # or an exported run of yours: exported/weights.safetensors
         config.data.name = "prepared"
         config.data.path = "data/openmoji_questions"
-        config.data.length_window = 1  # the questions are about equally long
-        config.llm.max_text_tokens = 28
-        config.train.batch_size = 16
-        config.train.steps = 300
-        config.optimizer.lr = 1e-4
-        config.optimizer.min_lr = 1e-5
+        config.data.length_window = 1
+        config.data.pad_multiple = 0  # all questions are about equally long, so one program is compiled instead of two
+        config.llm.max_text_tokens = 18  # the longest question and answer have 17
+        config.train.batch_size = 8
+        config.train.steps = 500
+        config.optimizer.lr = 2e-4
         answers = dict(type="questions", metric="exact", decoding=ConfigDict(dict(num_beams=1, max_new_tokens=6)))
         config.evals.val.update(**answers, every=100, max_examples=96)
         for split in ("test", "novel"):
