@@ -1,5 +1,6 @@
 """Settings of all tests. They come before jax is imported: eight devices on one CPU, to test sharded runs anywhere."""
 
+import gc
 import os
 import tempfile
 
@@ -38,6 +39,13 @@ LONGEST = ("processes", "kills", "training", "verbs", "contrastive", "train_comp
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """Keeps the garbage collector from the millions of objects that the imported libraries keep for good."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from simvlg_jax.models import bert
 from simvlg_jax.models.connectors import token_merging
 
 GOLDEN = Path(__file__).parent / "golden"
+match = jax.jit(token_merging.match, static_argnums=(1, 2))
 
 
 def brute_force_groups(metric: np.ndarray, r: int, class_token: bool) -> list[list[int]]:
@@ -40,6 +41,20 @@ def test_merge_equals_published_code():
         np.testing.assert_allclose(merged, golden[f"{case}/mean"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_tokens_that_resemble_each_other_merge_as_exact_cosines_say(spread):
+    """Flat patches have cosines that differ by less than float32 can show: a rounding error must not decide."""
+    rng = np.random.default_rng(0)
+    metric = (rng.normal(size=(16, 1, 32)) + spread * rng.normal(size=(16, 49, 32))).astype(np.float32)
+    slots = np.asarray(match(jnp.asarray(metric), 12, True))
+    for picture in range(len(metric)):
+        groups = brute_force_groups(metric[picture].astype(np.float64), 12, True)
+        expected = np.empty(49, int)
+        for slot, group in enumerate(groups):
+            expected[group] = slot
+        np.testing.assert_array_equal(slots[picture], expected)
+
+
 def test_schedules_equal_published_code():
     cases = json.loads((GOLDEN / "schedules.json").read_text())
     assert [list(token_merging.merge_schedule(depth, r)) for depth, r, _ in cases] == [c[2] for c in cases]
@@ -62,9 +77,6 @@ def test_published_token_counts():
 def test_unusable_schedules_raise(r):
     with pytest.raises(ValueError, match="does not fit 2 layers"):
         token_merging.merge_schedule(2, r)
-
-
-match = jax.jit(token_merging.match, static_argnums=(1, 2))
 
 
 @settings(deadline=None, max_examples=40)
