@@ -4,18 +4,26 @@ import json
 import re
 from collections import Counter
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.load import load_config
+from simvlg_jax.config.saved import EXAMPLE
+from simvlg_jax.convert import own_files
 from simvlg_jax.data.openmoji.answers import QUESTIONS, ask
 from simvlg_jax.data.openmoji.questions import MOST, baseline, main, questions_of
 from simvlg_jax.data.openmoji.splits import SPLITS, base_of
 from simvlg_jax.data.sources import QUESTION_PROMPT, load_source
 from simvlg_jax.data.text import IGNORE
 from simvlg_jax.data.transforms import decode
+from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks.build import build_text_encoder
+from simvlg_jax.training.restore import WEIGHTS
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 HAIR = {"1F9B0": "red", "1F9B1": "curly", "1F9B2": "bald", "1F9B3": "white", "1F471": "blond"}
@@ -164,3 +172,13 @@ def test_no_question_with_its_answer_is_too_long_for_the_config(rows):
         ids, targets = encoder(row["answer"], QUESTION_PROMPT.replace("{}", row["question"]))
         assert ids[-1] == encoder.end
         assert sum(target != IGNORE for target in targets) <= config.evals.test.decoding.max_new_tokens
+
+
+def test_the_config_starts_from_the_weights_of_the_trained_example():
+    task = build_task(load_config("configs/openmoji.py:questions"))
+    abstract = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    loaded = traverse_util.flatten_dict(task.load_pretrained(abstract), sep="/")  # checks every name and shape
+    assert loaded.keys() == traverse_util.flatten_dict(abstract, sep="/").keys()
+    saved = own_files.read_flat(EXAMPLE / WEIGHTS)
+    for name in ("llm_proj/kernel", "connector/vl_proj/kernel", "ln_vision/scale"):
+        np.testing.assert_array_equal(np.asarray(loaded[name], np.float32), saved[name].astype(np.float32))
