@@ -16,7 +16,8 @@ from simvlg_jax.config.load import load_config
 from simvlg_jax.config.saved import EXAMPLE
 from simvlg_jax.convert import own_files
 from simvlg_jax.data.openmoji.answers import QUESTIONS, ask
-from simvlg_jax.data.openmoji.questions import MOST, baseline, main, questions_of
+from simvlg_jax.data.openmoji.questions import MOST, main, questions_of
+from simvlg_jax.data.openmoji.scores import Score, frequent_answers, score
 from simvlg_jax.data.openmoji.splits import SPLITS, base_of
 from simvlg_jax.data.sources import QUESTION_PROMPT, load_source
 from simvlg_jax.data.text import IGNORE
@@ -129,20 +130,29 @@ def test_answers_are_balanced_so_that_the_most_frequent_one_is_a_weak_guess(rows
     for split in SPLITS:
         counts = Counter(row["question"] for row in rows[split])
         assert max(counts.values()) <= MOST[split] + 5
-        guessed = sum(share * counts[question] for question, share in baseline(rows["train"], rows[split]).items())
-        assert guessed < len(rows[split]) / 3
+        assert score(results(rows[split]), frequent_answers(rows["train"]))["all"].frequent < 1 / 3
     assert {row["question"] for row in rows["train"]} == set(QUESTIONS.values())
     assert {row["answer"] for split in ("test", "novel") for row in rows[split]} <= {
         row["answer"] for row in rows["train"]
     }
 
 
-def test_baseline_is_the_share_of_the_most_frequent_training_answer():
-    def made(answers, question):
-        return [{"question": question, "answer": answer} for answer in answers]
+def results(rows):
+    """As of a model that always answers "left"."""
+    return [{"question": row["question"], "references": [row["answer"]], "caption": "left"} for row in rows]
 
-    train = made("aab", "p") + made("ddcc", "q")
-    assert baseline(train, made("abbb", "p") + made("cd", "q")) == {"p": 0.25, "q": 0.5}
+
+def test_scores_of_guesses_by_question():
+    train = [{"question": "p", "answer": answer} for answer in "aab"]
+    train += [{"question": "q", "answer": answer} for answer in "ddcc"]
+    assert frequent_answers(train) == {"p": "a", "q": "c"}
+    said = {"p": ["ab", "bb", "bb", "ca"], "q": ["cd"]}  # the right answer, the model's
+    examples = [{"question": q, "references": [pair[0]], "caption": pair[1]} for q in said for pair in said[q]]
+    # The first answer, b, is that of two other records, each of the next two that of one, and a that of one.
+    expected = Score(4, 2 / 4, (2 + 1 + 1 + 1) / 12, 1 / 4)
+    found = score(examples, frequent_answers(train))
+    assert found["p"] == pytest.approx(expected) and found["q"] == (1, 0, 0, 1)
+    assert found["all"] == pytest.approx((5, 2 / 5, 5 / 12 * 4 / 5, 2 / 5))
 
 
 def test_what_is_asked_does_not_depend_on_the_order_of_the_pictures():

@@ -8,8 +8,8 @@ of LAVIS. DIR gets what `python -m simvlg_jax.data.prepare --source DIR/source/t
 
 import argparse
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -51,36 +51,22 @@ def _place(row: Row) -> float:
     return fraction(row["question_id"])
 
 
-def baseline(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
-    """{question: accuracy on `test`} of always giving the most frequent answer to the question in `train`."""
-    counts: dict[str, Counter] = defaultdict(Counter)
-    for row in train:
-        counts[row["question"]][row["answer"]] += 1
-    right = defaultdict(list)
-    for row in test:
-        # The first in the alphabet of equally frequent ones.
-        frequent = min(counts[row["question"]].items(), key=lambda item: (-item[1], item[0]))[0]
-        right[row["question"]].append(row["answer"] == frequent)
-    return {question: sum(each) / len(each) for question, each in right.items()}
-
-
-def write_source(data_dir: str, folder: Path) -> dict[str, list[Row]]:
-    """Writes pictures and lists below `folder`; returns the rows of each split."""
+def write_source(data_dir: str, folder: Path) -> Iterator[str]:
+    """Writes pictures and a list of each split below `folder`, and yields the name of the split."""
     # Late: the sources import TFDS.
     from simvlg_jax.data.sources import load_source
 
     prepare_openmoji(data_dir)
-    splits = {}
     for split in SPLITS:
         source = load_source(ConfigDict({"name": "openmoji", "dir": data_dir}), split)
         records = [source[index] for index in range(len(source))]
-        splits[split] = questions_of([(record["id"], record["caption"]) for record in records], MOST[split])
-        asked = {row["image"] for row in splits[split]}
+        rows = questions_of([(record["id"], record["caption"]) for record in records], MOST[split])
+        asked = {row["image"] for row in rows}
         for record in records:
             if (image := f"pictures/{record['id']}.png") in asked:
                 _write(folder / image, record["image"])
-        _write(folder / f"{split}.json", json.dumps(splits[split], indent=1).encode())
-    return splits
+        _write(folder / f"{split}.json", json.dumps(rows, indent=1).encode())
+        yield split
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -102,20 +88,9 @@ def main() -> None:
     from simvlg_jax.data.preparing.run import Settings, prepare
 
     folder = Path(given.output) / "source"
-    splits = write_source(given.data_dir, folder)
-    for split, rows in splits.items():
+    for split in write_source(given.data_dir, folder):
         summary = prepare(Settings([str(folder / f"{split}.json")], given.output, "lavis", split))
         print(f"{split}: {summary}")
-        if split != "train":
-            scores = baseline(splits["train"], rows)
-            counts = Counter(row["question"] for row in rows)
-            print(f"  the most frequent answer of train is right for {_mean(scores, counts):.1%} of {split}")
-            for question, score in scores.items():
-                print(f"  {score:6.1%} of {counts[question]:3d}  {question}")
-
-
-def _mean(scores: dict[str, float], counts: Counter) -> float:
-    return sum(scores[question] * counts[question] for question in scores) / counts.total()
 
 
 if __name__ == "__main__":
