@@ -72,7 +72,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.llm.max_text_tokens = 18  # the longest question and answer have 17
         config.train.batch_size = 8
         config.train.steps = 500
-        config.optimizer.lr = 2e-4
+        config.optimizer.lr = 2e-4  # of the projection 2e-3, of the connector 2e-5
         answers = dict(type="questions", metric="exact", decoding=ConfigDict(dict(num_beams=1, max_new_tokens=6)))
         config.evals.val.update(**answers, every=250, max_examples=96)
         for split in ("test", "novel"):
