@@ -9,6 +9,12 @@ names (contrastive, with frozen MiniLM sentence embeddings). The second freezes 
     python -m simvlg_jax.evaluate --workdir runs/openmoji
 
 `launch/local.sh` runs these commands with a time limit.
+
+`:questions` trains the captioning example on questions about the same pictures (docs/questions.md):
+
+    python -m simvlg_jax.data.openmoji.questions
+    python -m simvlg_jax.train --config configs/openmoji.py:questions --workdir runs/questions
+    python -m simvlg_jax.evaluate --workdir runs/questions
 """
 
 from ml_collections import ConfigDict
@@ -44,6 +50,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.lr_multipliers.llm_proj = 10.0
     config.optimizer.clip_norm = 1.0  # gradients of such small batches have outliers
     config.evaluate.max_new_tokens = 20
+    config.evaluate.min_new_tokens = 1  # of pictures unlike any emoji (noise, a thin line) the captions were empty
     if mode == "vit":
         config.task = "contrastive"
         config.vit.weights = ""
@@ -55,6 +62,22 @@ def get_config(mode: str = "") -> ConfigDict:
         config.optimizer.lr = 1e-3
         config.optimizer.clip_norm = 0.0
         config.optimizer.warmup_steps = 50
+    elif mode == "questions":
+        config.vit.weights = config.connector.weights = ""
+        config.train.init_from = "example"  # or an exported run of yours: exported/weights.safetensors
+        config.data.name = "prepared"
+        config.data.path = "data/openmoji_questions"
+        config.data.length_window = 1
+        config.data.pad_multiple = 0  # all questions are about equally long, so one program is compiled instead of two
+        config.llm.max_text_tokens = 18  # the longest question and answer have 17
+        config.train.batch_size = 8
+        config.train.steps = 500
+        config.optimizer.lr = 2e-4  # of the projection 2e-3, of the connector 2e-5
+        answers = dict(type="questions", metric="exact", decoding=ConfigDict(dict(num_beams=1, max_new_tokens=6)))
+        config.evals.val.update(**answers, every=250, max_examples=96)
+        for split in ("test", "novel"):
+            config.evals[split] = defaults.get_eval()
+            config.evals[split].update(**answers, split=split, every=0)
     elif mode:
-        raise ValueError(f"configs/openmoji.py takes 'vit', not {mode!r}")
+        raise ValueError(f"configs/openmoji.py takes 'vit' and 'questions', not {mode!r}")
     return config.lock()

@@ -156,7 +156,7 @@ def write(
 def read_or_explain(path: Path, side: int) -> "np.ndarray | str":
     """Returns the picture as the model sees it, (side, side, 3) uint8, or why it cannot be read."""
     from simvlg_jax.data import transforms
-    from simvlg_jax.evaluation.caption_model import squashed
+    from simvlg_jax.data.pictures import squashed
 
     try:
         return squashed(transforms.decode(transforms.read(path)), side)

@@ -43,10 +43,7 @@ def main() -> None:
     from simvlg_jax.training.restore import restore_run
 
     run = restore_run(config, workdir, arguments.checkpoint, captions=True)
-    params = jax.device_get(run.params)
-    for name in ("vit", "llm"):
-        if "blocks_0" in params[name]:
-            params[name] = stacking.stack_layers(params[name])
+    params = stacking.stack_all(jax.device_get(run.params))
     if arguments.format == "hf":
         text = run.task.batch.texts["caption"].encoder
         hf_export.write_hf(arguments.output, run.task.model, params, text, config)

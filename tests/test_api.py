@@ -98,3 +98,14 @@ def test_explanation_has_the_loss_of_each_token_and_the_map_of_each_layer(params
     assert len(explained.tokens) == int(counts["caption"][0])
     assert all(layer.shape == (17,) and layer[0] == 0 for layer in explained.layers)
     assert model.explain(IMAGES[0]).caption == model.caption(IMAGES[0])
+
+
+def test_likelihood_of_texts_is_the_sum_over_their_tokens(params):
+    model = model_of(params, "data.prompt=a")
+    (nats, greedy), (again, _) = model.loglikelihoods(IMAGES[:2], None, ["red cat"] * 2, batch_size=2)
+    tokens = model.explain(IMAGES[0], "red cat").tokens[:-1]  # without the end token
+    assert nats == pytest.approx(-sum(each for _, each in tokens), abs=1e-3) and not greedy
+    assert again != nats
+    asked = model.loglikelihoods(IMAGES[:1], ["what?"], ["red cat"], batch_size=2)
+    same = model_of(params, "data.prompt=Question: what? Short answer:")
+    assert asked == same.loglikelihoods(IMAGES[:1], None, ["red cat"], batch_size=2)

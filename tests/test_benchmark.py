@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from verbs import call
 
-from simvlg_jax.benchmark import loader, stability, storage, torch_loader
+from simvlg_jax.benchmark import captioning, loader, stability, storage, torch_loader
 from simvlg_jax.benchmark.photos import write_photos
 from simvlg_jax.config.load import load_config
 from simvlg_jax.data import transforms
@@ -115,3 +115,16 @@ def test_stability_compares_batch_sizes_and_devices(tmp_path, monkeypatch, capsy
     equal = "0 merge otherwise, 0 captions differ"
     assert capsys.readouterr().out.splitlines() == [f"6 pictures, {layout}: {equal}" for layout in layouts]
     assert call(stability, "--example", "--batch_sizes", "0") == 2
+
+
+def test_captions_are_timed_beside_those_of_pytorch(tmp_path, capsys):
+    flags = ["train.steps=1", "evals.val.every=0", "evaluate.max_new_tokens=4", "data.synthetic_size.val=6"]
+    loop.train(load_config("configs/tiny.py", [f"--config.{flag}" for flag in [*flags, "mesh.data=1"]]), tmp_path)
+    capsys.readouterr()
+    arguments = ["--workdir", tmp_path, "--split", "val", "--batch_size", 4, "--rounds", 2]
+    assert call(captioning, *arguments) == 0
+    greedy, beams = [line for line in capsys.readouterr().out.splitlines() if "ratio" in line]
+    assert re.fullmatch(r"greedy   ours +[\d.]+ images/s, PyTorch +[\d.]+: ratio .*; 4 of 4 captions equal", greedy)
+    assert re.fullmatch(r"5 beams  ours .*; 4 of 4 captions equal", beams)
+    line = captioning.report("greedy", [20.0, 90.0, 40.0], [10.0, 30.0, 10.0], 3, 4)
+    assert line == "greedy   ours   40.0 images/s, PyTorch   10.0: ratio 3.00 (2.00 to 4.00); 3 of 4 captions equal"

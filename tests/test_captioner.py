@@ -1,5 +1,7 @@
 """Captions that continue prompts: one for all pictures, or one for each."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -36,3 +38,15 @@ def test_each_picture_may_have_a_prompt_of_its_own(captioner_and_params):
         alone = captioner(params, image[None], f"so {prompt}").ids
         assert row.tolist() == np.asarray(alone)[0].tolist()
     assert np.asarray(captioner(params, images[:1]).ids)[0].tolist() == together[0].tolist()
+
+
+def test_program_that_was_prepared_for_shapes_is_the_one_that_captions(captioner_and_params):
+    captioner, params, task = captioner_and_params
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    prepared = Captioner(task.model, task.batch.texts["caption"].encoder, Decoding(max_new_tokens=6))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    compile_it = prepared.prepare(shapes, images)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(compile_it).result()
+    prepared._jitted = None  # what would compile at the first call
+    np.testing.assert_array_equal(prepared(params, images).ids, captioner(params, images).ids)

@@ -42,6 +42,8 @@ def test_interrupted_evaluation_gives_the_undisturbed_results(run, tmp_path, mon
     assert call(evaluate, "--workdir", run, "--output", tmp_path / "parts") == 130
     kept = tmp_path / "parts" / "eval" / "test.partial.jsonl"
     assert len(kept.read_text().splitlines()) == 3  # the identity and two batches
+    batches = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
+    assert [batch["seconds"] is None for batch in batches] == [True, False]  # the first one compiles
     kept.write_text(kept.read_text() + '{"examples": [{"index"')  # and one that was being written
     capsys.readouterr()
     assert score(run, tmp_path / "parts") == whole

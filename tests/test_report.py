@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from reports import EVIL, SCORES, Page, example, make_run, png, write_results
 
 from simvlg_jax.config.defaults import get_config
+from simvlg_jax.evaluation.cost import cost
 from simvlg_jax.evaluation.report import charts
 from simvlg_jax.evaluation.report.merge_map import merge_map
 from simvlg_jax.evaluation.report.page import write_report
@@ -128,6 +130,13 @@ def test_results_of_retrieval_and_of_older_runs_are_shown(tmp_path):
     text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
     assert "37.5 %" in text
     assert "50.0" in text
+
+
+def test_seconds_are_the_median_of_the_batches_that_compiled_nothing():
+    retrieval = SimpleNamespace(captions=False)
+    batches = [{"seconds": each} for each in (None, 0.5, 9.0, 0.25)]
+    assert cost(retrieval, {}, batches) == {"visual_tokens": None, "seconds_per_picture": 0.5}
+    assert cost(retrieval, {}, [{"seconds": None}, {}])["seconds_per_picture"] is None
 
 
 def test_report_is_replaced_whole(tmp_path):

@@ -68,7 +68,11 @@ def test_a_difference_has_the_interval_of_the_shared_examples(tmp_path):
     """A run that is better on each picture by the same amount has an interval of no width."""
     scores = np.linspace(0.1, 0.9, 20).tolist()
     first = write_run(tmp_path / "first", scores)
-    other = write_run(tmp_path / "other", [score + 0.125 for score in scores[:15]])
+    better = [score + 0.125 for score in scores]
+    examples = [example(place, score=score, caption="a cat") for place, score in enumerate(better)]
+    for row in examples[15:]:
+        row["references"] = ["another picture with the same id"]
+    other = write_run(tmp_path / "other", better, examples=examples)
     page = compared(tmp_path, first, other)
     assert "+12.5 compared with first · 95 % interval +12.5 to +12.5 , over the 15 pictures that both have" in page.text
 

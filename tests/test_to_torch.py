@@ -87,7 +87,7 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     workdir, config, params, task = tiny_run
     assert call(to_torch, "--workdir", workdir, "--format", "hf", "--output", tmp_path / "hf") == 0
     exported = load_exported(tmp_path / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     images = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     captioner = Captioner(task.model, task.batch.texts["caption"].encoder, decoding_of(config))
     ours = [text for (text,) in captioner.decode(np.asarray(captioner(params, jnp.asarray(images)).ids))]

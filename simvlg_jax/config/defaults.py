@@ -107,7 +107,9 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 32  # global, over all devices
-    config.train.init_from = ""  # a published SimVLG/EVLGen checkpoint to start from instead of the connector's weights
+    # A checkpoint to start from instead of the connector's weights: a published SimVLG/EVLGen one, the
+    # weights.safetensors of an exported model, or "example" for the trained example.
+    config.train.init_from = ""
     config.train.accumulate = 1  # micro-batches per optimizer step; the result is that of one batch
     config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
     config.train.steps = 1000

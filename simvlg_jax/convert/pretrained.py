@@ -19,7 +19,7 @@ from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
-from simvlg_jax.utils.packages import minilm_folder, smollm2_path
+from simvlg_jax.utils.packages import example_weights, minilm_folder, smollm2_path
 
 
 def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
@@ -69,8 +69,8 @@ def load_llm(name: str, llm: nn.Module) -> dict:
 
 
 def load_published(name: str, model: SimVLG) -> dict:
-    """Returns all parameters that a published SimVLG/EVLGen checkpoint holds: the trained part, or more."""
-    tensors = open_tensors(resolve(name))
+    """Returns all parameters that a checkpoint holds: a published SimVLG/EVLGen one, an exported file or "example"."""
+    tensors = open_tensors(example_weights() if name == "example" else resolve(name))
     params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
     for module in ("vit", "llm"):
         if module in params and not getattr(model, module).scan:

@@ -14,6 +14,11 @@ def stack_layers(params: dict, name: str = "blocks") -> dict:
     return {**rest, name: jax.tree.map(_stack, *layers)}
 
 
+def stack_all(params: dict) -> dict:
+    """Stacks the layers of every top-level module that has a block per layer."""
+    return {name: stack_layers(module) if "blocks_0" in module else module for name, module in params.items()}
+
+
 def _stack(*arrays: np.ndarray | Lazy) -> np.ndarray | LazyStack:
     return LazyStack(arrays) if isinstance(arrays[0], Lazy) else np.stack(arrays)
 

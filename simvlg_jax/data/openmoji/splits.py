@@ -85,7 +85,7 @@ def _thumbnail(png: bytes) -> np.ndarray:
         return np.asarray(image.resize((32, 32), Image.Resampling.BOX), np.float64).ravel()
 
 
-def _fraction(key: str) -> float:
+def fraction(key: str) -> float:
     """A hash of `key` in [0, 1)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
@@ -115,10 +115,10 @@ def assign(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
         families[picture.base].append(picture)
     split_of = {}
     for base, family in families.items():
-        if len(family) <= NOVEL_MAX_VARIANTS and _fraction(f"novel {base}") < NOVEL_SHARE:
+        if len(family) <= NOVEL_MAX_VARIANTS and fraction(f"novel {base}") < NOVEL_SHARE:
             split_of |= {picture.id: "novel" for picture in family}
             continue
-        places = {picture.id: _fraction(f"{base} {picture.id}") for picture in family}
+        places = {picture.id: fraction(f"{base} {picture.id}") for picture in family}
         # Each family keeps at least one member in train.
         kept = max(places, key=places.get)
         for name, place in places.items():

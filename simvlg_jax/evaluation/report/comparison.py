@@ -39,7 +39,7 @@ class Comparison:
       headline: the score.
       columns: (run, its values of the split).
       top: the score that a full bar stands for.
-      pairs: see `Pair`, for the first run and each other one.
+      pairs: the first run with each other one.
     """
 
     def __init__(self, runs: list[Run], key: tuple[str, str]):
@@ -57,9 +57,17 @@ class Comparison:
             for name in names
         ]
 
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """id -> `picture_text` of the cards: from the results, or else from the data of the first run."""
+        held = {card["id"]: card["image"] for _, split in self.columns for card in split["gallery"]}
+        rows = [card["own"] for pair in self.pairs for card in pair.cards if card["own"]["index"] is not None]
+        missing = {row["index"]: row["id"] for row in rows if row["id"] not in held}
+        return held | (read_pictures(self.columns[0][0].workdir, self.name, missing) if missing else {})
+
 
 class Pair:
-    """The first run and another one on the examples that both have.
+    """The first run and another one on the examples that both have: equal ids and references.
 
     Attributes:
       first: the first run.
@@ -69,39 +77,38 @@ class Pair:
       changed: number of shared examples with different texts.
       difference: mean of other - first over the shared examples, or None without any.
       interval: the 95 % interval of the difference, drawing shared examples again (paired bootstrap).
+      cards: the examples that changed most, the greatest change first.
     """
 
     def __init__(self, first: tuple[Run, dict], other: tuple[Run, dict]):
-        self.first, self.other = first[0], other[0]
-        self._name = first[1]["name"]
-        rows = {row["id"]: row for row in other[1]["examples"] if row["score"] is not None}
-        self._rows = [
-            (row, rows[row["id"]]) for row in first[1]["examples"] if row["score"] is not None and row["id"] in rows
+        (self.first, before), (self.other, after) = first, other
+        rows = {_identity(row): row for row in after["examples"] if row["score"] is not None}
+        pairs = [
+            (row, rows[_identity(row)])
+            for row in before["examples"]
+            if row["score"] is not None and _identity(row) in rows
         ]
-        self._changed = [(own, theirs) for own, theirs in self._rows if own["caption"] != theirs["caption"]]
-        self.changed = len(self._changed)
-        self._pictures = {card["id"]: card["image"] for _, split in (other, first) for card in split["gallery"]}
-        self.shared, self.total = len(self._rows), max(len(split["examples"]) for _, split in (first, other))
-        changes = [theirs["score"] - own["score"] for own, theirs in self._rows]
+        changes = [theirs["score"] - own["score"] for own, theirs in pairs]
+        differing = [
+            (change, own, theirs)
+            for change, (own, theirs) in zip(changes, pairs, strict=True)
+            if own["caption"] != theirs["caption"]
+        ]
+        self.shared, self.total = len(pairs), max(len(before["examples"]), len(after["examples"]))
+        self.changed = len(differing)
         self.difference = sum(changes) / len(changes) if changes else None
-        self.interval = interval(changes, 0) if changes else None
-
-    @cached_property
-    def cards(self) -> list[dict]:
-        """The examples that changed most, the greatest change first."""
-        changed = [(theirs["score"] - own["score"], own, theirs) for own, theirs in self._changed]
-        changed = sorted(changed, key=lambda each: -abs(each[0]))[:SHOWN]
-        missing = {row["index"]: row["id"] for _, row, _ in changed if row["id"] not in self._pictures}
-        missing.pop(None, None)
-        pictures = self._pictures | (read_pictures(self.first.workdir, self._name, missing) if missing else {})
-        return [
+        self.interval = interval(changes, seed=0) if changes else None
+        self.cards = [
             {
                 "place": place,
                 "change": change,
                 "own": own,
                 "theirs": theirs,
-                "image": pictures.get(own["id"]),
                 "words": f"{own['words']} {theirs['caption'].lower()}",
             }
-            for place, (change, own, theirs) in enumerate(changed)
+            for place, (change, own, theirs) in enumerate(sorted(differing, key=lambda each: -abs(each[0]))[:SHOWN])
         ]
+
+
+def _identity(row: dict) -> tuple:
+    return row["id"], row["question"], *row["references"]
