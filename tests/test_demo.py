@@ -236,7 +236,8 @@ def test_a_picture_gets_captions_from_any_number_of_tokens_and_an_answer(page, f
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, middle, steps=5)
     page.mouse.up()
-    slider.focus()  # while 11 tokens are being compiled
+    page.get_by_text("compiling for 11 visual tokens (once)").wait_for()
+    slider.focus()
     page.keyboard.press("End")
     page.locator("#look td", has_text=re.compile("^17$")).wait_for()
     assert tried(page) == [17, 11, 7] and page.locator("#look .cost .count").inner_text() == "17"
