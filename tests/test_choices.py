@@ -141,6 +141,15 @@ def test_likelihood_is_that_of_pytorch(tmp_path, images):
     assert [greedy for _, greedy in found] == ((best == targets) | (targets == IGNORE)).all(1).tolist()
 
 
+def test_a_text_that_does_not_fit_is_refused(built, images):
+    _, task, params = built
+    encoder = task.batch.texts["caption"].encoder
+    likelihood = Likelihood(task.model, encoder, 4)
+    prefixes = likelihood.encode(params, images)
+    with pytest.raises(UserError, match=r"has more tokens than llm\.max_text_tokens=40 leaves for it"):
+        likelihood(params, prefixes, [Query(0, "a", "b" * 39)])
+
+
 def test_rankings():
     short, long = Likely(-3.0, 1, False), Likely(-4.0, 4, False)
     assert max((short, long), key=RANKINGS["sum"]) is short
@@ -161,7 +170,11 @@ def test_choices_of_all_records():
     data = Records(["cat", "dog"], [], ["dog", "emu"])
     assert common_choices("val", "answers", data) == ["cat", "dog", "emu"]
     assert common_choices("val", "yes| no ", data) == ["yes", "no"]
-    for choices, message in (("", "the record '0' has no choices"), ("yes", "are 1 choices"), ("|", "are 0 choices")):
+    for choices, message in (
+        ("", "the record '0' has fewer than two choices"),
+        ("yes", "are 1 choices"),
+        ("|", "are 0 choices"),
+    ):
         with pytest.raises(UserError, match=message) as raised:
             common_choices("val", choices, data)
         assert raised.value.status == 2

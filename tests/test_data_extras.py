@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from preparing import run, skipped, write_json, write_pictures
 
 from simvlg_jax.data.extras import NONE, Extras
+from simvlg_jax.data.readers import fields
 from simvlg_jax.data.sources import load_source
 
 ROWS = [
@@ -93,3 +94,9 @@ def test_choices_that_cannot_be_used_are_skipped_and_listed(tmp_path, change, re
     rows[1] |= change
     run(tmp_path / "out", write_json(tmp_path / "list", rows, 3), split="val")
     assert [why for _, why in skipped(tmp_path / "out", "val")] == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize(("place", "correct"), [(1.0, 1), (-1, None), (True, None)])
+def test_the_place_of_the_right_choice_may_be_a_whole_float_or_hidden(place, correct):
+    row = {"image": "0.png", "question": "Which?", "answer": "a", "choices": ["a", "b"], "correct": place}
+    assert fields.parse(row).extras.correct == correct

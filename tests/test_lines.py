@@ -47,6 +47,14 @@ def test_new_items_are_added_behind_the_finished_ones(tmp_path):
     assert found == [*ITEMS[:4], "new.png", *ITEMS[4:]]
 
 
+def test_lines_of_other_items_stay(tmp_path):
+    """A file gets the pictures of one folder, then those of another; the last group of the first was not a full one."""
+    path = tmp_path / "a"
+    fill(path, items=ITEMS[:3])
+    fill(path, items=ITEMS[3:])
+    assert [json.loads(line)["image"] for line in path.read_text().splitlines()] == ITEMS
+
+
 def test_file_of_other_settings_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "lines.jsonl"
     fill(path, 3)

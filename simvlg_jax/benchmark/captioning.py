@@ -7,6 +7,7 @@ Both get the same pixels in memory. PyTorch runs the model that `to_torch --form
 """
 
 import argparse
+import importlib.util
 import os
 import tempfile
 import time
@@ -88,6 +89,8 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     if min(arguments.pictures, arguments.batch_size, arguments.rounds) < 1:
         raise UserError("--pictures, --batch_size and --rounds must be at least 1", 2)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("the comparison needs PyTorch: pip install torch")
 
     from simvlg_jax.evaluation.caption_model import CaptionModel
     from simvlg_jax.training.restore import restore_run

@@ -100,6 +100,8 @@ def main() -> None:
         return restore_run(own, folder, arguments.checkpoint, captions=True), own
 
     layouts = [(count, size) for count in devices for size in sorted(sizes, reverse=True) if size % count == 0]
+    if not layouts:
+        raise UserError("no --batch_sizes is a multiple of one of --devices", 2)
     wanted = None
     for count, size in layouts:
         found = outcome(*model(count), arguments.split.split(","), arguments.pictures, size)

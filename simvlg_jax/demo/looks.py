@@ -59,7 +59,7 @@ class Looks:
     def answer(self, image: np.ndarray, question: str, tokens: int, say: Say) -> Written:
         """Returns the answer to a question about an image (S, S, 3) uint8 from so many visual tokens."""
         model = self._model(tokens)
-        return self._timed(("answer", tokens, len(question)), tokens, lambda: model.answer(image, question), say)
+        return self._timed(("answer", tokens, question), tokens, lambda: model.answer(image, question), say)
 
     def layers(self, image: np.ndarray, caption: str, tokens: int, say: Say) -> Sequence[np.ndarray]:
         """Returns the source map after each layer, see `Explanation`."""

@@ -19,6 +19,7 @@ from simvlg_jax.evaluation.scores.java import JavaScore
 from simvlg_jax.evaluation.submissions import coco
 from simvlg_jax.evaluation.writer import Writer
 from simvlg_jax.evaluation.written import Written
+from simvlg_jax.parallel.collectives import wait_for_all
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.utils.progress import SILENT, Announcer
 
@@ -31,6 +32,8 @@ class Captioning:
         # Process 0 alone writes results.
         extra = entry.extra_scores if jax.process_index() == 0 else ""
         self._extra = java.open_scores(f"evals.{name}.extra_scores", extra)
+        self._slow = bool(entry.extra_scores)
+        self._wait()
         self._write = Writer(name, entry, task, config, mesh, decoding_of(config))
         self.data = self._write.data
         self._gallery = Gallery(self.data, task, config.seed)
@@ -38,7 +41,15 @@ class Captioning:
     def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
         written = self._write(params, announce, partial)
         shown = self._gallery(params, [example["index"] for example in written.examples]) if partial else {}
-        return score(written, shown, self._seed, self._extra)._replace(files=coco(written.texts()))
+        result = score(written, shown, self._seed, self._extra)._replace(files=coco(written.texts()))
+        details = result.details() if self._slow else None
+        self._wait()
+        return result._replace(details=lambda: details) if self._slow else result
+
+    def _wait(self) -> None:
+        """The other processes wait for process 0, whose Java takes longer than a collective may."""
+        if self._slow:
+            wait_for_all("java")
 
 
 def score(written: Written, shown: dict[int, dict], seed: int, extra: Sequence[JavaScore] = ()) -> Result:

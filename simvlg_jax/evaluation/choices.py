@@ -121,14 +121,14 @@ def common_choices(name: str, choices: str, data: EvalData) -> list[str]:
         choices of each record.
 
     Raises:
-      UserError (status 2): a record has no choices, or there are fewer than two.
+      UserError (status 2): a record has fewer than two choices, or all records have.
     """
     if not choices:
-        bare = next((info.id for info in data.infos() if not info.extras.choices), None)
+        bare = next((info.id for info in data.infos() if len(info.extras.choices) < 2), None)
         if bare is not None:
             raise UserError(
-                f"evals.{name}: the record {bare!r} has no choices; name those of all records with the key choices, "
-                f"such as yes{SEPARATOR}no, or {ANSWERS} for all answers of the split",
+                f"evals.{name}: the record {bare!r} has fewer than two choices; name those of all records with the key "
+                f"choices, such as yes{SEPARATOR}no, or {ANSWERS} for all answers of the split",
                 2,
             )
         return []

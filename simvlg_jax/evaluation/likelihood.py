@@ -16,6 +16,7 @@ from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.task import Task
+from simvlg_jax.utils.errors import UserError
 
 MULTIPLE = 8  # texts are padded to a multiple of so many tokens, so that few lengths are compiled
 
@@ -94,8 +95,14 @@ class Likelihood:
         return [found[place] for place in range(len(queries))]
 
     def _encode(self, query: Query) -> tuple[list[int], list[int]]:
-        """Ids and targets, as in training; the targets are those of the text."""
+        """Ids and targets, as in training; the targets are those of the text. Raises UserError if the text is cut."""
         ids, targets = self._text(query.text, query.prompt)
+        if ids[-1] != self._text.end:  # without its last tokens a text would be likelier
+            raise UserError(
+                f"the text {query.text[:60]!r} has more tokens than llm.max_text_tokens={self._text.max_tokens} leaves "
+                "for it: raise it",
+                2,
+            )
         targets = [IGNORE] * len(self._text.prefix) + targets[len(self._text.prefix) :]
         if not self._end and ids[-1] == self._text.end:
             targets[-1] = IGNORE

@@ -22,6 +22,8 @@ class Retrieval:
         self.name, self.every = name, entry.every
         self.data = EvalData(entry, task, config, mesh)
         self._batch_size = config.evaluate.batch_size
+        if not all(info.references for info in self.data.infos()):
+            raise UserError(f"evals.{name}: a record of this split has no caption, and retrieval needs one of each", 2)
         self._embed = jax.jit(lambda params, batch: task.contrast.embed(params, batch, None))
         self._losses = jax.jit(task.contrast.losses)
 

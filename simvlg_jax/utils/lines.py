@@ -27,8 +27,8 @@ class Lines:
       settings: JSON of what determines the lines.
       key: of each line, names its item.
       items: without repeats; those that have no line yet are `left`.
-      group: lines are written by so many. If any are left, a group that was cut short is removed and done again, so
-        that all groups are those of an uninterrupted command.
+      group: lines are written by so many. If any are left, a group of these items that was cut short is removed and
+        done again, so that all groups are those of an uninterrupted command.
 
     Attributes:
       left: items without a line, in order.
@@ -69,8 +69,9 @@ class Lines:
             done.append(record[key])
             failures.append("error" in record)
             ends.append(ends[-1] + len(raw))
-        if set(items).difference(done):
-            del done[len(done) - len(done) % group :]
+        cut_short = done[len(done) - len(done) % group :]
+        if set(items).difference(done) and set(items).issuperset(cut_short):
+            del done[len(done) - len(cut_short) :]
         self._file.truncate(ends[len(done)])
         self.lines, self.failed = len(done), sum(failures[: len(done)])
         done = set(done)

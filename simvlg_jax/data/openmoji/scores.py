@@ -54,7 +54,7 @@ def score(examples: Sequence[dict], frequent: dict[str, str]) -> dict[str, Score
             len(pairs),
             right / len(pairs),
             elsewhere / (len(pairs) * max(1, len(pairs) - 1)),
-            answers[frequent[question]] / len(pairs),
+            answers[frequent.get(question, "")] / len(pairs),
         )
     total = sum(each.count for each in scores.values())
     means = [sum(each.count * each[i] for each in scores.values()) / total for i in (1, 2, 3)]
@@ -66,6 +66,15 @@ def _read(path: str) -> list | dict:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}", 2) from error
+
+
+def _examples(path: str) -> list[dict]:
+    """The answered questions of a results file."""
+    results = _read(path)
+    examples = results.get("examples", []) if isinstance(results, dict) else []
+    if not examples or not all(example.get("question") and example.get("references") for example in examples):
+        raise UserError(f"{path} holds no scored answers: name what evaluate wrote for questions, eval/SPLIT.json", 2)
+    return examples
 
 
 def main() -> None:
@@ -80,7 +89,7 @@ def main() -> None:
     frequent = frequent_answers(_read(given.train))
     for path in given.results:
         print(f"{path}\n{'':32} {'count':>6} {'accuracy':>9} {'others':>9} {'frequent':>9}")
-        for question, each in score(_read(path)["examples"], frequent).items():
+        for question, each in score(_examples(path), frequent).items():
             print(f"{question:32} {each.count:6} {each.accuracy:9.1%} {each.others:9.1%} {each.frequent:9.1%}")
 
 

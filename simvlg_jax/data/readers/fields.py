@@ -96,6 +96,8 @@ def parse(row: Mapping[str, Any], unlabelled: bool = False) -> Fields:
     value = _value(row, CAPTION if question is None else ANSWER)
     if extras.correct is not None and not isinstance(value, str | list | tuple | dict):
         value = extras.choices[extras.correct]
+    elif extras.choices and _whole(value) is not None:
+        value = None  # the place of a hidden answer
     good, faults = [], []
     if not unlabelled or value not in (None, []):
         good, faults = texts.sift(texts.as_list(value, name), name)
@@ -115,10 +117,19 @@ def _extras(row: Mapping[str, Any]) -> Extras:
         return Extras(group)
     choices = tuple(texts.checked(text, "choice") for text in texts.as_list(found, "choice"))
     places = (row.get(name) for name in (*CORRECT, *ANSWER))
-    correct = next((place for place in places if isinstance(place, int) and not isinstance(place, bool)), None)
-    if correct is not None and not 0 <= correct < len(choices):
+    correct = next((place for place in map(_whole, places) if place is not None), None)
+    if correct is not None and correct < 0:  # how hidden answers of test splits are marked
+        correct = None
+    if correct is not None and correct >= len(choices):
         raise Fault("no such choice")
     return Extras(group, choices, correct)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also one that a table without nulls in its integers keeps as 1.0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
+        return None
+    return int(value)
 
 
 def _suffix(path: str) -> str:

@@ -8,11 +8,13 @@ Scale: fractions. "METEOR 30.6" in papers is 0.306 here.
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,12 +146,26 @@ def _check_spice(version: int, package: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Sends what subprocesses print to standard error: standard output is for results."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+
+
 def spice(references: References, captions: Captions) -> float:
     """Returns the mean SPICE of tokenised captions (Anderson et al., 2016); arguments and errors as `meteor`."""
     from pycocoevalcap.spice.spice import Spice
 
     try:
-        score, _ = Spice().compute_score(references, {key: [text] for key, text in captions.items()})
+        with _output_to_errors():
+            score, _ = Spice().compute_score(references, {key: [text] for key, text in captions.items()})
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise UserError(f"SPICE does not run: {first_line(error)}") from error
     return float(score)
