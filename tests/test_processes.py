@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -77,7 +78,8 @@ def start(count, devices, *arguments):
 
 def finish(processes, seconds=400):
     """Returns (exit statuses, what each process printed on stderr)."""
-    said = [process.communicate(timeout=seconds)[1] for process in processes]
+    with ThreadPoolExecutor(len(processes)) as pool:  # a process that nobody reads from would stop at a full pipe
+        said = list(pool.map(lambda process: process.communicate(timeout=seconds)[1], processes))
     return [process.returncode for process in processes], said
 
 

@@ -50,9 +50,9 @@ def the_error(names: str) -> str:
 
 
 def test_meteor_is_that_of_pycocoevalcap():
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="install requirements-scores.txt to compare METEOR")
     if shutil.which("java") is None:
-        pytest.skip("there is no java")
+        pytest.skip("no Java on this machine: install it to compare METEOR")
     references = {str(number): texts for number, texts in enumerate(GOLDEN["references"])}
     captions = {str(number): text for number, text in enumerate(GOLDEN["hypotheses"])}
     found = java.meteor(*tokenized(references, captions))
