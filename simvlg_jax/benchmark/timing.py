@@ -1,0 +1,33 @@
+"""Times compiled functions, and the ratio of two speeds that were measured in turns."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import jax
+
+
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Returns the median time until the arrays that `run` returns are computed, after one call that does not count."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Returns (median, least, greatest) ratio of two speeds within a round."""
+    each = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return median(each), min(each), max(each)
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Returns the medians of two speeds in images/s, and their ratios, in words."""
+    middle, least, greatest = ratios(ours, theirs)
+    return (
+        f"ours {median(ours):6.1f} images/s, PyTorch {median(theirs):6.1f}: ratio {middle:.2f} "
+        f"({least:.2f} to {greatest:.2f})"
+    )
