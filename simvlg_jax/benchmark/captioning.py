@@ -13,10 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
+from simvlg_jax.benchmark.timing import compared
 from simvlg_jax.config.arguments import add_model_arguments, model_folder
 from simvlg_jax.config.load import override
 from simvlg_jax.config.saved import read_config
@@ -66,13 +66,21 @@ def speed(write: Write, images: np.ndarray, batch_size: int) -> tuple[float, lis
     return len(images) / (time.perf_counter() - start), captions
 
 
+def in_turns(writers: list[Write], images: np.ndarray, batch_size: int, rounds: int) -> list[list[tuple]]:
+    """Returns of each writer what `speed` returns in each round, after a batch that does not count."""
+    for write in writers:
+        write(images[:batch_size])
+    measured = [[speed(write, images, batch_size) for write in writers] for _ in range(rounds)]
+    return [list(each) for each in zip(*measured, strict=True)]
+
+
 def report(name: str, ours: list[float], theirs: list[float], equal: int, pictures: int) -> str:
     """One line: images per second of both, their ratios, and how many captions are equal."""
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    return (
-        f"{name:8} ours {median(ours):6.1f} images/s, PyTorch {median(theirs):6.1f}: ratio {median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f}); {equal} of {pictures} captions equal"
-    )
+    return f"{name:8} {compared(ours, theirs)}; {equal} of {pictures} captions equal"
+
+
+def our_writer(model, batch_size: int) -> Write:
+    return lambda images: model.captions(list(images), batch_size=batch_size)
 
 
 def main() -> None:
@@ -105,13 +113,10 @@ def main() -> None:
         images = images[: len(images) // batch_size * batch_size]  # whole batches: neither fills up rows
         with tempfile.TemporaryDirectory() as exported:
             theirs = torch_writer(model, Path(exported), beams)
-            ours = lambda images: model.captions(list(images), batch_size=batch_size)  # noqa: B023, E731
-            ours(images[:batch_size]), theirs(images[:batch_size])  # compiles, and fills caches
-            rounds = [
-                (speed(ours, images, batch_size), speed(theirs, images, batch_size)) for _ in range(arguments.rounds)
-            ]
-        equal = sum(one == other for one, other in zip(rounds[0][0][1], rounds[0][1][1], strict=True))
-        speeds = [[run[0] for run in side] for side in zip(*rounds, strict=True)]
+            measured = in_turns([our_writer(model, batch_size), theirs], images, batch_size, arguments.rounds)
+        (_, one), (_, other) = (rounds[0] for rounds in measured)
+        equal = sum(ours == theirs for ours, theirs in zip(one, other, strict=True))
+        speeds = [[run[0] for run in rounds] for rounds in measured]
         print(report(name, *speeds, equal, len(images)), flush=True)
 
 

@@ -22,5 +22,5 @@ def peak_flops(kind: str) -> float | None:
 
 
 def utilization(flop: float, seconds: float, peak: float | None, devices: int) -> float | None:
-    """Returns the model FLOP utilization (MFU): the share of the peak that the matrix products reach; None if unknown."""
+    """Returns the share of the peak that matrix products reach (model FLOP utilization, MFU); None without a peak."""
     return None if peak is None else flop / seconds / (peak * devices)

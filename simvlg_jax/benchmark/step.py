@@ -54,16 +54,16 @@ def memory() -> tuple[float, str]:
     return memory_gb(), "device" if of_device else "process"
 
 
-def write_trace(step: Step, folder: Path) -> None:
-    """Writes a profile of TRACED steps.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+def check_folder(folder: Path) -> None:
+    """Makes the folder of a trace. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--trace cannot write to {folder}: {error.strerror}; name another folder", 2) from error
+
+
+def write_trace(step: Step, folder: Path) -> None:
+    """Writes a profile of TRACED steps."""
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         for number in range(TRACED):
             with jax.profiler.StepTraceAnnotation("train", step_num=number):

@@ -9,7 +9,8 @@ arrays, with their shapes, dtypes and shardings, and what comes before it is rep
     LLM forward    its call
     LLM backward   forward and backward in one program, less the forward pass. A backward pass on its own would get all
                    kept activations as arguments, and within the step they never leave the program.
-    head and loss  `Task.losses` after the language model, forward and backward
+    head and loss  `Task.losses` after the language model, forward and backward; with train.beta also the embeddings of
+                   the contrastive loss, whose comparison of all examples is in no part
     optimizer      clipping, AdamW and the addition to the parameters
 
 A backward pass computes the gradients that the step needs: those of the trained parameters and of the activations
@@ -17,6 +18,7 @@ between them. The step fuses operations of different parts, so the parts need no
 part runs on one of them, and its time and FLOPs are multiplied by their number.
 """
 
+import itertools
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -205,6 +207,6 @@ def _merging_layers(model) -> list[tuple[Name, Name, int]]:
     if not hasattr(connector, "merges"):
         return []
     counts = token_merging.token_counts(model.vit.num_tokens, connector.merges, connector.class_token)
-    removed = [before - after for before, after in zip(counts, counts[1:], strict=False)]
-    paths = [f"connector/layer_{i}" for i in range(len(removed))]
-    return [((f"{p}/key", "__call__"), (f"{p}/attention_norm", "__call__"), r) for p, r in zip(paths, removed) if r]
+    removed = [before - after for before, after in itertools.pairwise(counts)]
+    modules = ("key", "attention_norm")
+    return [(*((f"connector/layer_{i}/{name}", "__call__") for name in modules), r) for i, r in enumerate(removed) if r]

@@ -103,9 +103,10 @@ class BertLayer(nn.Module):
         slots = None
         num_removed = token_merging.mergeable(x.shape[1], self.merge_r, self.class_token)
         if num_removed:
-            slots = token_merging.match(key.mean(2), num_removed, self.class_token)  # (B, S)
-            shares = sizes if self.weighted_mean else None
-            x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
+            with jax.named_scope("merge"):
+                slots = token_merging.match(key.mean(2), num_removed, self.class_token)  # (B, S)
+                shares = sizes if self.weighted_mean else None
+                x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
 
         x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
         return LayerOutput(layers.split_batch(layers.LayerNorm(self.epsilon, name="mlp_norm")(x)), slots)

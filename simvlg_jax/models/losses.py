@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 
+@jax.named_scope("head_and_loss")
 def token_cross_entropy(
     hidden: jax.Array, logits: Callable[[jax.Array], jax.Array], targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -138,10 +138,12 @@ def make_step(
     def run(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         losses, grads = loss_and_grads(state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {"loss": weighted(losses), "grad_norm": optax.tree.norm(grads), "lr": lr(state.step)}
         if len(losses) > 1:
             metrics |= {f"loss/{name}": loss for name, loss in losses.items()}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     return run
