@@ -28,7 +28,7 @@ import optax
 
 from simvlg_jax.benchmark.calls import Name, recorded, replacing
 from simvlg_jax.benchmark.setting import Setting
-from simvlg_jax.benchmark.timing import median_seconds
+from simvlg_jax.benchmark.timing import compiled_seconds
 from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import params as partition
@@ -186,8 +186,7 @@ class Parts:
 
     def _measured(self, run: Callable, *arguments: object) -> Cost:
         traced = jax.jit(self._on_mesh(run)).trace(*arguments)
-        program = traced.lower().compile()
-        return Cost(median_seconds(lambda: program(*arguments), self._repeats), count_flops(traced.jaxpr))
+        return Cost(compiled_seconds(traced, arguments, self._repeats), count_flops(traced.jaxpr))
 
     def _on_mesh(self, run: Callable) -> Callable:
         def inside(*arguments: object) -> object:

@@ -18,6 +18,12 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
+def compiled_seconds(traced: jax.stages.Traced, arguments: Sequence, repeats: int) -> float:
+    """Returns `median_seconds` of a traced function, which is compiled first."""
+    program = traced.lower().compile()
+    return median_seconds(lambda: program(*arguments), repeats)
+
+
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Returns (median, least, greatest) ratio of two speeds within a round."""
     each = [one / other for one, other in zip(ours, theirs, strict=True)]
