@@ -23,12 +23,13 @@ def check_installed() -> None:
         raise UserError(f"--against torch needs {' and '.join(missing)}: pip install {' '.join(missing)}", 2)
 
 
-def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool) -> dict:
+def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool, say: Callable[[str], None]) -> dict:
     """Returns what is printed of the comparison.
 
     Args:
       steps: that each side takes in a round, in turns.
       compiled: whether to try torch.compile.
+      say: is told each round.
 
     Raises:
       UserError: the model has no PyTorch form, or the two losses differ.
@@ -54,7 +55,8 @@ def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool) -> dic
     apart = torch_step.relative_difference
     step(), theirs()
     speeds: dict[str, list[float]] = {"ours": [], "torch": []}
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
+        say(f"round {number} of {rounds}")
         speeds["ours"].append(_speed(step, lambda: jax.block_until_ready(step.setting.state), step, steps))
         speeds["torch"].append(_speed(theirs, theirs.wait, step, steps))
     middle, least, greatest = ratios(speeds["ours"], speeds["torch"])

@@ -59,14 +59,14 @@ def measure(config: ConfigDict, options: Options, say: Callable[[str], None] = l
     found = {}
     if options.against:
         say("comparing with PyTorch")
-        kwargs = dict(steps=options.steps, rounds=options.rounds, compiled=options.torch_compile)
+        kwargs = dict(steps=options.steps, rounds=options.rounds, compiled=options.torch_compile, say=say)
         found["against"] = against_torch(compiled, **kwargs)
     if options.decode:
         say("captioning")
         found["decode"] = decode(chosen, options.rounds)
-    say("compiling and timing the parts")
+    say("recording a forward pass")
     parts = Parts(chosen, batch, options.steps)
-    costs = parts.measure()
+    costs = parts.measure(say)
     if options.trace:
         step.write_trace(compiled, options.trace)
         found["trace"] = step.how_to_open(options.trace)

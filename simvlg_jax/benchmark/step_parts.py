@@ -86,18 +86,26 @@ class Parts:
         """The number of soft prompt tokens of a picture."""
         return self._calls[VISUAL].result.prefix.shape[1]
 
-    def measure(self) -> dict[str, Cost]:
-        """Returns the parts by name, in the order of the step; "merge" is contained in "connector"."""
-        llm = self._llm()
-        once = {
-            "ViT": self._vit().total,
-            "connector": self._connector().total,
-            "merge": self._merge().total,
-            "LLM forward": llm.forward,
-            "LLM backward": llm.total - llm.forward,
-            "head and loss": self._head_and_loss().total,
+    def measure(self, say: Callable[[str], None] = lambda message: None) -> dict[str, Cost]:
+        """Returns the parts by name, in the order of the step; "merge" is contained in "connector".
+
+        Args:
+          say: is told what is measured next.
+        """
+        parts = {
+            "ViT": self._vit,
+            "connector": self._connector,
+            "merge": self._merge,
+            "LLM": self._llm,
+            "head and loss": self._head_and_loss,
         }
-        return {name: cost.times(self._times) for name, cost in once.items()} | {"optimizer": self._optimizer()}
+        costs = {}
+        for name, measure in parts.items():
+            say(f"compiling and timing {name}")
+            forward, total = (cost.times(self._times) for cost in measure())
+            costs |= {name: total} if name != "LLM" else {"LLM forward": forward, "LLM backward": total - forward}
+        say("compiling and timing the optimizer")
+        return costs | {"optimizer": self._optimizer()}
 
     def _vit(self) -> Both:
         def run(params: dict, given: tuple, call: tuple) -> object:
