@@ -3,22 +3,37 @@
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
+from simvlg_jax.benchmark.setting import Setting
 from simvlg_jax.benchmark.step import Step
 from simvlg_jax.benchmark.timing import ratios
-from simvlg_jax.convert import evlgen
+from simvlg_jax.convert import evlgen, stacking
+from simvlg_jax.tasks import params as partition
 from simvlg_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from simvlg_jax.benchmark.torch_step import TorchStep
 
 # The greatest relative difference of the losses, by dtype. One bfloat16 rounding is off by up to 0.4 %.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-def check_installed() -> None:
-    """Raises UserError if a library of the comparison is missing."""
+def check(config: ConfigDict) -> None:
+    """Raises UserError if the comparison is impossible: a library is missing, or PyTorch's step is another one."""
+    if config.train.beta or config.train.accumulate > 1:
+        raise UserError(
+            "--against torch compares the captions' loss of a whole batch: set --config.train.beta=0 and "
+            "--config.train.accumulate=1",
+            2,
+        )
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         raise UserError(f"--against torch needs {' and '.join(missing)}: pip install {' '.join(missing)}", 2)
 
@@ -34,25 +49,16 @@ def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool, say: C
     Raises:
       UserError: the model has no PyTorch form, or the two losses differ.
     """
-    check_installed()
     import torch
 
-    from simvlg_jax.benchmark import torch_step
+    from simvlg_jax.benchmark.torch_step import TorchStep
 
     with tempfile.TemporaryDirectory() as folder:
-        theirs = torch_step.TorchStep(step.setting, Path(folder))
-    with jax.default_matmul_precision("highest"):
-        our_loss, our_gradients = torch_step.our_gradients(step.setting, step.batch)
-    their_loss, their_gradients = theirs.gradients()
-    difference, tolerance = abs(our_loss - their_loss) / abs(their_loss), TOLERANCE[step.setting.config.dtype]
-    if not difference <= tolerance:
-        raise UserError(
-            f"the losses differ, so their times mean nothing: ours {our_loss:.6f}, PyTorch {their_loss:.6f}, "
-            f"relative difference {difference:.1e}, allowed {tolerance:.0e}"
-        )
-    torch.set_float32_matmul_precision("high")  # TF32 on an NVIDIA GPU, as JAX's default
+        theirs = TorchStep(step.setting, Path(folder))
+    agreement = compare(step, theirs)
+    if theirs.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX's default
     failure = theirs.compile() if compiled else ""
-    apart = torch_step.relative_difference
     step(), theirs()
     speeds: dict[str, list[float]] = {"ours": [], "torch": []}
     for number in range(1, rounds + 1):
@@ -66,13 +72,50 @@ def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool, say: C
         "attention": theirs.attention,
         "compiled": compiled and not failure,
         "compile_error": failure,
-        "loss": {"ours": our_loss, "torch": their_loss, "relative_difference": difference},
-        "connector_gradient_difference": apart(our_gradients, their_gradients, evlgen.CONNECTOR),
-        "gradient_difference": apart(our_gradients, their_gradients),
+        **agreement,
         "text_places": {"ours": int(step.batch["caption_ids"].size), "torch": theirs.tokens},
         "images_per_s": speeds,
         "ratio": {"median": middle, "least": least, "greatest": greatest},
     }
+
+
+def compare(step: Step, theirs: "TorchStep") -> dict:
+    """Returns both losses without dropout, and how far the gradients are apart. Raises UserError if the losses are."""
+    setting = step.setting
+    with jax.default_matmul_precision("highest"):
+        loss, gradients = our_gradients(setting, step.batch)
+    their_loss, their_gradients = theirs.gradients()
+    difference, tolerance = abs(loss - their_loss) / abs(their_loss), TOLERANCE[setting.config.dtype]
+    if not difference <= tolerance:
+        raise UserError(
+            f"the losses differ, so their times mean nothing: ours {loss:.6f}, PyTorch {their_loss:.6f}, "
+            f"relative difference {difference:.1e}, allowed {tolerance:.0e}"
+        )
+    named = evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(gradients)))
+    return {
+        "loss": {"ours": loss, "torch": their_loss, "relative_difference": difference},
+        "connector_gradient_difference": relative_difference(named, their_gradients, evlgen.CONNECTOR),
+        "gradient_difference": relative_difference(named, their_gradients),
+    }
+
+
+def our_gradients(setting: Setting, batch: dict[str, jax.Array]) -> tuple[float, dict]:
+    """Returns the loss without dropout, and the gradients of the trained parameters."""
+    task = setting.task
+
+    def loss(trained: dict, frozen: dict, batch: dict) -> jax.Array:
+        values = task.losses(partition.join(frozen, trained), batch, None).values["caption"]
+        return values.sum() / jnp.maximum(task.counts(batch)["caption"].sum(), 1.0)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(setting.state.params, setting.frozen, batch)
+    return float(value), gradients
+
+
+def relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], prefix: str = "") -> float:
+    """Returns |ours - theirs| / |theirs| over all arrays of `ours` whose names start with a prefix."""
+    names = [name for name in ours if name.startswith(prefix)]
+    difference = sum(float(np.square(np.asarray(ours[n], np.float32) - theirs[n]).sum()) for n in names)
+    return (difference / sum(float(np.square(theirs[n]).sum()) for n in names)) ** 0.5
 
 
 def _speed(run: Callable[[], object], wait: Callable[[], object], step: Step, steps: int) -> float:

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from simvlg_jax.benchmark import captioning, setting, step
-from simvlg_jax.benchmark.against_torch import against_torch, check_installed
+from simvlg_jax.benchmark.against_torch import against_torch, check
 from simvlg_jax.benchmark.peaks import peak_flops, utilization
 from simvlg_jax.benchmark.setting import Setting
 from simvlg_jax.benchmark.step_parts import Cost, Parts
@@ -44,7 +44,7 @@ def measure(config: ConfigDict, options: Options, say: Callable[[str], None] = l
       UserError: the config has no captions, data or weights cannot be used, or PyTorch does not give the same loss.
     """
     if options.against:
-        check_installed()
+        check(config)
     if options.decode and config.data.frames:
         raise UserError("--decode captions pictures, and the config's data are clips: leave it out", 2)
     say("drawing batches, reading and initialising the weights")

@@ -18,18 +18,18 @@ between them. The step fuses operations of different parts, so the parts need no
 part runs on one of them, and its time and FLOPs are multiplied by their number.
 """
 
-import itertools
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from simvlg_jax.benchmark.calls import Name, recorded, replacing
+from simvlg_jax.benchmark.passes import make_passes
 from simvlg_jax.benchmark.setting import Setting
 from simvlg_jax.benchmark.timing import compiled_seconds
 from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training.flops import count_flops
@@ -75,11 +75,10 @@ class Parts:
         micro_batch = jax.jit(lambda x: jax.tree.map(lambda a: a.reshape(-1, self._times, *a.shape[1:])[:, 0], x))
         self._rows, self._key = micro_batch(batch), jax.random.key(setting.config.seed)
         self._params = partition.join(setting.frozen, setting.state.params)
-        merging = _merging_layers(self._model)
-        names = [VIT, VISUAL, LLM, *(name for layer in merging for name in layer[:2])]
+        self._merging = _merging_layers(self._model.connector)
+        names = [VIT, VISUAL, LLM, *(name for layer in self._merging for name in layer[:2])]
         run = self._on_mesh(lambda params, rows, key: recorded(lambda: self._task.losses(params, rows, key), names))
         self._calls = jax.jit(run)(self._params, self._rows, self._key)
-        self._merging = merging
 
     @property
     def prefix(self) -> int:
@@ -127,10 +126,13 @@ class Parts:
     def _merge(self) -> Both:
         def run(params: dict, tokens: list[jax.Array], keys: list[jax.Array]) -> list[jax.Array]:
             merged = []
-            for x, key, (*_, removed) in zip(tokens, keys, self._merging, strict=True):
-                slots = token_merging.match(key.mean(2), removed, self._model.connector.class_token)
-                merged.append(token_merging.merge(x, slots, x.shape[1] - removed))
+            for x, key, (*_, r) in zip(tokens, keys, self._merging, strict=True):
+                if removed := token_merging.mergeable(x.shape[1], r, class_token):
+                    slots = token_merging.match(key.mean(2), removed, class_token)
+                    merged.append(token_merging.merge(x, slots, x.shape[1] - removed))
             return merged
+
+        class_token = self._model.vit.class_token
 
         keys, tokens = ([self._calls[layer[i]].result for layer in self._merging] for i in (0, 1))
         return self._cost(run, (), tokens, keys)
@@ -173,24 +175,9 @@ class Parts:
           given: arrays, of which those of floats get gradients.
           fixed: other arrays.
         """
-        trained, rest = self._split(names)
-        leaves, structure = jax.tree.flatten(given)
-        floats = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
-        moving, still = [leaves[i] for i in floats], {i: x for i, x in enumerate(leaves) if i not in floats}
-
-        def forward(moved: tuple[dict, list], rest: dict, still: dict, fixed: object) -> list[jax.Array]:
-            trained, values = moved
-            every = still | dict(zip(floats, values, strict=True))
-            arrays = jax.tree.unflatten(structure, [every[i] for i in range(len(every))])
-            return list(filter(_is_float, jax.tree.leaves(run(partition.join(trained, rest), arrays, fixed))))
-
-        def both(moved: tuple[dict, list], rest: dict, still: dict, fixed: object) -> tuple:
-            results, pull_back = jax.vjp(lambda moved: forward(moved, rest, still, fixed), moved)
-            return results, pull_back(results)  # any slopes do, and these are no constants
-
-        arguments = ((trained, moving), rest, still, fixed)
-        cost = self._measured(forward, *arguments)
-        return Both(cost, self._measured(both, *arguments) if jax.tree.leaves(arguments[0]) else cost)
+        passes = make_passes(run, *self._split(names), given, fixed)
+        cost = self._measured(passes.forward, *passes.arguments)
+        return Both(cost, self._measured(passes.both, *passes.arguments) if passes.differentiates else cost)
 
     def _measured(self, run: Callable, *arguments: object) -> Cost:
         traced = jax.jit(self._on_mesh(run)).trace(*arguments)
@@ -204,16 +191,7 @@ class Parts:
         return inside
 
 
-def _is_float(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _merging_layers(model) -> list[tuple[Name, Name, int]]:
-    """Returns of each layer that merges: the calls that give keys and tokens, and the number of tokens removed."""
-    connector = model.connector
-    if not hasattr(connector, "merges"):
-        return []
-    counts = token_merging.token_counts(model.vit.num_tokens, connector.merges, connector.class_token)
-    removed = [before - after for before, after in itertools.pairwise(counts)]
-    modules = ("key", "attention_norm")
-    return [(*((f"connector/layer_{i}/{name}", "__call__") for name in modules), r) for i, r in enumerate(removed) if r]
+def _merging_layers(connector: Connector) -> list[tuple[Name, Name, int]]:
+    """Returns of each layer that merges: the calls that give keys and tokens, and how many tokens it may remove."""
+    merges, modules = getattr(connector, "merges", ()), ("key", "attention_norm")
+    return [(*((f"connector/layer_{i}/{name}", "__call__") for name in modules), r) for i, r in enumerate(merges) if r]

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ from simvlg_jax.data.batching import pad
 from simvlg_jax.data.text import IGNORE
 from simvlg_jax.huggingface.export import write_hf
 from simvlg_jax.tasks import params as partition
-from simvlg_jax.utils.errors import UserError, first_line
+from simvlg_jax.utils.errors import first_line
 
 # Module of the PyTorch model -> its entry of `optimizer.lr_multipliers`.
 GROUPS = dict(
@@ -56,17 +55,11 @@ class TorchStep:
       folder: gets the exported model.
 
     Raises:
-      UserError: the model has no PyTorch form, or a loss that it does not know.
+      UserError: the model has no PyTorch form.
     """
 
     def __init__(self, setting: Setting, folder: Path):
         config = setting.config
-        if config.train.beta or config.train.accumulate > 1:
-            raise UserError(
-                "--against torch compares the captions' loss of a whole batch: set --config.train.beta=0 and "
-                "--config.train.accumulate=1",
-                2,
-            )
         params = stacking.stack_all(jax.device_get(partition.join(setting.frozen, setting.state.params)))
         encoder = setting.task.batch.texts["caption"].encoder
         write_hf(folder, setting.task.model, params, encoder, config)
@@ -75,7 +68,8 @@ class TorchStep:
         self.model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         self._low = config.dtype == "bfloat16"
         self._clip = config.optimizer.clip_norm
-        self._freeze(set(torch_names(setting, setting.state.params)), getattr(torch, config.frozen_dtype))
+        trained = evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(setting.state.params)))
+        self._freeze(set(trained), getattr(torch, config.frozen_dtype))
         self.model.to(self.device)
         self.model.language_model.config.use_cache = False
         self._optimizer = torch.optim.AdamW(self._groups(config.optimizer), **_adamw(config.optimizer), fused=True)
@@ -175,27 +169,3 @@ class TorchStep:
 
 def _adamw(optimizer: ConfigDict) -> dict:
     return dict(betas=(optimizer.b1, optimizer.b2), eps=optimizer.eps)
-
-
-def torch_names(setting: Setting, tree: dict) -> dict[str, np.ndarray]:
-    """Returns trained parameters, or their gradients, under the names of the PyTorch model."""
-    return evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(tree)))
-
-
-def our_gradients(setting: Setting, batch: dict[str, jax.Array]) -> tuple[float, dict[str, np.ndarray]]:
-    """Returns what `TorchStep.gradients` does, of our model."""
-    task = setting.task
-
-    def loss(trained: dict, frozen: dict, batch: dict) -> jax.Array:
-        values = task.losses(partition.join(frozen, trained), batch, None).values["caption"]
-        return values.sum() / jnp.maximum(task.counts(batch)["caption"].sum(), 1.0)
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(setting.state.params, setting.frozen, batch)
-    return float(value), torch_names(setting, gradients)
-
-
-def relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], prefix: str = "") -> float:
-    """Returns |ours - theirs| / |theirs| over all arrays of `ours` whose names start with a prefix."""
-    names = [name for name in ours if name.startswith(prefix)]
-    difference = sum(float(np.square(np.asarray(ours[n], np.float32) - theirs[n]).sum()) for n in names)
-    return (difference / sum(float(np.square(theirs[n]).sum()) for n in names)) ** 0.5
