@@ -1,9 +1,9 @@
 """The same training step in PyTorch: the model that `to_torch --format hf` writes, with the same weights and batch.
 
 It is what its users would write: the vision encoder and the language model frozen, scaled-dot-product attention, the
-loss of transformers (the mean over all targets), fused AdamW, bfloat16 autocast if `dtype` is bfloat16, frozen weights
-in `frozen_dtype`, and captions padded to the longest of the batch. It gets pictures that are normalised already. The
-learning rate stays constant.
+loss of transformers (the mean over all targets), fused AdamW, and captions padded to the longest of the batch. If
+`dtype` is bfloat16, it runs under autocast with frozen weights in `frozen_dtype`; otherwise all is float32. It gets
+pictures that are normalised already. The learning rate stays constant.
 """
 
 import os
@@ -49,7 +49,7 @@ def texts_of(batch: Mapping[str, np.ndarray]) -> list[tuple[list[int], list[int]
 
 
 class TorchStep:
-    """The step, compiled by nothing but PyTorch's operations until `compile` is called.
+    """The step; each operation runs on its own until `compile` succeeds.
 
     Args:
       folder: gets the exported model.
@@ -69,7 +69,7 @@ class TorchStep:
         self._low = config.dtype == "bfloat16"
         self._clip = config.optimizer.clip_norm
         trained = evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(setting.state.params)))
-        self._freeze(set(trained), getattr(torch, config.frozen_dtype))
+        self._freeze(set(trained), getattr(torch, config.frozen_dtype if self._low else "float32"))
         self.model.to(self.device)
         self.model.language_model.config.use_cache = False
         self._optimizer = torch.optim.AdamW(self._groups(config.optimizer), **_adamw(config.optimizer), fused=True)
