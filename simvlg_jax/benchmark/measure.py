@@ -47,10 +47,10 @@ def measure(config: ConfigDict, options: Options, say: Callable[[str], None] = l
         check(config)
     if options.decode and config.data.frames:
         raise UserError("--decode captions pictures, and the config's data are clips: leave it out", 2)
-    say("drawing batches, reading and initialising the weights")
-    chosen = setting.prepare(config, options.steps)
     if options.trace:
         step.check_folder(options.trace)
+    say("drawing batches, reading and initialising the weights")
+    chosen = setting.prepare(config, options.steps)
     batch = setting.put(chosen)
     say("compiling the step")
     compiled = step.compile_step(chosen, batch)
@@ -81,7 +81,8 @@ def measure(config: ConfigDict, options: Options, say: Callable[[str], None] = l
             "mesh": dict(chosen.mesh.shape),
             "jax": jax.__version__,
         },
-        "data": ", ".join(entry.name for entry in config.data.mixture.values()) or config.data.name,
+        "data": ", ".join(entry.get("name", config.data.name) for entry in config.data.mixture.values())
+        or config.data.name,
         "frozen_weights": dict(chosen.task.sources),
         "dtype": config.dtype,
         "frozen_dtype": config.frozen_dtype,
