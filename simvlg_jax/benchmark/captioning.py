@@ -8,7 +8,6 @@ Both get the same pixels in memory. PyTorch runs the model that `to_torch --form
 
 import argparse
 import importlib.util
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simvlg_jax.benchmark.timing import compared
+from simvlg_jax.benchmark.timing import compared, cores
 from simvlg_jax.config.arguments import add_model_arguments, model_folder
 from simvlg_jax.config.load import override
 from simvlg_jax.config.saved import read_config
@@ -46,7 +45,7 @@ def torch_writer(model, folder: Path, num_beams: int) -> Write:
 
     text = model.task.batch.texts["caption"].encoder
     write_hf(folder, model.task.model, stacking.stack_all(jax.device_get(model.params)), text, model.config)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     exported = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     normalize = jax.jit(model.task.model.vit.normalize)

@@ -1,10 +1,16 @@
 """Times compiled functions, and the ratio of two speeds that were measured in turns."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
 import jax
+
+
+def cores() -> int:
+    """Returns how many CPU cores this process may use, as XLA counts them; `taskset` lowers it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:

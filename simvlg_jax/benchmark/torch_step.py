@@ -6,7 +6,6 @@ loss of transformers (the mean over all targets), fused AdamW, and captions padd
 pictures that are normalised already. The learning rate stays constant.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from transformers import AutoModel
 
 from simvlg_jax.benchmark.setting import Setting
+from simvlg_jax.benchmark.timing import cores
 from simvlg_jax.convert import evlgen, stacking
 from simvlg_jax.data.batching import pad
 from simvlg_jax.data.text import IGNORE
@@ -63,7 +63,7 @@ class TorchStep:
         params = stacking.stack_all(jax.device_get(partition.join(setting.frozen, setting.state.params)))
         encoder = setting.task.batch.texts["caption"].encoder
         write_hf(folder, setting.task.model, params, encoder, config)
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cores())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         self._low = config.dtype == "bfloat16"
