@@ -44,7 +44,7 @@ def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool, say: C
     Args:
       steps: that each side takes in a round, in turns.
       compiled: whether to try torch.compile.
-      say: is told each round.
+      say: is told what is done next.
 
     Raises:
       UserError: the model has no PyTorch form, or the two losses differ.
@@ -58,7 +58,10 @@ def against_torch(step: Step, *, steps: int, rounds: int, compiled: bool, say: C
     agreement = compare(step, theirs)
     if theirs.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as JAX's default
-    failure = theirs.compile() if compiled else ""
+    failure = ""
+    if compiled:
+        say("torch.compile, which may take minutes")
+        failure = theirs.compile()
     step(), theirs()
     speeds: dict[str, list[float]] = {"ours": [], "torch": []}
     for number in range(1, rounds + 1):
