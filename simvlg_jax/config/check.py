@@ -29,7 +29,9 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "data.block_size": ONE_UP,
     "data.window_blocks": ONE_UP,
     "data.pad_multiple": ZERO_UP,
-    "data.length_window": ONE_UP,
+    "data.pack": (-1, math.inf),
+    "data.pack_window": ONE_UP,
+    "data.pack_tokens": ZERO_UP,
     "data.workers": ZERO_UP,
     "data.read_threads": ONE_UP,
     "train.batch_size": ONE_UP,
@@ -135,7 +137,7 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
 
 
 # Keys of config.data that are of the whole pipeline, not of a source of the training data.
-WHOLE = ("mixture", "max_skipped", "pad_multiple", "length_window", "workers", "read_threads")
+WHOLE = ("mixture", "max_skipped", "pad_multiple", "pack", "pack_window", "pack_tokens", "workers", "read_threads")
 
 
 def _check_evaluation(name: str, entry: ConfigDict, data: ConfigDict, decoding: ConfigDict) -> None:
