@@ -30,8 +30,8 @@ from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.evaluation.scores import answers, ptb_tokenizer
 from simvlg_jax.evaluation.scores import captions as scoring
+from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
 from simvlg_jax.models.llms.llama import Llama

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simvlg_jax.evaluation.caption_model import CaptionModel
-from simvlg_jax.models.connectors.token_merging import token_counts
+from simvlg_jax.models.token_merging import token_counts
 
 REPEATS = 3  # the time is the median of so many runs
 LONG_SECONDS = 2.0  # of all of them together; then fewer have to do

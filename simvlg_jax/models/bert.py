@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import layers
+from simvlg_jax.models import layers, token_merging
 from simvlg_jax.models.attention import attend
-from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.dropout import Dropout
 
 MAX_POSITIONS = 512

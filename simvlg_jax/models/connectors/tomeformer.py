@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import bert, layers
-from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models import bert, layers, token_merging
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders.vit import ViT
 
