@@ -16,7 +16,8 @@ class TomeFormer(nn.Module):
     """A linear map (published as VL_proj), then BERT layers over visual tokens.
 
     The layers are not scanned, since each has another number of tokens. There is no attention mask, since all inputs
-    are visual tokens. They take rows 0..N-1 of BERT's position table and token type 0, as published.
+    are visual tokens. They take rows 0..N-1 of BERT's position table and token type 0, as published. Tokens that the
+    vision encoder has merged take the mean row of their patches.
 
     Attributes:
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
@@ -38,12 +39,13 @@ class TomeFormer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, visual: jax.Array) -> ConnectorOutput:
-        """Returns the output for `visual` (B, N, C), N at most 512. A class token stays first."""
-        source_map = jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2])
+    def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:
+        """Returns the output, see `Connector`. There are 512 patches at most. A class token stays first."""
         axes = ("mlp", "embed")
         x = layers.torch_dense(visual.shape[-1], self.width, axes, dtype=self.dtype, name="vl_proj")(visual)
-        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x)
+        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x, source_map)
+        if source_map is None:
+            source_map = token_merging.unmerged(x)
         maps = []
         for i, r in enumerate(self.merges):
             layer = bert.BertLayer(
@@ -77,18 +79,8 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
     if connector.size not in bert.BERT_SIZES:
         raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
     size = bert.BERT_SIZES[connector.size]
-    if connector.r and connector.tokens:
-        raise ValueError("connector.r and connector.tokens both set the merges: set one of them to 0")
-    try:
-        if connector.tokens:
-            merges = token_merging.schedule_down_to(size["depth"], vit.num_tokens, connector.tokens, vit.class_token)
-        elif connector.r:
-            ramp = {"r": connector.r, "inflect": connector.inflect} if connector.inflect else connector.r
-            merges = token_merging.merge_schedule(size["depth"], ramp)
-        else:
-            merges = token_merging.merge_schedule(size["depth"], tuple(connector.merges))
-    except ValueError as error:
-        raise ValueError(f"connector.{'tokens' if connector.tokens else 'merges'}: {error}") from error
+    tokens = vit.num_output_tokens
+    merges = token_merging.schedule_of(connector, "connector", size["depth"], tokens, vit.class_token)
     return TomeFormer(
         **size,
         merges=merges,
