@@ -116,8 +116,8 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
             capture_intermediates=lambda module, _: module.name in ("vit", "ln_vision"), mutable="intermediates"
         )
         out, inner = model.apply({"params": params}, images, *text, **seen)
-        frames, ln = (inner["intermediates"][name]["__call__"][0] for name in ("vit", "ln_vision"))
-        stages = {"frames": frames, "ln": ln, "connector": out.visual.connector, "prefix": out.visual.prefix}
+        frames, ln = inner["intermediates"]["vit"]["encode"][0], inner["intermediates"]["ln_vision"]["__call__"][0]
+        stages = {"frames": frames.tokens, "ln": ln, "connector": out.visual.connector, "prefix": out.visual.prefix}
         return stages, model.llm.apply({"params": params["llm"]}, out.hidden, method="logits")
 
     @jax.jit

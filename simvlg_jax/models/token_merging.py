@@ -68,22 +68,20 @@ def schedule_of(keys: Mapping, name: str, num_layers: int, num_tokens: int, clas
     """Returns how many tokens each layer removes by a config's `connector` or `vit`.
 
     Args:
-      keys: r and tokens, of which one may be above 0; else `merges`, if there is this key; "inflect" goes with r.
+      keys: r (with inflect, if there is such a key) and tokens, of which one may be above 0; else merges count.
       name: of the keys, for messages.
-      num_layers, num_tokens, class_token: as for `schedule_down_to`.
 
     Raises:
       ValueError: the schedule does not fit. The message says which key to change.
     """
     if keys.r and keys.tokens:
         raise ValueError(f"{name}.r and {name}.tokens both set the merges: set one of them to 0")
+    inflect = keys.get("inflect", 0.0)
+    ramp = {"r": keys.r, "inflect": inflect} if inflect else keys.r
     try:
         if keys.tokens:
             return schedule_down_to(num_layers, num_tokens, keys.tokens, class_token)
-        if keys.r:
-            inflect = keys.get("inflect", 0.0)
-            return merge_schedule(num_layers, {"r": keys.r, "inflect": inflect} if inflect else keys.r)
-        return merge_schedule(num_layers, tuple(keys.get("merges", ())))
+        return merge_schedule(num_layers, ramp if keys.r else tuple(keys.get("merges", ())))
     except ValueError as error:
         raise ValueError(f"{name}.{'tokens' if keys.tokens else 'merges'}: {error}") from error
 
