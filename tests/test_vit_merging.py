@@ -250,6 +250,20 @@ def test_merged_tokens_have_the_mean_position_of_their_patches():
 
 
 @pytest.mark.parametrize(
+    ("flags", "merges"),
+    [
+        (["connector.merges=(5,5)"], (2, 2)),  # 17 -> 12 -> 7, and 11 -> 9 -> 7
+        (["connector.r=4"], (1, 1)),
+        (["connector.r=2"], (0, 0)),  # 17 -> 13, and 11 tokens are all there are
+        (["connector.tokens=5"], (3, 3)),
+    ],
+)
+def test_the_language_model_reads_as_many_tokens_as_without_merging(flags, merges):
+    flags = [f"--config.{flag}" for flag in ["vit.r=3", *flags]]
+    assert build_task(load_config("configs/tiny.py", flags)).model.connector.merges == merges
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["vit.r=1", "vit.tokens=13"], "vit.r and vit.tokens both set the merges"),

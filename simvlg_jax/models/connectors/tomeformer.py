@@ -79,8 +79,9 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
     if connector.size not in bert.BERT_SIZES:
         raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
     size = bert.BERT_SIZES[connector.size]
-    tokens = vit.num_output_tokens
-    merges = token_merging.schedule_of(connector, "connector", size["depth"], tokens, vit.class_token)
+    merges = token_merging.schedule_of(connector, "connector", size["depth"], vit.num_tokens, vit.class_token)
+    if any(vit.merges):
+        merges = _from_fewer(merges, connector.tokens, vit)
     return TomeFormer(
         **size,
         merges=merges,
@@ -90,3 +91,24 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
         proportional_attention=connector.proportional_attention,
         dtype=dtype,
     )
+
+
+def _from_fewer(merges: tuple[int, ...], wanted: int, vit: ViT) -> tuple[int, ...]:
+    """Returns a schedule for what a merging vision encoder leaves, evenly spread.
+
+    The language model should read the number of tokens that it reads without that merging. The same merges would leave
+    fewer, and the captions of a trained model would be far worse.
+
+    Args:
+      merges: the schedule for all tokens of the vision encoder.
+      wanted: `connector.tokens`; 0: as many as `merges` leave, or all if there are not as many.
+
+    Raises:
+      ValueError: the vision encoder leaves fewer than `wanted`.
+    """
+    tokens = vit.num_output_tokens
+    left = min(token_merging.token_counts(vit.num_tokens, merges, vit.class_token)[-1], tokens)
+    try:
+        return token_merging.schedule_down_to(len(merges), tokens, wanted or left, vit.class_token)
+    except ValueError as error:
+        raise ValueError(f"connector.tokens: {error}") from error
