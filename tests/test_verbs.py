@@ -177,7 +177,7 @@ def test_evaluate_takes_overrides_and_leaves_the_runs_config_alone(run, tmp_path
     inside = json.loads((tmp_path / "inside" / "eval" / "test.json").read_text())
     assert inside["visual_tokens"] == 17 - 5 - 5
     counts = [[max(layer) + 1 for layer in e["layers"]] for e in inside["examples"] if "layers" in e]
-    assert counts == [[10, 7]] * len(counts) and counts, "the ViT leaves 13 of 17"
+    assert counts == [[12, 7]] * len(counts) and counts
     for wrong, status, message in (
         (["--config.evaluate.batchsize=4"], 2, "did you mean evaluate.batch_size"),
         (["--config.connector.size=base"], 2, "differs from this config"),

@@ -1,5 +1,6 @@
 """The TomeFormer: a BERT encoder over visual tokens that merges similar ones in every layer (SimVLG, 3.2)."""
 
+import itertools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -81,7 +82,11 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
     size = bert.BERT_SIZES[connector.size]
     merges = token_merging.schedule_of(connector, "connector", size["depth"], vit.num_tokens, vit.class_token)
     if any(vit.merges):
-        merges = _from_fewer(merges, connector.tokens, vit)
+        # Every layer leaves as many tokens as without that merging, if it gets so many: the language model was trained
+        # with this number, and with the order of tokens that the last merges make.
+        counts = token_merging.token_counts(vit.num_tokens, merges, vit.class_token)
+        counts = [min(count, vit.num_output_tokens) for count in counts]
+        merges = tuple(before - after for before, after in itertools.pairwise(counts))
     return TomeFormer(
         **size,
         merges=merges,
@@ -91,24 +96,3 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
         proportional_attention=connector.proportional_attention,
         dtype=dtype,
     )
-
-
-def _from_fewer(merges: tuple[int, ...], wanted: int, vit: ViT) -> tuple[int, ...]:
-    """Returns a schedule for what a merging vision encoder leaves, evenly spread.
-
-    The language model should read the number of tokens that it reads without that merging. The same merges would leave
-    fewer, and the captions of a trained model would be far worse.
-
-    Args:
-      merges: the schedule for all tokens of the vision encoder.
-      wanted: `connector.tokens`; 0: as many as `merges` leave, or all if there are not as many.
-
-    Raises:
-      ValueError: the vision encoder leaves fewer than `wanted`.
-    """
-    tokens = vit.num_output_tokens
-    left = min(token_merging.token_counts(vit.num_tokens, merges, vit.class_token)[-1], tokens)
-    try:
-        return token_merging.schedule_down_to(len(merges), tokens, wanted or left, vit.class_token)
-    except ValueError as error:
-        raise ValueError(f"connector.tokens: {error}") from error
