@@ -42,9 +42,9 @@ class Looks:
     def __init__(self, model: CaptionModel):
         connector, vit = model.task.model.connector, model.task.model.vit
         self.most = vit.num_output_tokens
-        halving = [self.most] * connector.depth  # each layer merges as many as it can
+        halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
         self.own = token_counts(self.most, connector.merges, connector.class_token)[-1]
-        self.least = token_counts(self.most, halving, connector.class_token)[-1]
+        self.least = min(self.most, token_counts(vit.num_tokens, halving, connector.class_token)[-1])
         self.class_token = connector.class_token
         self.patches = vit.num_tokens - connector.class_token
         self.side = model.task.batch.pictures.side
