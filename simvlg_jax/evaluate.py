@@ -75,7 +75,8 @@ def main() -> int:
     elsewhere = output.resolve() != workdir.resolve()
     if elsewhere and (output / "checkpoints").exists():
         raise UserError(f"--output {output} holds another run; name another folder", 2)
-    if not elsewhere and (changed := differences(own, config, lambda key: key.startswith((*WHICH_DATA, *MERGING)))):
+    changed = differences(own, config, lambda key: key.startswith(WHICH_DATA) or key in MERGING)
+    if changed and not elsewhere:
         raise UserError(
             "the data or merges differ from the run's; name a folder for their results with --output:\n  "
             + "\n  ".join(changed),

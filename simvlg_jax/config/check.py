@@ -17,6 +17,8 @@ ONE_UP, ZERO_UP, SHARE = (1, math.inf), (0, math.inf), (0, BELOW_1)
 RANGES = {  # smallest and greatest value of each number; "*" stands for any name
     "seed": (0, 2**32 - 1),
     "vit.max_frames": ZERO_UP,
+    "vit.r": ZERO_UP,
+    "vit.tokens": ZERO_UP,
     "connector.r": ZERO_UP,
     "connector.inflect": (-1, 1),
     "connector.tokens": ZERO_UP,
@@ -126,6 +128,11 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         _check_part(f"data.mixture.{name}", entry, config.data)
     if config.vit.max_frames and not config.vit.temporal:
         raise UserError("vit.max_frames is for clips: it needs vit.temporal=True", 2)
+    for key in ("r", "tokens"):
+        if config.vit[key] and config.vit.temporal:
+            raise UserError(f"vit.{key} is for pictures, and vit.temporal=True for clips: set vit.{key}=0", 2)
+        if config.vit[key] and config.task == "contrastive":
+            raise UserError(f"vit.{key} is for the caption task: the contrastive task needs vit.{key}=0", 2)
     if config.data.frames and not config.vit.temporal:
         raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
     if 0 < config.vit.max_frames < config.data.frames:

@@ -37,6 +37,10 @@ def get_config() -> ConfigDict:
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
     config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
     config.vit.max_frames = 0  # number of frames with learned temporal positions; published: 0
+    # Tokens of a picture that every block of the ViT merges away, without training (ToMe, arXiv 2210.09461); 0: none.
+    # Every layer of the connector leaves as many as without that, so its first layers merge fewer tokens, or none.
+    config.vit.r = 0
+    config.vit.tokens = 0  # above 0: tokens of a picture that the ViT's evenly spread merges leave, replaces r
     config.vit.scan = True  # one scanned block compiles faster; unrolled blocks run faster on a CPU
     config.vit.remat = False  # recompute activations in the backward pass
 

@@ -19,7 +19,7 @@ class VisualOutput:
     Attributes:
       connector: (B, P, D) the connector's tokens.
       prefix: (B, P, E) the soft prompt.
-      source_map: (B, N) int32, which prefix token each ViT token became part of, or None.
+      source_map: (B, N) int32, which prefix token each patch, and the class token, became part of; or None.
       layers: of each layer of the connector, the source map (B, N) after it; see `ConnectorOutput`.
     """
 
@@ -99,11 +99,12 @@ class SimVLG(nn.Module):
             images = self.vit.normalize(images)
         if self.vit.temporal and images.ndim == 4:
             images = images[:, None]  # a picture is a clip of one frame
-        tokens = self.vit(images)  # (B, N, C), of clips (B, F, N, C)
+        seen = self.vit.encode(images)
+        tokens = seen.tokens  # (B, T, C), of clips (B, F, T, C)
         if not self.vit_grad:
             tokens = jax.lax.stop_gradient(tokens)
         tokens = tokens.mean(1) if images.ndim == 5 else tokens
-        return self.connector(self.ln_vision(tokens))
+        return self.connector(self.ln_vision(tokens), seen.source_map)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, L, E) of ids (B, L) int32."""
