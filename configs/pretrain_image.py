@@ -76,6 +76,8 @@ def get_config(argument: str = "") -> ConfigDict:
     else:
         config.data.name = "folder"
     config.data.clean = "blip_caption"
+    config.data.pack = -1
+    config.data.pack_window = 8 if published_vicuna else 1  # a chip of 16 has 10 examples, or 100
     config.data.workers = 8
     config.data.read_threads = 16
     config.train.batch_size = 160 if published_vicuna else 1600

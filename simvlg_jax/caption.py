@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simvlg_jax.config.arguments import add_checkpoint_argument, add_model_arguments, model_folder
+from simvlg_jax.config.arguments import add_cache_argument, add_checkpoint_argument, add_model_arguments, model_folder
 from simvlg_jax.config.check import flat_keys
 from simvlg_jax.utils.errors import UserError, run_verb
 from simvlg_jax.utils.lines import Lines, json_line
@@ -55,7 +55,7 @@ def main() -> int:
     from simvlg_jax.api import find
     from simvlg_jax.parallel.compile_cache import keep_compiled
 
-    keep_compiled()
+    keep_compiled(not arguments.no_cache)
     run = find(model_folder(arguments), None, arguments.checkpoint, overrides)
     task = functools.partial(write, run, overrides, arguments)
     if arguments.output is None:
@@ -80,6 +80,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     add_model_arguments(parser)
     add_checkpoint_argument(parser)
+    add_cache_argument(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--prompt", help="words that the captions continue")
     which.add_argument("--question", help="is answered for each picture; the model must be trained on questions")

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config import defaults
 from simvlg_jax.config.arguments import (
+    add_cache_argument,
     add_checkpoint_argument,
     add_model_arguments,
     add_process_argument,
@@ -62,6 +63,7 @@ def main() -> int:
     add("--choices", default="", help='such as "yes|no", or "answers" for all of the split; default: the records\' own')
     add("--ranking", default="sum", help="of choices: by the sum of log-likelihoods or by their mean")
     add_checkpoint_argument(parser)
+    add_cache_argument(parser)
     add_process_argument(parser)
     arguments, overrides = parser.parse_known_args()
     workdir = model_folder(arguments)
@@ -73,7 +75,8 @@ def main() -> int:
     elsewhere = output.resolve() != workdir.resolve()
     if elsewhere and (output / "checkpoints").exists():
         raise UserError(f"--output {output} holds another run; name another folder", 2)
-    if not elsewhere and (changed := differences(own, config, lambda key: key.startswith((*WHICH_DATA, *MERGING)))):
+    changed = differences(own, config, lambda key: key.startswith(WHICH_DATA) or key in MERGING)
+    if changed and not elsewhere:
         raise UserError(
             "the data or merges differ from the run's; name a folder for their results with --output:\n  "
             + "\n  ".join(changed),
@@ -82,7 +85,7 @@ def main() -> int:
     from simvlg_jax.parallel import processes
     from simvlg_jax.parallel.compile_cache import keep_compiled
 
-    keep_compiled()
+    keep_compiled(not arguments.no_cache)
     splits = arguments.split.split(",") if arguments.split else []
     keys = ("type", "metric", "extra_scores", "lemmatise", "choices", "ranking")
     kind = {key: getattr(arguments, key) for key in keys}

@@ -12,7 +12,7 @@ still trains in the workdir. The same command resumes from the newest whole chec
 
 from pathlib import Path
 
-from simvlg_jax.config.arguments import add_process_argument, config_parser
+from simvlg_jax.config.arguments import add_cache_argument, add_process_argument, config_parser
 from simvlg_jax.config.load import load_config
 from simvlg_jax.utils.errors import run_verb
 
@@ -21,12 +21,15 @@ def main() -> int:
     parser = config_parser(__doc__, prog="python -m simvlg_jax.train")
     parser.add_argument("--workdir", type=Path, required=True, help="gets checkpoints, metrics, the report")
     add_process_argument(parser)
+    add_cache_argument(parser)
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
     # The config is checked before jax is imported, which takes seconds.
     from simvlg_jax.parallel import processes
+    from simvlg_jax.parallel.compile_cache import keep_compiled
     from simvlg_jax.training.loop import train
 
+    keep_compiled(not arguments.no_cache)
     return processes.run(lambda: train(config, arguments.workdir), arguments.distributed, preemptible=True)
 
 

@@ -13,6 +13,7 @@ Exit status: 0 fits, 3 does not fit, 1 failed, 2 invalid arguments or config.
 
 import argparse
 import json
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -34,10 +35,15 @@ def main() -> int:
     parser.add_argument("--slices", type=int, default=1, help="number of such slices")
     parser.add_argument("--effort", choices=("O0", "O1", "O2", "O3"), default="", help="of the compiler; default: full")
     parser.add_argument("--search", choices=("batch",), help="search the largest batch that fits")
+    parser.add_argument(
+        "--text_tokens", type=float, default=14.0, help="mean length of a caption with start and end [14, COCO's]"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     arguments, overrides = parser.parse_known_args()
     if arguments.slices < 1:
         raise UserError("--slices must be at least 1", 2)
+    if not 0 < arguments.text_tokens < math.inf:
+        raise UserError("--text_tokens must be above 0", 2)
     config = load_config(arguments.config, overrides)
     result = run(config, arguments)
     print(json.dumps(result.as_dict()) if arguments.json else describe(result))
@@ -55,7 +61,15 @@ def run(config: ConfigDict, arguments: argparse.Namespace) -> "Forecast":
         sized = config.copy_and_resolve_references()
         with sized.unlocked():
             sized.train.batch_size = batch
-        result = ahead.forecast(arguments.config, sized, arguments.topology, arguments.slices, arguments.effort, say)
+        result = ahead.forecast(
+            arguments.config,
+            sized,
+            arguments.topology,
+            arguments.slices,
+            arguments.effort,
+            say,
+            arguments.text_tokens,
+        )
         if arguments.search:
             say(f"batch {batch}: {'fits' if result.fits else 'does not fit'}")
         return result
@@ -79,6 +93,8 @@ def describe(f: "Forecast") -> str:
         f"{f.config} on {slices}{f.topology}: {f.chips} chips ({mesh}), batch {f.global_batch} "
         f"({f.global_batch / f.chips:g} per chip) in {f.micro_batches} micro-batch(es)"
     ]
+    if f.padding is not None:
+        lines += [f"padding: {f.padding:.1%} of the language model's tokens, for captions of {f.text_tokens:g} tokens"]
     if f.peak_bytes is None:
         lines += [f"memory per chip: more than the available {gb(f.hbm_bytes)}; fits: no"]
         lines += ["try more micro-batches (--config.train.accumulate), a larger mesh.tensor, or --search batch"]

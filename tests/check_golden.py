@@ -30,8 +30,8 @@ from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
 from simvlg_jax.evaluation.scores import answers, ptb_tokenizer
 from simvlg_jax.evaluation.scores import captions as scoring
+from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
 from simvlg_jax.models.llms.llama import Llama
@@ -116,8 +116,8 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
             capture_intermediates=lambda module, _: module.name in ("vit", "ln_vision"), mutable="intermediates"
         )
         out, inner = model.apply({"params": params}, images, *text, **seen)
-        frames, ln = (inner["intermediates"][name]["__call__"][0] for name in ("vit", "ln_vision"))
-        stages = {"frames": frames, "ln": ln, "connector": out.visual.connector, "prefix": out.visual.prefix}
+        frames, ln = inner["intermediates"]["vit"]["encode"][0], inner["intermediates"]["ln_vision"]["__call__"][0]
+        stages = {"frames": frames.tokens, "ln": ln, "connector": out.visual.connector, "prefix": out.visual.prefix}
         return stages, model.llm.apply({"params": params["llm"]}, out.hidden, method="logits")
 
     @jax.jit

@@ -34,7 +34,8 @@ SETTINGS = {
     "train.save_every": 4,
     "evals.val.every": 6,
     "data.flip": True,
-    "data.length_window": 4,
+    "data.pack": 2,
+    "data.pack_window": 4,
     "data.synthetic_size.val": 48,
     "connector.dropout": 0.1,
 }

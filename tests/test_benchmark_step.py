@@ -171,7 +171,7 @@ def test_ratios_are_of_the_same_round():
 
 def test_the_step_names_its_parts_in_a_trace(chosen):
     program = chosen.plan.step.lower(chosen.state, chosen.frozen, setting.put(chosen)).as_text(debug_info=True)
-    for scope in ("/vit/", "/connector/", "/merge/", "/llm/", "/head_and_loss/", "/optimizer/"):
+    for scope in ("/vit.encode/", "/connector/", "/merge/", "/llm/", "/head_and_loss/", "/optimizer/"):
         assert scope in program, scope
 
 

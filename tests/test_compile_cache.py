@@ -6,6 +6,7 @@ import pytest
 from simvlg_jax.parallel.compile_cache import keep_compiled
 
 NAMES = (
+    "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
     "jax_compilation_cache_max_size",
     "jax_persistent_cache_min_compile_time_secs",
@@ -35,3 +36,10 @@ def test_a_cache_that_the_user_has_chosen_stays(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+def test_no_cache_keeps_nothing(tmp_path, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_compiled(False)
+    assert jax.config.jax_compilation_cache_dir is None and not jax.config.jax_enable_compilation_cache

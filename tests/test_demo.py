@@ -22,7 +22,7 @@ from simvlg_jax.demo import __main__ as demo
 from simvlg_jax.demo import views
 from simvlg_jax.demo.looks import Looks
 from simvlg_jax.evaluation.caption_model import CaptionModel
-from simvlg_jax.models.connectors.token_merging import token_counts
+from simvlg_jax.models.token_merging import token_counts
 from simvlg_jax.parallel.mesh import make_mesh
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simvlg_jax.convert.encoders import ENCODERS
 from simvlg_jax.convert.families import FAMILIES, of_size
+from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
 from simvlg_jax.models.llms.vicuna import VICUNA_SIZES, Vicuna

@@ -99,9 +99,17 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
     assert preprocessor["size"] == {"height": 32, "width": 32}
 
 
-@pytest.mark.parametrize("size", ["opt_tiny", "qwen2.5_tiny", "qwen3_tiny"])
-def test_captions_are_the_same_whatever_the_family(size, tmp_path):
-    config = load_config("configs/tiny.py", [f"--config.llm.size={size}", "--config.evaluate.max_new_tokens=12"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["llm.size=opt_tiny"],
+        ["llm.size=qwen2.5_tiny"],
+        ["llm.size=qwen3_tiny"],
+        ["vit.tokens=11", "connector.tokens=5"],
+    ],
+)
+def test_captions_are_the_same_whatever_the_parts(flags, tmp_path):
+    config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in (*flags, "evaluate.max_new_tokens=12")])
     task = build_task(config)
     rng = np.random.default_rng(0)
     abstract = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))

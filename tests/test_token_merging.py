@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simvlg_jax.models import bert
-from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models import bert, token_merging
 
 GOLDEN = Path(__file__).parent / "golden"
 match = jax.jit(token_merging.match, static_argnums=(1, 2))

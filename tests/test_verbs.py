@@ -173,10 +173,16 @@ def test_evaluate_takes_overrides_and_leaves_the_runs_config_alone(run, tmp_path
     assert call(evaluate, "--workdir", run, "--output", tmp_path / "fewer", "--config.connector.merges=(4, 4)") == 0
     merged = json.loads((tmp_path / "fewer" / "eval" / "test.json").read_text())["examples"]
     assert {max(e["source_map"]) + 1 for e in merged if "source_map" in e} == {17 - 4 - 4}
+    assert call(evaluate, "--workdir", run, "--output", tmp_path / "inside", "--config.vit.r=2") == 0
+    inside = json.loads((tmp_path / "inside" / "eval" / "test.json").read_text())
+    assert inside["visual_tokens"] == 17 - 5 - 5
+    counts = [[max(layer) + 1 for layer in e["layers"]] for e in inside["examples"] if "layers" in e]
+    assert counts == [[12, 7]] * len(counts) and counts
     for wrong, status, message in (
         (["--config.evaluate.batchsize=4"], 2, "did you mean evaluate.batch_size"),
         (["--config.connector.size=base"], 2, "differs from this config"),
         (["--config.connector.merges=(4, 4)"], 2, "the data or merges differ"),
+        (["--config.vit.tokens=13"], 2, "the data or merges differ"),
         (folder_of(tmp_path / "data", CAPTIONS.items()), 2, "name a folder for their results with --output"),
         (["--checkpoint", "7"], 1, "no checkpoint '7'"),
     ):

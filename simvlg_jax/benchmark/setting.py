@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax.data import pipeline
+from simvlg_jax.data.mixture import load_training
 from simvlg_jax.data.skipped import Skipped
 from simvlg_jax.data.timings import Timings
 from simvlg_jax.parallel import mesh as meshes
@@ -17,7 +17,7 @@ from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks.task import Task
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.training.step import TrainState
-from simvlg_jax.training.trainer import make_iterator
+from simvlg_jax.training.trainer import make_iterator, plan_packing
 from simvlg_jax.utils.errors import UserError
 
 
@@ -73,14 +73,18 @@ def prepare(config: ConfigDict, batches: int) -> Setting:
 def draw(config: ConfigDict, task: Task, mesh: Mesh, count: int) -> tuple[list[dict[str, np.ndarray]], float]:
     """Returns batches, and the seconds that one thread takes for each.
 
-    Whole windows of `data.length_window` are drawn, since their batches are made together. The first window does not
-    count: it opens files.
+    Whole windows are drawn if captions are packed, since the batches of a window are made together. The first window
+    does not count: it opens files.
     """
     alone = config.copy_and_resolve_references()
     with alone.unlocked():
         alone.data.workers = alone.data.read_threads = 0  # nothing is read ahead
         alone.train.overfit_one_batch = False
-    iterator, window = make_iterator(alone, task, mesh, Skipped(), Timings()), pipeline.length_window(alone.data, True)
+    source = load_training(config.data)
+    packing = plan_packing(config, task, mesh, source)
+    iterator, window = make_iterator(alone, task, mesh, source, packing, Skipped(), Timings()), 1
+    if packing:
+        window = packing.window
     first = [next(iterator) for _ in range(window)]
     start, number = time.perf_counter(), window * math.ceil(count / window)
     rest = [next(iterator) for _ in range(number)]

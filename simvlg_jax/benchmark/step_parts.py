@@ -28,14 +28,14 @@ from simvlg_jax.benchmark.calls import Name, recorded, replacing
 from simvlg_jax.benchmark.passes import make_passes
 from simvlg_jax.benchmark.setting import Setting
 from simvlg_jax.benchmark.timing import compiled_seconds
-from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models import token_merging
 from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.optimizer import make_optimizer
 
-VIT, VISUAL, LLM = ("vit", "__call__"), ("", "encode_image"), ("llm", "__call__")
+VIT, VISUAL, LLM = ("vit", "encode"), ("", "encode_image"), ("llm", "__call__")
 VISUAL_PARAMS = ("ln_vision", "connector", "llm_proj")
 
 
@@ -109,7 +109,7 @@ class Parts:
     def _vit(self) -> Both:
         def run(params: dict, given: tuple, call: tuple) -> object:
             args, kwargs = call
-            return self._model.vit.apply({"params": params["vit"]}, *args, **kwargs)
+            return self._model.vit.apply({"params": params["vit"]}, *args, **kwargs, method=VIT[1])
 
         return self._cost(run, ("vit",), (), self._calls[VIT][:2])
 

@@ -26,6 +26,11 @@ def add_process_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --no_cache. See `parallel.compile_cache`."""
+    parser.add_argument("--no_cache", action="store_true", help="compile anew, and keep no compiled program")
+
+
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --checkpoint: best, latest or a step."""
     parser.add_argument(

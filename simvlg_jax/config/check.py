@@ -17,6 +17,8 @@ ONE_UP, ZERO_UP, SHARE = (1, math.inf), (0, math.inf), (0, BELOW_1)
 RANGES = {  # smallest and greatest value of each number; "*" stands for any name
     "seed": (0, 2**32 - 1),
     "vit.max_frames": ZERO_UP,
+    "vit.r": ZERO_UP,
+    "vit.tokens": ZERO_UP,
     "connector.r": ZERO_UP,
     "connector.inflect": (-1, 1),
     "connector.tokens": ZERO_UP,
@@ -29,7 +31,9 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "data.block_size": ONE_UP,
     "data.window_blocks": ONE_UP,
     "data.pad_multiple": ZERO_UP,
-    "data.length_window": ONE_UP,
+    "data.pack": (-1, math.inf),
+    "data.pack_window": ONE_UP,
+    "data.pack_tokens": ZERO_UP,
     "data.workers": ZERO_UP,
     "data.read_threads": ONE_UP,
     "train.batch_size": ONE_UP,
@@ -124,6 +128,11 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         _check_part(f"data.mixture.{name}", entry, config.data)
     if config.vit.max_frames and not config.vit.temporal:
         raise UserError("vit.max_frames is for clips: it needs vit.temporal=True", 2)
+    for key in ("r", "tokens"):
+        if config.vit[key] and config.vit.temporal:
+            raise UserError(f"vit.{key} is for pictures, and vit.temporal=True for clips: set vit.{key}=0", 2)
+        if config.vit[key] and config.task == "contrastive":
+            raise UserError(f"vit.{key} is for the caption task: the contrastive task needs vit.{key}=0", 2)
     if config.data.frames and not config.vit.temporal:
         raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
     if 0 < config.vit.max_frames < config.data.frames:
@@ -135,7 +144,7 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
 
 
 # Keys of config.data that are of the whole pipeline, not of a source of the training data.
-WHOLE = ("mixture", "max_skipped", "pad_multiple", "length_window", "workers", "read_threads")
+WHOLE = ("mixture", "max_skipped", "pad_multiple", "pack", "pack_window", "pack_tokens", "workers", "read_threads")
 
 
 def _check_evaluation(name: str, entry: ConfigDict, data: ConfigDict, decoding: ConfigDict) -> None:

@@ -37,6 +37,10 @@ def get_config() -> ConfigDict:
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
     config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
     config.vit.max_frames = 0  # number of frames with learned temporal positions; published: 0
+    # Tokens of a picture that every block of the ViT merges away, without training (ToMe, arXiv 2210.09461); 0: none.
+    # Every layer of the connector leaves as many as without that, so its first layers merge fewer tokens, or none.
+    config.vit.r = 0
+    config.vit.tokens = 0  # above 0: tokens of a picture that the ViT's evenly spread merges leave, replaces r
     config.vit.scan = True  # one scanned block compiles faster; unrolled blocks run faster on a CPU
     config.vit.remat = False  # recompute activations in the backward pass
 
@@ -97,7 +101,15 @@ def get_config() -> ConfigDict:
     config.data.crop_scale = (0.5, 1.0)  # RandomResizedCrop's range of the cropped share of the area
     config.data.flip = True  # random horizontal flips; set False if captions mention left and right
     config.data.pad_multiple = 4  # pad text to the longest of the batch, rounded up to a multiple; 0: max_text_tokens
-    config.data.length_window = 1  # number of batches whose captions are grouped by length to save padding; 1: off
+    # Training: number of examples whose captions share one row of fixed length, without padding. 0: none; -1: all that
+    # a device computes at a time. One program then serves the run, in any number of processes.
+    config.data.pack = 0
+    # Number of batches over which captions are spread so that packs are equally full. Small batches need it (128
+    # examples in all are plenty); the pictures of so many batches are in memory at once.
+    config.data.pack_window = 1
+    # Room for a caption in a pack, tokens on average. 0: measured on the data. Captions that find no room are cut, and
+    # `captions_cut` in the log counts them.
+    config.data.pack_tokens = 0.0
     # Decode JPEGs at 1/2, 1/4 or 1/8 of their size if the crop then still has the model's side. For crops of 224 pixels
     # from 1280 x 960 this is all of them and 1.8 times as fast, from 640 x 480 a quarter; these views differ by 0.3 to
     # 0.6 of 255 on average (PSNR 49 to 52 dB). `python -m simvlg_jax.benchmark.loader --reduced` measures it.

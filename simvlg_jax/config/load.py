@@ -14,6 +14,7 @@ from simvlg_jax.config.check import check, flat_keys
 from simvlg_jax.utils.errors import UserError
 
 FORMER = {"train.eval_every": "evals.val.every", "evaluate.max_examples": "evals.val.max_examples"}  # before `evals`
+DROPPED = {"data.length_window": 1}  # former keys, and the value at which a config means the same without them
 # Groups that take names of one's own.
 OPEN = ("evals.", "optimizer.lr_multipliers.", "data.synthetic_size.", "data.mixture.")
 RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel contains
@@ -69,6 +70,10 @@ def fill(config: ConfigDict) -> ConfigDict:
 
     filled = config.copy_and_resolve_references()
     with filled.unlocked():
+        for key, value in DROPPED.items():
+            group, name = key.split(".")
+            if config.get(group, {}).get(name) == value:
+                del filled[group][name]
         if "evals" in filled:
             default = defaults.get_config()
             default.evals = ConfigDict({name: defaults.get_eval() for name in filled.evals})

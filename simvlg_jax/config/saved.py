@@ -25,7 +25,9 @@ FREE = (  # prefixes of keys that may change when a run resumes: durations, inte
     "data.allow_outside",
     "data.max_skipped",
 )
-MERGING = ("connector.merges", "connector.r", "connector.inflect", "connector.tokens")  # weights fit any schedule
+# The weights fit any schedule of merges.
+CONNECTOR_MERGING = ("connector.merges", "connector.r", "connector.inflect", "connector.tokens")
+MERGING = (*CONNECTOR_MERGING, "vit.r", "vit.tokens")
 
 
 def read_config(workdir: Path) -> ConfigDict:

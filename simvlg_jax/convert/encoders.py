@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.convert import siglip, vit
 from simvlg_jax.convert.weight_map import Tensors
+from simvlg_jax.models import token_merging
 from simvlg_jax.models.encoders.clip import CLIP_SIZES, Clip
 from simvlg_jax.models.encoders.siglip import SIGLIP_SIZES, Siglip
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
@@ -41,14 +42,19 @@ def build(config: Mapping, dtype: DTypeLike) -> ViT:
     """Returns the vision encoder of a config's `vit`.
 
     Raises:
-      UserError (status 2): no encoder has this size.
+      UserError (status 2): no encoder has this size, or it cannot merge its tokens as the config says.
     """
     known = {name: encoder for encoder in ENCODERS.values() for name in encoder.sizes}
     if config.size not in known:
         raise UserError(f"vit.size is {config.size!r}; it takes {', '.join(map(repr, known))}", 2)
     options = {name: config[name] for name in ("temporal", "max_frames", "scan", "remat")}
     encoder = known[config.size]
-    return encoder.module(**encoder.sizes[config.size], **options, dtype=dtype)
+    vit = encoder.module(**encoder.sizes[config.size], **options, dtype=dtype)
+    try:
+        merges = token_merging.schedule_of(config, "vit", vit.depth, vit.num_tokens, vit.class_token)
+    except ValueError as error:
+        raise UserError(str(error), 2) from error
+    return vit.clone(merges=merges)
 
 
 def of_model(model: ViT) -> Encoder:

@@ -8,6 +8,12 @@ A batch is a dict of arrays of B examples:
     NAME_targets    int32 (B, L), -100 where there is no loss; only of texts that are predicted
     weight          float32 (B,), 1 for examples that count; 0 for blank ones: a black picture, no targets
 
+If captions are packed (`data.pack`), each row of the main text holds b captions one after the other, with C tokens of
+room:
+
+    NAME_ids, NAME_mask, NAME_targets   int32 (B / b, C)
+    NAME_lengths    int32 (B / b, b), the tokens of each caption
+
 NAME is a text of the task: "caption", "sentence". A blank example stands in the place of a record that cannot be used.
 In evaluation it also fills up the last batch. Evaluation batches also have
 
@@ -22,6 +28,7 @@ The last two only exist if the records have prompts of their own (questions, or 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,13 +77,20 @@ class TextSpec:
         return ("ids", "mask", "targets") if self.predicted else ("ids", "mask")
 
 
+class Pack(NamedTuple):
+    """The layout of packed captions: how many share a row, and the row's tokens."""
+
+    examples: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class BatchSpec:
     """The inputs of a task.
 
     Attributes:
       pictures: None for a task without pictures.
-      texts: by name. Batches are padded to and grouped by the length of the first.
+      texts: by name. Batches are padded to the length of the first, or packed by it.
     """
 
     pictures: Pictures | None
@@ -90,16 +104,22 @@ class BatchSpec:
         """Name -> (ids, targets). Every text of a task is the record's caption; predicted ones follow the prompt."""
         return {name: text.encoder(caption, prompt if text.predicted else "") for name, text in self.texts.items()}
 
-    def shapes(self, batch_size: int, lengths: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def shapes(
+        self, batch_size: int, lengths: int | None = None, pack: Pack | None = None
+    ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Name -> (shape, dtype) of each array of a training batch.
 
         Args:
           lengths: length of every text; default: its max_tokens.
+          pack: of the main text, if it is packed.
         """
         shapes = {}
         if self.pictures:
             shapes["image"] = (self.pictures.shape(batch_size), np.dtype(np.uint8))
         for name, text in self.texts.items():
             shape = (batch_size, lengths or text.max_tokens)
+            if pack and name == self.main_text:
+                shape = (batch_size // pack.examples, pack.tokens)
+                shapes[f"{name}_lengths"] = ((shape[0], pack.examples), np.dtype(np.int32))
             shapes |= {f"{name}_{array}": (shape, np.dtype(np.int32)) for array in text.arrays}
         return shapes | {"weight": ((batch_size,), np.dtype(np.float32))}

@@ -1,4 +1,4 @@
-"""From examples to batches: padding, grouping by length, and the rows of one process. `batch` describes the layout."""
+"""From examples to batches: padding or joining texts, and the rows of one process. `batch` describes the layout."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from simvlg_jax.data.batch import Batch, BatchSpec
+from simvlg_jax.data.batch import Batch, BatchSpec, Pack
 from simvlg_jax.data.skipped import Skip
 from simvlg_jax.data.text import IGNORE, TextEncoder
 
@@ -39,6 +39,7 @@ class Report:
       examples: their number.
       skips: the records that could not be used.
       read_seconds, decode_seconds: sums over the examples.
+      cut: number of texts that lost tokens because their pack had no room.
       made: when the batch was whole, in seconds of `time.monotonic`.
     """
 
@@ -47,16 +48,19 @@ class Report:
         self.skips = [example.skip for example in examples if example.skip]
         self.read_seconds = sum(example.read_seconds for example in examples)
         self.decode_seconds = sum(example.decode_seconds for example in examples)
+        self.cut = 0
         self.made = time.monotonic()
 
 
-def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> Batch:
+def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int, pack: Pack | None = None) -> Batch:
     """One batch of the examples, with a `Report` as "report" besides the arrays of the layout.
 
     Args:
       multiple: the main text is padded to the longest example, rounded up to a multiple of this; 0: to its max_tokens.
         The other texts are always padded to theirs.
+      pack: the main text is packed like this instead.
     """
+    report = Report(examples)
     weight = np.array([example.weight for example in examples], np.float32)
     batch = {"weight": weight}
     if spec.pictures:
@@ -64,13 +68,34 @@ def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int) -> B
     for name, text in spec.texts.items():
         ids, targets = zip(*(example.texts[name] for example in examples), strict=True)
         length = text.max_tokens
-        if multiple and name == spec.main_text:
+        if name == spec.main_text and pack:
+            before = list(map(len, ids))
+            batch[f"{name}_lengths"] = room = fit_packs(before, pack)
+            report.cut = int(np.sum(room.reshape(-1) != before))
+            ids, targets = (join(rows, room) for rows in (ids, targets))
+            length = pack.tokens
+        elif name == spec.main_text and multiple:
             length = min(length, -(-max(map(len, ids)) // multiple) * multiple)
         batch[f"{name}_ids"] = pad(ids, length, text.encoder.pad_id)
         batch[f"{name}_mask"] = pad([[1] * len(row) for row in ids], length, 0)
         if text.predicted:
             batch[f"{name}_targets"] = pad(targets, length, IGNORE)
-    return batch | {"report": Report(examples)}
+    return batch | {"report": report}
+
+
+def fit_packs(lengths: Sequence[int], pack: Pack) -> np.ndarray:
+    """Lengths of texts -> int32 (packs, examples of a pack). Without room for all, the longest of a pack are cut."""
+    packs = np.array(lengths, np.int32).reshape(-1, pack.examples)
+    for row in packs:
+        for _ in range(row.sum() - pack.tokens):
+            row[row.argmax()] -= 1
+    return packs
+
+
+def join(rows: Sequence[list[int]], lengths: np.ndarray) -> list[list[int]]:
+    """The first ids of each row, as many as `lengths` (packs, examples of a pack) says, one list for each pack."""
+    each = iter(rows)
+    return [[token for length in pack for token in next(each)[:length]] for pack in lengths.tolist()]
 
 
 def pad(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> np.ndarray:
@@ -114,25 +139,13 @@ class RowsOf(grain.MapDataset):
 
 
 @dataclass(frozen=True)
-class LengthGroups:
-    """Splits a window of examples into batches of similar text length, in random order.
+class Padded:
+    """The one batch of a list of examples."""
 
-    The language model computes padding like any other token; batches of similar length hold little of it.
-
-    Attributes:
-      text: name of the text whose length counts.
-    """
-
-    batch_size: int
-    text: str
     collate: Callable[[Sequence[Example]], Batch]
 
-    def __call__(self, examples: list[Example], rng: np.random.Generator) -> list[Batch]:
-        starts = np.arange(0, len(examples), self.batch_size)
-        if len(starts) > 1:
-            examples = sorted(examples, key=lambda example: len(example.texts[self.text][0]))
-            rng.shuffle(starts)
-        return [self.collate(examples[start : start + self.batch_size]) for start in starts]
+    def __call__(self, examples: list[Example]) -> list[Batch]:
+        return [self.collate(examples)]
 
 
 @dataclass

@@ -14,9 +14,10 @@ from absl import flags
 
 from simvlg_jax.data import transforms, workers
 from simvlg_jax.data.batch import Batch, BatchSpec
-from simvlg_jax.data.batching import Each, Example, LengthGroups, RowsOf, collate, pad_prompts
+from simvlg_jax.data.batching import Each, Example, Padded, RowsOf, collate, pad_prompts
 from simvlg_jax.data.examples import blank, untargeted
 from simvlg_jax.data.mixture import mixed_examples, parts_of
+from simvlg_jax.data.packing import Packing, Packs
 from simvlg_jax.data.receiving import Receive, Received
 from simvlg_jax.data.skipped import MIN_DRAWN, REASONS, Skip, Skipped, reason
 from simvlg_jax.data.sources import Source
@@ -27,14 +28,6 @@ from simvlg_jax.utils.errors import UserError, first_line
 PROBED = 100  # records that are read to learn whether a source has prompts
 
 
-def length_window(data_config: ml_collections.ConfigDict, whole: bool) -> int:
-    """Number of batches that are grouped by length together.
-
-    It is 1 (no grouping) unless this process reads the `whole` batch and pads it to less than max_tokens.
-    """
-    return data_config.length_window if whole and data_config.pad_multiple else 1
-
-
 def make_train_iterator(
     data_config: ml_collections.ConfigDict,
     source: Source,
@@ -43,17 +36,18 @@ def make_train_iterator(
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
+    packing: Packing | None = None,
     skipped: Skipped | None = None,
     timings: Timings | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of this process.
 
-    The first text of the spec is padded to `data_config.pad_multiple` and grouped by length. When processes share a
-    batch, all must agree on its shape, so they pad to max_tokens and do not group.
+    The first text of the spec is packed, or padded to `data_config.pad_multiple`. When processes share a batch that is
+    not packed, all must agree on its shape, so they pad to max_tokens.
 
     A batch holds the same examples, in the same order and views, for any number of processes and any number of
-    workers. One exception: with length groups, workers take turns with the batches of their windows, which changes the
-    order.
+    workers. One exception: if texts are spread over several batches, workers take turns with the batches of their
+    windows, which changes the order.
 
     The position (`get_state`, `set_state`) restores order and augmentation exactly, also in the middle of a mixture. It
     counts batches, so all processes have the same position and a run can resume with another number of processes. It is
@@ -64,10 +58,11 @@ def make_train_iterator(
 
     Args:
       data_config: reads crop_scale, flip, reduced_decode, shuffle, block_size, window_blocks, pad_multiple,
-        length_window, workers (processes; 0 for none), read_threads, max_skipped.
+        workers (processes; 0 for none), read_threads, max_skipped.
       source: what `mixture.load_training` gives.
       batch_size: global, over all processes.
       rows: rows of each batch that this process reads, see `parallel.mesh.local_rows`; default: all.
+      packing: how examples share rows; None: each has its own.
       skipped, timings: count what this process receives.
     """
     rows = range(batch_size) if rows is None else rows
@@ -77,15 +72,18 @@ def make_train_iterator(
             f"the data has {len(source)} examples, less than one batch of {batch_size}: lower train.batch_size"
         )
     spec.encode("")  # reads the tokenizers now, so that their errors come before the first batch
-    window, parts = length_window(data_config, whole), parts_of(data_config, source)
-    collate_fn = functools.partial(collate, spec=spec, multiple=data_config.pad_multiple if whole else 0)
-    dataset = (
-        RowsOf(mixed_examples(parts, spec, seed), rows, batch_size)
-        .batch(window * local, drop_remainder=True, batch_fn=list)
-        .random_map(LengthGroups(local, spec.main_text, collate_fn), seed=seed)
-        .to_iter_dataset(_read_options(data_config.read_threads))
+    parts, window = parts_of(data_config, source), packing.window if packing else 1
+    drawn = RowsOf(mixed_examples(parts, spec, seed), rows, batch_size)
+    drawn = drawn.batch(window * local, drop_remainder=True, batch_fn=list)
+    if packing:
+        packed = functools.partial(collate, spec=spec, multiple=0, pack=packing.pack)
+        lists = drawn.random_map(Packs(packing, rows, spec.main_text, packed), seed=seed)
+    else:
+        multiple = data_config.pad_multiple if whole else 0
+        lists = drawn.map(Padded(functools.partial(collate, spec=spec, multiple=multiple)))
+    dataset = grain.experimental.FlatMapIterDataset(
+        lists.to_iter_dataset(_read_options(data_config.read_threads)), Each(window)
     )
-    dataset = grain.experimental.FlatMapIterDataset(dataset, Each(window))
     if data_config.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes inherit absl flags
             flags.FLAGS.mark_as_parsed()

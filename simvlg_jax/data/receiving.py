@@ -31,7 +31,7 @@ class Receive:
     def __call__(self, batch: Batch, asked: float) -> Batch:
         report = batch.pop("report")
         self.timings.draw(asked, report.made)
-        self.timings.add(report.examples, report.read_seconds, report.decode_seconds)
+        self.timings.add(report.examples, report.read_seconds, report.decode_seconds, report.cut)
         self.skipped.add(report.skips, report.examples, self._name)
         self.skipped.check(self.max_share, self.enough)
         return batch

@@ -10,6 +10,7 @@ class Taken(NamedTuple):
 
     Attributes:
       read, decode: seconds over the examples.
+      cut: number of texts that lost tokens because their pack had no room.
       draws: number of batches that were asked for.
       ready: over the draws, batches that were ready then, the drawn one included.
     """
@@ -17,6 +18,7 @@ class Taken(NamedTuple):
     examples: int = 0
     read: float = 0.0
     decode: float = 0.0
+    cut: int = 0
     draws: int = 0
     ready: int = 0
 
@@ -33,11 +35,11 @@ class Timings:
         self._asked: collections.deque[float] = collections.deque()  # draws that later batches may have been ready at
         self._made = -math.inf
 
-    def add(self, examples: int, read: float, decode: float) -> None:
-        """Counts the seconds of reading and of decoding (with augmenting) of some examples."""
+    def add(self, examples: int, read: float, decode: float, cut: int = 0) -> None:
+        """Counts the seconds of reading and of decoding (with augmenting) of some examples, and the texts cut."""
         sums = self._sums
         self._sums = sums._replace(
-            examples=sums.examples + examples, read=sums.read + read, decode=sums.decode + decode
+            examples=sums.examples + examples, read=sums.read + read, decode=sums.decode + decode, cut=sums.cut + cut
         )
 
     def draw(self, asked: float, made: float) -> None:

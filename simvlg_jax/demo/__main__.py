@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 
-from simvlg_jax.config.arguments import add_checkpoint_argument, add_model_arguments, model_folder
+from simvlg_jax.config.arguments import add_cache_argument, add_checkpoint_argument, add_model_arguments, model_folder
 from simvlg_jax.utils.errors import UserError, run_verb
 
 EXAMPLE_NOTE = (
@@ -31,6 +31,7 @@ def main() -> None:
     )
     add_model_arguments(parser)
     add_checkpoint_argument(parser)
+    add_cache_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
     parser.add_argument("--port", type=int, default=7860)
     parser.epilog = "Any config value can be set: --config.evaluate.num_beams=5"
@@ -55,7 +56,7 @@ def serve(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from simvlg_jax.parallel.compile_cache import keep_compiled
     from simvlg_jax.utils.progress import Announcer
 
-    keep_compiled()
+    keep_compiled(not arguments.no_cache)
     folder = model_folder(arguments)
     run = find("example" if arguments.example else folder, None, arguments.checkpoint, overrides)
     with Announcer(say).first("reading and compiling the model"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simvlg_jax.evaluation.caption_model import CaptionModel
-from simvlg_jax.models.connectors.token_merging import token_counts
+from simvlg_jax.models.token_merging import token_counts
 
 REPEATS = 3  # the time is the median of so many runs
 LONG_SECONDS = 2.0  # of all of them together; then fewer have to do
@@ -41,10 +41,10 @@ class Looks:
 
     def __init__(self, model: CaptionModel):
         connector, vit = model.task.model.connector, model.task.model.vit
+        self.most = vit.num_output_tokens
         halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
-        self.own = token_counts(vit.num_tokens, connector.merges, connector.class_token)[-1]
-        self.least = token_counts(vit.num_tokens, halving, connector.class_token)[-1]
-        self.most = vit.num_tokens
+        self.own = token_counts(self.most, connector.merges, connector.class_token)[-1]
+        self.least = min(self.most, token_counts(vit.num_tokens, halving, connector.class_token)[-1])
         self.class_token = connector.class_token
         self.patches = vit.num_tokens - connector.class_token
         self.side = model.task.batch.pictures.side

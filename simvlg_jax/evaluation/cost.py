@@ -22,12 +22,12 @@ def cost(task: Task, params: dict, batches: list[dict]) -> dict:
     """
     seconds = [batch["seconds"] for batch in batches if batch.get("seconds") is not None]
     return {
-        "visual_tokens": _visual_tokens(task, params) if task.captions else None,
+        "visual_tokens": visual_tokens(task, params) if task.captions else None,
         "seconds_per_picture": statistics.median(seconds) if seconds else None,
     }
 
 
-def _visual_tokens(task: Task, params: dict) -> int:
+def visual_tokens(task: Task, params: dict) -> int:
     images = jax.ShapeDtypeStruct(task.batch.pictures.shape(1), np.uint8)
     visual = jax.eval_shape(
         lambda params, images: task.model.apply({"params": params}, images, method="encode_image"), params, images

@@ -19,6 +19,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from simvlg_jax.data import packing
+from simvlg_jax.data.batch import Pack
+from simvlg_jax.evaluation import cost
 from simvlg_jax.forecast import hlo
 from simvlg_jax.forecast.chips import Topology, parse_topology
 from simvlg_jax.forecast.hlo_flops import matrix_flops
@@ -27,12 +30,17 @@ from simvlg_jax.tasks import build_task
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
 
+TEXT_TOKENS = 14.0  # of COCO's captions, which have 10.5 words on average, with start and end
+DEVIATION = 0.2  # of caption lengths, as a share of their mean; COCO's
+
 
 @dataclass(frozen=True)
 class Forecast:
     """Resources of one step. Bytes, TFLOP and seconds are per chip. Unknown values are None.
 
     Attributes:
+      text_tokens: assumed mean of a caption.
+      padding: share of the language model's tokens that hold no token of such captions; None without captions.
       peak_bytes: memory of arguments, temporaries, results without a donated buffer, and the program.
       hbm_bytes: memory of the chip that the compiler may use.
       fits: whether peak_bytes is at most hbm_bytes.
@@ -51,6 +59,8 @@ class Forecast:
     mesh: dict[str, int]
     global_batch: int
     micro_batches: int
+    text_tokens: float
+    padding: float | None
     argument_bytes: int | None
     temp_bytes: int | None
     peak_bytes: int | None
@@ -67,6 +77,23 @@ class Forecast:
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+def assumed_pack(config: ConfigDict, plan: Plan, text_tokens: float) -> Pack | None:
+    """Returns the packs of a run whose captions have `text_tokens` tokens on average; None if it packs none."""
+    micro = config.train.accumulate
+    size = packing.pack_size(config.data, config.train.batch_size, meshes.batch_shards(plan.mesh), micro)
+    assumed = packing.Lengths(text_tokens, DEVIATION * text_tokens, 0.0)
+    return packing.plan(config.data, plan.task.batch, size, micro, lambda: assumed).pack if size else None
+
+
+def padding(plan: Plan, pack: Pack | None, text_tokens: float) -> float | None:
+    """Returns the share of the language model's tokens that hold nothing, if captions have `text_tokens` on average."""
+    if not plan.task.captions:
+        return None
+    spec, visual = plan.task.batch, cost.visual_tokens(plan.task, plan.shapes)
+    room = pack.tokens / pack.examples if pack else spec.texts[spec.main_text].max_tokens
+    return 1 - (visual + min(text_tokens, room)) / (visual + room)
 
 
 def topology_mesh(config: ConfigDict, topology: Topology, slices: int) -> Mesh:
@@ -90,21 +117,29 @@ def topology_mesh(config: ConfigDict, topology: Topology, slices: int) -> Mesh:
 
 
 def forecast(
-    name: str, config: ConfigDict, topology_name: str, slices: int = 1, effort: str = "", say: Callable = lambda _: None
+    name: str,
+    config: ConfigDict,
+    topology_name: str,
+    slices: int = 1,
+    effort: str = "",
+    say: Callable = lambda _: None,
+    text_tokens: float = TEXT_TOKENS,
 ) -> Forecast:
-    """Compiles the training step for the longest texts and returns the forecast.
+    """Compiles the training step, for packed captions or for the longest texts, and returns the forecast.
 
     Args:
       name: of the config, for the result.
       topology_name: such as "v5e:4x4".
       effort: XLA's optimisation level, "O0" to "O3"; "" is the level of training. "O0" compiles many times faster.
       say: is called with progress messages.
+      text_tokens: mean of a caption, including start and end.
     """
     topology = parse_topology(topology_name)
     chip = topology.chip
     mesh = topology_mesh(config, topology, slices)
     plan = Plan(build_task(config), config, mesh)
-    lowered = plan.step.lower(*plan.abstract, plan.abstract_batch(config.train.batch_size))
+    pack = assumed_pack(config, plan, text_tokens)
+    lowered = plan.step.lower(*plan.abstract, plan.abstract_batch(config.train.batch_size, pack))
     known = dict(
         config=name,
         topology=topology_name,
@@ -113,6 +148,8 @@ def forecast(
         mesh=dict(mesh.shape),
         global_batch=config.train.batch_size,
         micro_batches=config.train.accumulate,
+        text_tokens=text_tokens,
+        padding=padding(plan, pack, text_tokens),
         hbm_bytes=chip.usable_bytes,
     )
     started = time.monotonic()

@@ -30,7 +30,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         architectures=["SimVLG"],
         auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
         vision={name: getattr(model.vit, name) for name in VISION}
-        | {"quick_gelu": model.vit.activation == "quick_gelu"},
+        | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
         connector=dict(
             width=connector.width,
             depth=connector.depth,

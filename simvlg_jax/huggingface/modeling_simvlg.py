@@ -17,7 +17,7 @@ class SimVLGConfig(PretrainedConfig):
 
     Attributes:
       vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
-        input_norm, temporal.
+        input_norm, temporal, merges (tokens merged away in each block; absent: none).
       connector: width, depth, num_heads, merges (tokens merged away in each layer).
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
@@ -60,10 +60,59 @@ class SimVLGConfig(PretrainedConfig):
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
-    """(B, T, D) each -> (B, T, D)."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, dropout: float = 0.0, sizes: Tensor | None = None
+) -> Tensor:
+    """(B, T, D) each -> (B, T, D). A key counts as many times as its size (B, T) says."""
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2).flatten(2)
+    mask = None if sizes is None else sizes.log()[:, None, None].to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
+
+
+def match(metric: Tensor, r: int) -> Tensor:
+    """Chooses the r tokens that are merged into those most similar to them by metric (B, T, C).
+
+    Tokens of even index seek their most similar one of odd index; the r best pairs merge. The class token (index 0) is
+    never merged. Order: the even ones left over, then the odd ones. Returns the new place of each token, (B, T).
+    """
+    num_tokens = metric.shape[1]
+    with torch.no_grad():
+        unit = F.normalize(metric.float(), dim=-1)
+        # The order of cosines, from the distances: cosines of similar tokens all round to numbers close to 1.
+        similarity = -(unit[:, ::2, None] - unit[:, None, 1::2]).square().sum(-1)
+        similarity[:, 0] = -torch.inf
+        best, partner = similarity.max(-1)
+        sources = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
+        is_source = torch.zeros_like(best, dtype=torch.bool).scatter(1, sources, True)
+        unmerged = best.shape[1] - r
+        slots = torch.empty(metric.shape[:2], dtype=torch.long, device=metric.device)
+        slots[:, ::2] = torch.where(is_source, unmerged + partner, (~is_source).cumsum(1) - 1)
+        slots[:, 1::2] = unmerged + torch.arange(num_tokens // 2, device=metric.device)
+    return slots
+
+
+def count_slots(slots: Tensor, num_slots: int, sizes: Tensor | None = None) -> Tensor:
+    """How many patches are in each slot, (B, num_slots), of tokens that are `sizes` patches (B, T) or one each."""
+    sizes = torch.ones_like(slots, dtype=torch.float32) if sizes is None else sizes
+    return sizes.new_zeros(len(slots), num_slots).scatter_add(1, slots, sizes)
+
+
+def merge(x: Tensor, slots: Tensor, num_slots: int, sizes: Tensor | None = None) -> Tensor:
+    """The means of the tokens (B, T, D) in each slot, (B, num_slots, D), weighted by their sizes (B, T)."""
+    parts = x.float() if sizes is None else x * sizes[..., None]
+    total = parts.new_zeros(len(x), num_slots, x.shape[2]).scatter_add(1, slots[..., None].expand_as(x), parts)
+    return (total / count_slots(slots, num_slots, sizes)[..., None]).to(x.dtype)
+
+
+def merge_by_keys(
+    x: Tensor, key: Tensor, num_heads: int, r: int, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Merges r tokens of x (B, T, D) by the mean over heads of key (B, T, D): (B, T - r, D), and the slots if r > 0."""
+    r = min(r, (x.shape[1] - 1) // 2)
+    if r <= 0:
+        return x, None
+    slots = match(key.unflatten(-1, (num_heads, -1)).mean(2), r)
+    return merge(x, slots, x.shape[1] - r, sizes), slots
 
 
 class QuickGELU(nn.Module):
@@ -83,11 +132,12 @@ class VisionAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output and the keys, both (B, T, D)."""
         key_bias = torch.zeros_like(self.v_bias) if self.k_bias is None else self.k_bias
         bias = torch.cat([self.q_bias, key_bias, self.v_bias])
         query, key, value = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
-        return self.proj(attention(query, key, value, self.num_heads))
+        return self.proj(attention(query, key, value, self.num_heads, sizes=sizes)), key
 
 
 class VisionMlp(nn.Module):
@@ -120,19 +170,25 @@ class TemporalMerge(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, size: dict):
+    """With a merge between attention and MLP (ToMe, arXiv 2210.09461), if merge_r > 0."""
+
+    def __init__(self, size: dict, merge_r: int):
         super().__init__()
         width, eps = size["width"], size["norm_eps"]
+        self.merge_r = merge_r
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attn = VisionAttention(width, size["num_heads"], size["key_bias"])
         self.temporal_merge = TemporalMerge(width) if size["temporal"] else None
         self.mlp = VisionMlp(width, size["mlp_dim"], size["quick_gelu"])
 
-    def forward(self, x: Tensor, num_frames: int) -> Tensor:  # (B F, N, D)
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, num_frames: int, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B F, T, D) of tokens that are `sizes` patches -> (B F, T - r, D), and the slots of the merge."""
+        context, key = self.attn(self.norm1(x), sizes)
+        x = x + context
         if self.temporal_merge is not None:
             x = x + self.temporal_merge(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
-        return x + self.mlp(self.norm2(x))
+        x, slots = merge_by_keys(x, key, self.attn.num_heads, self.merge_r, sizes)
+        return x + self.mlp(self.norm2(x)), slots
 
 
 class PatchEmbed(nn.Module):
@@ -155,45 +211,26 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
         self.patch_embed = PatchEmbed(size)
         self.norm_pre = nn.LayerNorm(width, size["norm_eps"]) if size["input_norm"] else nn.Identity()
-        self.blocks = nn.ModuleList([VisionBlock(size) for _ in range(size["depth"])])
+        self.merges = size.get("merges") or [0] * size["depth"]
+        self.blocks = nn.ModuleList([VisionBlock(size, r) for r in self.merges])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D); (B, 3, F, H, W) -> (B, F, N, D)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, H, W) -> (B, T, D); (B, 3, F, H, W) -> (B, F, T, D).
+
+        Also which token each of the N tokens became part of, (B, N); None if none merges.
+        """
         frames = x.shape[2] if x.ndim == 5 else 1
         images = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
         patches = self.patch_embed(images)
         cls = self.cls_token.expand(len(patches), -1, -1)
         tokens = self.norm_pre(torch.cat([cls, patches], 1) + self.pos_embed)
+        places = torch.arange(tokens.shape[1], device=x.device).expand(len(x), -1) if any(self.merges) else None
         for block in self.blocks:
-            tokens = block(tokens, frames)
-        return tokens.unflatten(0, (-1, frames)) if x.ndim == 5 else tokens
-
-
-def merge_similar(x: Tensor, metric: Tensor, r: int) -> Tensor:
-    """Merges r tokens of x (B, T, D) into those most similar to them by metric (B, T, C): (B, T - r, D).
-
-    Tokens of even index seek their most similar one of odd index; the r best pairs become means. The class token
-    (index 0) is never merged. Order: the even ones left over, then the odd ones.
-    """
-    num_tokens = x.shape[1]
-    r = min(r, (num_tokens - 1) // 2)
-    if r <= 0:
-        return x
-    with torch.no_grad():
-        unit = F.normalize(metric.float(), dim=-1)
-        # The order of cosines, from the distances: cosines of similar tokens all round to numbers close to 1.
-        similarity = -(unit[:, ::2, None] - unit[:, None, 1::2]).square().sum(-1)
-        similarity[:, 0] = -torch.inf
-        best, partner = similarity.max(-1)
-        sources = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
-        is_source = torch.zeros_like(best, dtype=torch.bool).scatter(1, sources, True)
-        unmerged = best.shape[1] - r
-        slots = torch.empty(x.shape[:2], dtype=torch.long, device=x.device)
-        slots[:, ::2] = torch.where(is_source, unmerged + partner, (~is_source).cumsum(1) - 1)
-        slots[:, 1::2] = unmerged + torch.arange(num_tokens // 2, device=x.device)
-    total = x.new_zeros(len(x), num_tokens - r, x.shape[2]).scatter_add(1, slots[..., None].expand_as(x), x)
-    count = x.new_zeros(len(x), num_tokens - r).scatter_add(1, slots, torch.ones_like(x[..., 0]))
-    return total / count[..., None]
+            sizes = None if places is None else count_slots(places, tokens.shape[1])
+            tokens, slots = block(tokens, frames, sizes)
+            if slots is not None:
+                places = slots.gather(1, places)
+        return tokens.unflatten(0, (-1, frames)) if x.ndim == 5 else tokens, places
 
 
 class SelfAttention(nn.Module):
@@ -203,11 +240,11 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The context (B, T, D), and the keys' mean over heads (B, T, D / heads)."""
+        """The context and the keys, both (B, T, D)."""
         key = self.key(x)
         dropout = self.dropout if self.training else 0.0
         context = attention(self.query(x), key, self.value(x), self.num_heads, dropout)
-        return context, key.unflatten(-1, (self.num_heads, -1)).mean(2)
+        return context, key
 
 
 class AddAndNorm(nn.Module):
@@ -234,8 +271,9 @@ class TomeFormerLayer(nn.Module):
         self.output = AddAndNorm(4 * width, width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        context, metric = self.attention["self"](x)
-        x = merge_similar(self.attention["output"](context, x), metric, self.merge_r)
+        context, key = self.attention["self"](x)
+        x = self.attention["output"](context, x)
+        x, _ = merge_by_keys(x, key, self.attention["self"].num_heads, self.merge_r)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
 
@@ -245,8 +283,14 @@ class TomeFormerEmbeddings(nn.Module):
         self.position_embeddings, self.token_type_embeddings = nn.Embedding(512, width), nn.Embedding(2, width)
         self.LayerNorm, self.dropout = nn.LayerNorm(width, 1e-12), nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.position_embeddings.weight[: x.shape[1]] + self.token_type_embeddings.weight[0]
+    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """Each token gets its position, or the mean of those that became part of it by `places` (B, N)."""
+        positions = self.position_embeddings.weight
+        if places is None:
+            positions = positions[: x.shape[1]]
+        else:
+            positions = merge(positions[: places.shape[1]].expand(len(x), -1, -1), places, x.shape[1])
+        x = x + positions + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(x))
 
 
@@ -256,8 +300,8 @@ class TomeFormer(nn.Module):
         self.embeddings = TomeFormerEmbeddings(size["width"], size["dropout"])
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList([TomeFormerLayer(size, r) for r in size["merges"]])})
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, P, D)
-        x = self.embeddings(x)
+    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:  # (B, T, D) -> (B, P, D)
+        x = self.embeddings(x, places)
         for layer in self.encoder["layer"]:
             x = layer(x)
         return x
@@ -291,10 +335,10 @@ class SimVLG(PreTrainedModel):
 
     def soft_prompt(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) or (B, 3, F, H, W), normalised -> (B, P, width of the language model)."""
-        frames = self.visual_encoder(pixel_values)
+        frames, places = self.visual_encoder(pixel_values)
         tokens = self.ln_vision(frames.mean(1) if frames.ndim == 4 else frames)
         project = self.opt_proj if hasattr(self, "opt_proj") else self.llm_proj
-        return project(self.VLconnector(self.VL_proj(tokens)))
+        return project(self.VLconnector(self.VL_proj(tokens), places))
 
     def prompted(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Embeddings (B, P + L, E) of the soft prompt and a text whose first id is the start token."""

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import layers
+from simvlg_jax.models import layers, token_merging
 from simvlg_jax.models.attention import attend
-from simvlg_jax.models.connectors import token_merging
 from simvlg_jax.models.dropout import Dropout
 
 MAX_POSITIONS = 512
@@ -33,7 +32,7 @@ class LayerOutput:
 
 
 class BertEmbeddings(nn.Module):
-    """Adds learned positions 0..S-1 and token type 0, then LayerNorm and dropout: (B, S, D) -> (B, S, D)."""
+    """Adds learned positions and token type 0, then LayerNorm and dropout: (B, S, D) -> (B, S, D)."""
 
     max_positions: int = MAX_POSITIONS
     type_vocab: int = 2
@@ -41,11 +40,22 @@ class BertEmbeddings(nn.Module):
     epsilon: float = 1e-12
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, source_map: jax.Array | None = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          x: (B, S, D).
+          source_map: (B, N) int32, which of the S tokens each of N former tokens became part of. Each token then gets
+            the mean position of the former tokens that it is made of. None: token i gets position i.
+        """
         width, init = x.shape[-1], layers.partitioned(layers.NORMAL_INIT, None, "embed")
         positions = self.param("position", init, (self.max_positions, width))
         types = self.param("token_type", init, (self.type_vocab, width))
-        x = x + positions[: x.shape[1]].astype(x.dtype) + types[0].astype(x.dtype)
+        places = positions[: x.shape[1]]
+        if source_map is not None:
+            places = jnp.broadcast_to(positions[: source_map.shape[1]], (*source_map.shape, width))
+            places = token_merging.merge(places, source_map, x.shape[1])
+        x = x + places.astype(x.dtype) + types[0].astype(x.dtype)
         x = layers.LayerNorm(self.epsilon, name="norm")(x)
         return layers.split_batch(Dropout(self.dropout)(x))
 
@@ -100,13 +110,7 @@ class BertLayer(nn.Module):
         x = x + drop(layers.merge_heads(*heads, dtype=dtype, name="attention_out")(context))
         x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
 
-        slots = None
-        num_removed = token_merging.mergeable(x.shape[1], self.merge_r, self.class_token)
-        if num_removed:
-            with jax.named_scope("merge"):
-                slots = token_merging.match(key.mean(2), num_removed, self.class_token)  # (B, S)
-                shares = sizes if self.weighted_mean else None
-                x = token_merging.merge(x, slots, x.shape[1] - num_removed, sizes=shares)
-
+        shares = sizes if self.weighted_mean else None
+        x, slots = token_merging.merge_by_keys(x, key, self.merge_r, self.class_token, shares)
         x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
         return LayerOutput(layers.split_batch(layers.LayerNorm(self.epsilon, name="mlp_norm")(x)), slots)

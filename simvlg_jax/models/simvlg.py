@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.losses import token_cross_entropy, token_losses
+from simvlg_jax.models.packing import make_packing
 
 
 @struct.dataclass
@@ -18,7 +19,7 @@ class VisualOutput:
     Attributes:
       connector: (B, P, D) the connector's tokens.
       prefix: (B, P, E) the soft prompt.
-      source_map: (B, N) int32, which prefix token each ViT token became part of, or None.
+      source_map: (B, N) int32, which prefix token each patch, and the class token, became part of; or None.
       layers: of each layer of the connector, the source map (B, N) after it; see `ConnectorOutput`.
     """
 
@@ -58,6 +59,8 @@ class SimVLG(nn.Module):
       start_first: whether the start token comes before the soft prompt: [start; prefix; text]. Published:
         [prefix; start; text].
       vit_grad: whether gradients flow into the ViT, to train it jointly or to train the temporal merging inside it.
+      llm_grad: whether the language model is trained too.
+      longest_text: the most tokens that a text of a pack has.
       sentence_encoder: a `SentenceEncoder`, or None (published recipes). The contrastive loss compares its embedding of
         a caption with the connector's class token, or with the mean token if there is no class token.
     """
@@ -68,6 +71,8 @@ class SimVLG(nn.Module):
     dtype: DTypeLike = jnp.float32
     start_first: bool = False
     vit_grad: bool = False
+    llm_grad: bool = False
+    longest_text: int = 32
     sentence_encoder: nn.Module | None = None
 
     def setup(self) -> None:
@@ -94,11 +99,12 @@ class SimVLG(nn.Module):
             images = self.vit.normalize(images)
         if self.vit.temporal and images.ndim == 4:
             images = images[:, None]  # a picture is a clip of one frame
-        tokens = self.vit(images)  # (B, N, C), of clips (B, F, N, C)
+        seen = self.vit.encode(images)
+        tokens = seen.tokens  # (B, T, C), of clips (B, F, T, C)
         if not self.vit_grad:
             tokens = jax.lax.stop_gradient(tokens)
         tokens = tokens.mean(1) if images.ndim == 5 else tokens
-        return self.connector(self.ln_vision(tokens))
+        return self.connector(self.ln_vision(tokens), seen.source_map)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, L, E) of ids (B, L) int32."""
@@ -130,22 +136,44 @@ class SimVLG(nn.Module):
         return self.llm(embeddings, mask, positions).hidden
 
     def caption_losses(
-        self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
+        self,
+        images: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        targets: jax.Array,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the next-token cross-entropy of each caption, summed over its targets, and their number.
 
         Args:
           images, ids, mask: as for `__call__`.
           targets: (B, L) int32, the token to predict at each text position; -100 where no loss is taken.
+          lengths: (G, B / G) int32, the tokens of each caption, if captions are packed: `ids`, `mask` and `targets` are
+            then (G, C), with B / G captions after each other in each row; see `packing`.
 
         Returns:
-          ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32).
+          ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32); of packs (G,) each.
         """
-        return self.next_token_losses(self(images, ids, mask).hidden, targets)
+        return self._text_losses(self.encode_image(images).prefix, ids, mask, targets, lengths)
 
-    def next_token_losses(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns `caption_losses` from the language model's states (B, P + L, E)."""
-        return token_cross_entropy(_before_targets(hidden, targets), self.llm.logits, targets)
+    def _text_losses(
+        self, prefix: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array, lengths: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `caption_losses` after soft prompts (B, P, E)."""
+        if lengths is None:
+            states = _before_targets(self._read(prefix, ids, mask), targets)
+        else:
+            states = self._read_packed(prefix, ids, lengths)
+        return token_cross_entropy(states, self.llm.logits, targets, trains_head=self.llm_grad)
+
+    def _read_packed(self, prefix: jax.Array, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Returns the states (G, C, E) that predict the tokens of packed texts (G, C) after soft prompts (B, P, E)."""
+        (packs, tokens), tokens_before = ids.shape, prefix.shape[1]
+        packing = make_packing(lengths, tokens, tokens_before, self.longest_text, self.start_first)
+        text = self.llm.embed(ids)
+        embeddings = jnp.concatenate([prefix.reshape(packs, -1, prefix.shape[2]).astype(text.dtype), text], 1)
+        hidden = self.llm(embeddings, packing.mask, packing.positions, packing=packing).hidden  # (G, T, E)
+        return packing.before_text(hidden)
 
     def likelihoods(
         self, prefix: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
@@ -180,20 +208,21 @@ class SimVLG(nn.Module):
     def losses_and_pair(
         self,
         images: jax.Array,
+        sentence_ids: jax.Array,
+        sentence_mask: jax.Array,
         ids: jax.Array,
         mask: jax.Array,
         targets: jax.Array,
-        sentence_ids: jax.Array,
-        sentence_mask: jax.Array,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, contrastive.Pair]:
         """Returns `caption_losses`, and the pair for `contrastive_losses` (section 3.2) from the same forward pass.
 
         Args:
           sentence_ids, sentence_mask: (B, L') int32, the captions for the sentence encoder.
         """
-        out = self(images, ids, mask)
-        pair = self._pair(out.visual.connector, sentence_ids, sentence_mask)
-        return *self.next_token_losses(out.hidden, targets), pair
+        visual = self.encode_image(images)
+        pair = self._pair(visual.connector, sentence_ids, sentence_mask)
+        return *self._text_losses(visual.prefix, ids, mask, targets, lengths), pair
 
     def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """Returns the pair of `losses_and_pair` without running the language model."""

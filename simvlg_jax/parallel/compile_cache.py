@@ -10,13 +10,20 @@ import jax
 MAX_BYTES = 2**30  # the programs that were used last stay
 
 
-def keep_compiled() -> None:
+def keep_compiled(keep: bool = True) -> None:
     """Lets JAX keep the programs that take longer than half a second to compile, and find them the next time.
+
+    JAX finds a program again if it, its options, the devices and the versions of JAX are the same.
 
     A cache that the user has chosen (`JAX_COMPILATION_CACHE_DIR`) stays. Programs for a CPU use its instructions, so
     each kind of CPU has a folder of its own: a home folder may be on a disk that several machines share.
+
+    Args:
+      keep: False for --no_cache: every program is compiled anew, and none is kept.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if not keep:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not keep or jax.config.jax_compilation_cache_dir:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(base / "simvlg_jax" / f"compiled-{_machine()}"))

@@ -14,7 +14,8 @@ from simvlg_jax.tasks.params import Rule
 from simvlg_jax.tasks.task import CONTRAST, Arrays, Contrast, Losses, Params, Task
 
 PICTURE_AND_SENTENCE = ("image", "sentence_ids", "sentence_mask")
-PICTURE_AND_CAPTION = ("image", "caption_ids", "caption_mask", "caption_targets")
+CAPTION = ("caption_ids", "caption_mask", "caption_targets")
+PICTURE_AND_CAPTION = ("image", *CAPTION)
 
 
 def caption_task(config: ConfigDict) -> Task:
@@ -28,6 +29,8 @@ def caption_task(config: ConfigDict) -> Task:
         jnp.dtype(config.dtype),
         start_first=config.llm.start_first,
         vit_grad=config.vit.train or config.vit.temporal,
+        llm_grad=config.llm.train,
+        longest_text=config.llm.max_text_tokens,
         sentence_encoder=build.build_sentence_encoder(config) if beta else None,
     )
 
@@ -36,10 +39,10 @@ def caption_task(config: ConfigDict) -> Task:
         return model.apply({"params": params}, *(batch[name] for name in names), method=method, **options)
 
     def losses(params: Params, batch: Arrays, key: jax.Array | None) -> Losses:
+        caption = (*CAPTION, "caption_lengths") if "caption_lengths" in batch else CAPTION
         if key is None or not beta:
-            return Losses({"caption": apply("caption_losses", params, batch, PICTURE_AND_CAPTION, key)[0]})
-        names = (*PICTURE_AND_CAPTION, *PICTURE_AND_SENTENCE[1:])
-        values, _, pair = apply("losses_and_pair", params, batch, names, key)
+            return Losses({"caption": apply("caption_losses", params, batch, ("image", *caption), key)[0]})
+        values, _, pair = apply("losses_and_pair", params, batch, (*PICTURE_AND_SENTENCE, *caption), key)
         return Losses({"caption": values}, pair)
 
     def embed(params: Params, batch: Arrays, key: jax.Array | None) -> Pair:
@@ -52,7 +55,7 @@ def caption_task(config: ConfigDict) -> Task:
         return {"caption": jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)}
 
     def initialize(key: jax.Array, batch: Arrays) -> Params:
-        names = (*PICTURE_AND_CAPTION, *PICTURE_AND_SENTENCE[1:] * bool(beta))
+        names = (*(PICTURE_AND_SENTENCE if beta else ("image",)), *CAPTION)
         method = "losses_and_pair" if beta else "caption_losses"
         return model.init(key, *(batch[name] for name in names), method=method)["params"]
 

@@ -79,6 +79,8 @@ class Meter:
         if taken.examples:
             values["read_ms"] = 1000 * taken.read / taken.examples
             values["decode_ms"] = 1000 * taken.decode / taken.examples
+        if taken.cut:
+            values["captions_cut"] = taken.cut
         values |= {f"skipped/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
         if total := sum(counts):
             values["unreadable"] = total

@@ -13,6 +13,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from simvlg_jax.data.batch import Pack
 from simvlg_jax.parallel import lazy
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import params as partition
@@ -110,10 +111,10 @@ class Plan:
         state = jax.eval_shape(self._init_state, params)
         return jax.tree.map(place, (state, frozen), (self._state_shardings, self._split(self.shardings)[1]))
 
-    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns ShapeDtypeStructs of a batch with the longest texts, as the pipeline makes them."""
+    def abstract_batch(self, batch_size: int, pack: Pack | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns ShapeDtypeStructs of a batch as the pipeline makes them, packed or with the longest texts."""
         sharding = meshes.batch_sharding(self.mesh)
-        shapes = self.task.batch.shapes(batch_size)
+        shapes = self.task.batch.shapes(batch_size, pack=pack)
         return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}
 
     @cached_property

@@ -57,12 +57,15 @@ def make_step(
     """
     contrast = task.contrast
 
-    def split(x: jax.Array) -> jax.Array:
-        """(B, ...) -> (accumulate, B / accumulate, ...). Row i goes to micro-batch i % accumulate on its own device."""
-        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+    def split(x: jax.Array, packs: int) -> jax.Array:
+        """(B, ...) -> (accumulate, B / accumulate, ...). Pack i goes to micro-batch i % accumulate on its device."""
+        apart = x.reshape(packs // accumulate, accumulate, len(x) // packs, *x.shape[1:]).swapaxes(0, 1)
+        return apart.reshape(accumulate, -1, *x.shape[1:])
 
-    def unsplit(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+    def unsplit(x: jax.Array, packs: int) -> jax.Array:
+        """The inverse of `split`."""
+        together = x.reshape(accumulate, packs // accumulate, -1, *x.shape[2:]).swapaxes(0, 1)
+        return together.reshape(-1, *x.shape[2:])
 
     def weighted(losses: dict[str, jax.Array]) -> jax.Array:
         return sum(task.weights[name] * loss for name, loss in losses.items())
@@ -93,7 +96,7 @@ def make_step(
         return weighted(losses), losses
 
     def contrast_micro_batches(
-        params: dict, frozen: dict, micro: dict, key: jax.Array
+        params: dict, frozen: dict, micro: dict, key: jax.Array, packs: int
     ) -> tuple[dict[str, jax.Array], dict, Pair]:
         """Returns the contrastive loss over all micro-batches, and its gradients for the params and for the pairs."""
 
@@ -102,7 +105,8 @@ def make_step(
             return contrast.embed(partition.join(frozen, params), rows, jax.random.fold_in(key, index))
 
         def loss(params: dict, pairs: Pair) -> tuple[jax.Array, dict[str, jax.Array]]:
-            losses = contrastive_loss(params, frozen, jax.tree.map(unsplit, pairs), unsplit(micro["weight"]))
+            pair, weight = jax.tree.map(lambda x: unsplit(x, packs), (pairs, micro["weight"]))
+            losses = contrastive_loss(params, frozen, pair, weight)
             return weighted(losses), losses
 
         with meshes.activation_shardings(mesh):
@@ -112,7 +116,8 @@ def make_step(
 
     def loss_and_grads(params: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict[str, jax.Array], dict]:
         counts = {name: jnp.maximum(count.sum(), 1.0) for name, count in task.counts(batch).items()}
-        micro = jax.tree.map(split, batch)
+        packs = min(map(len, batch.values()))  # each has its own row of text, and one or several pictures
+        micro = jax.tree.map(lambda x: split(x, packs), batch)
 
         def micro_batch(
             index: jax.Array | int, rows: dict, pair_grads: Pair | None
@@ -126,7 +131,7 @@ def make_step(
             return micro_batch(0, jax.tree.map(lambda x: x[0], micro), None)
         contrastive, grads, pair_grads = {}, jax.tree.map(jnp.zeros_like, params), None
         if contrast:
-            contrastive, grads, pair_grads = contrast_micro_batches(params, frozen, micro, key)
+            contrastive, grads, pair_grads = contrast_micro_batches(params, frozen, micro, key, packs)
         zeros = {name: jnp.zeros(()) for name in counts}
         (losses, grads), _ = jax.lax.scan(
             lambda total, item: (jax.tree.map(jnp.add, total, micro_batch(*item)), None),

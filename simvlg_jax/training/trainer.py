@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simvlg_jax.data import pipeline, workers
-from simvlg_jax.data.mixture import load_training
+from simvlg_jax.data import packing, pipeline, workers
+from simvlg_jax.data.mixture import load_training, parts_of
 from simvlg_jax.data.skipped import Skipped
+from simvlg_jax.data.sources import Source
 from simvlg_jax.data.timings import Timings
 from simvlg_jax.evaluation.evaluators import make_evaluators
 from simvlg_jax.parallel import mesh as meshes
@@ -43,6 +44,7 @@ class Trainer:
       frozen: the frozen parameters.
       frozen_entries: their entries in frozen.json.
       state: the TrainState, restored from the newest whole checkpoint if there is one.
+      packing: how captions are packed; None if they are padded.
       iterator: the iterator over training batches, at the position of the checkpoint.
       skipped, timings: what this process received from it.
     """
@@ -60,10 +62,10 @@ class Trainer:
         self.plan = Plan(self.task, config, self.mesh)
         self.skipped, self.timings = Skipped(), Timings()
         # The data come first, so that their errors appear before the weights are read, which may take minutes.
-        self.iterator = make_iterator(config, self.task, self.mesh, self.skipped, self.timings)
+        source = load_training(config.data)
+        self.packing = plan_packing(config, self.task, self.mesh, source)
+        self.iterator = make_iterator(config, self.task, self.mesh, source, self.packing, self.skipped, self.timings)
         self.evaluators = make_evaluators(self.task, config, self.mesh)
-        rows = meshes.local_rows(self.mesh, config.train.batch_size)
-        self._window = pipeline.length_window(config.data, len(rows) == config.train.batch_size)
         with announce.first("reading and initialising the weights"):
             params, self.frozen = self.plan.init_params()
             self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
@@ -84,19 +86,18 @@ class Trainer:
     @property
     def position(self) -> dict:
         """The position of the data: the number of batches drawn. It is valid for any number of processes."""
-        return {"window": self._window, "iterator": self.iterator.get_state()}
+        return {"window": self.packing.window if self.packing else 1, "iterator": self.iterator.get_state()}
 
     def move_to(self, position: dict) -> None:
         """Moves the data iterator to `position`.
 
         Raises:
-          UserError: the checkpoint was written with length grouping (`data.length_window`) and this run cannot group,
-            since it has several processes, or vice versa.
+          UserError: an older version wrote the checkpoint and grouped captions by length, which this one does not.
         """
-        if position["window"] != self._window:
+        if position["window"] != self.position["window"]:
             raise UserError(
-                f"this run groups {position['window']} batches by length and {jax.process_count()} process(es) group "
-                f"{self._window}: resume with the former number of processes, or start with data.length_window=1"
+                f"this run grouped {position['window']} batches by the length of their captions, which this version "
+                "does not: start again in a new --workdir, or resume with the former version"
             )
         self.iterator.set_state(position["iterator"])
 
@@ -106,11 +107,12 @@ class Trainer:
             return next(self.iterator)
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
-        """Returns the step compiled for the shape of a batch. Each text length needs its own."""
+        """Returns the step compiled for the shape of a batch. Without packs each text length needs its own."""
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in self._programs:
             length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
-            with self._announce.first("compiling the training step", f"for texts of {length} tokens"):
+            texts = f"{self.packing.pack.examples} texts with {length}" if self.packing else f"texts of {length}"
+            with self._announce.first("compiling the training step", f"for {texts} tokens"):
                 traced = self.plan.step.trace(self.state, self.frozen, batch)
                 self._programs[shapes] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
         return self._programs[shapes]
@@ -123,16 +125,34 @@ class Trainer:
         return metrics
 
 
+def plan_packing(config: ConfigDict, task: Task, mesh: Mesh, source: Source) -> packing.Packing | None:
+    """Returns how captions are packed, from the config and the lengths of those in `source`; None: not at all."""
+    micro = config.train.accumulate
+    size = packing.pack_size(config.data, config.train.batch_size, meshes.batch_shards(mesh), micro)
+    if not size:
+        return None
+    parts = parts_of(config.data, source)
+    threads = config.data.read_threads
+    return packing.plan(config.data, task.batch, size, micro, lambda: packing.measure(parts, task.batch, threads))
+
+
 def make_iterator(
-    config: ConfigDict, task: Task, mesh: Mesh, skipped: Skipped, timings: Timings
+    config: ConfigDict,
+    task: Task,
+    mesh: Mesh,
+    source: Source,
+    packing: packing.Packing | None,
+    skipped: Skipped,
+    timings: Timings,
 ) -> grain.DatasetIterator:
     iterator = pipeline.make_train_iterator(
         config.data,
-        load_training(config.data),
+        source,
         task.batch,
         batch_size=config.train.batch_size,
         seed=config.seed,
         rows=meshes.local_rows(mesh, config.train.batch_size),
+        packing=packing,
         skipped=skipped,
         timings=timings,
     )

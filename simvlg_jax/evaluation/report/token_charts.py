@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from simvlg_jax.config.saved import MERGING
+from simvlg_jax.config.saved import CONNECTOR_MERGING
 from simvlg_jax.evaluation.report.charts import Chart, Points, line_chart
 from simvlg_jax.evaluation.report.comparison import Comparison
 from simvlg_jax.evaluation.report.results import score_text
@@ -36,7 +36,7 @@ def _charts(comparison: Comparison) -> list[Chart | None]:
 
 
 def _families(comparison: Comparison) -> dict[str, list[dict]]:
-    """Groups runs that differ in their merging alone, which a line joins.
+    """Groups runs that differ in the merging of their connectors alone, which a line joins.
 
     Returns:
       name of a run of the group -> the values of its runs, those with few tokens first.
@@ -44,7 +44,7 @@ def _families(comparison: Comparison) -> dict[str, list[dict]]:
     groups: dict[tuple, list[tuple[str, dict]]] = {}
     for run, split in comparison.columns:
         if split["tokens"]:
-            rest = [(key, str(value)) for key, value in run.config.items() if key not in MERGING]
+            rest = [(key, str(value)) for key, value in run.config.items() if key not in CONNECTOR_MERGING]
             groups.setdefault(tuple(rest) or (run.name,), []).append((run.name, split))
     return {
         group[0][0]: sorted((split for _, split in group), key=lambda split: split["tokens"])

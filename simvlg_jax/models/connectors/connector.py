@@ -12,8 +12,8 @@ class ConnectorOutput:
 
     Attributes:
       tokens: (B, P, D).
-      source_map: (B, N) int32, the output token that each visual token became part of; None for a
-        connector that mixes them.
+      source_map: (B, N) int32, the output token that each of the vision encoder's patches, and its class token, became
+        part of; None for a connector that mixes them.
       layers: of each layer, the source map (B, N) after it; the last one is `source_map`. Empty if that is None.
     """
 
@@ -27,6 +27,12 @@ class Connector(Protocol):
 
     width: int
 
-    def __call__(self, visual: jax.Array) -> ConnectorOutput:
-        """Returns the output for `visual` (B, N, C), the vision encoder's tokens after LayerNorm."""
+    def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:
+        """Returns the connector's output.
+
+        Args:
+          visual: (B, T, C), the vision encoder's tokens after LayerNorm.
+          source_map: (B, N) int32, of a vision encoder that merges: which of these tokens each of its N patches, and
+            its class token, became part of; None: N = T, and token i is patch i.
+        """
         ...

@@ -1,5 +1,6 @@
 """The TomeFormer: a BERT encoder over visual tokens that merges similar ones in every layer (SimVLG, 3.2)."""
 
+import itertools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -7,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import bert, layers
-from simvlg_jax.models.connectors import token_merging
+from simvlg_jax.models import bert, layers, token_merging
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders.vit import ViT
 
@@ -17,7 +17,8 @@ class TomeFormer(nn.Module):
     """A linear map (published as VL_proj), then BERT layers over visual tokens.
 
     The layers are not scanned, since each has another number of tokens. There is no attention mask, since all inputs
-    are visual tokens. They take rows 0..N-1 of BERT's position table and token type 0, as published.
+    are visual tokens. They take rows 0..N-1 of BERT's position table and token type 0, as published. Tokens that the
+    vision encoder has merged take the mean row of their patches.
 
     Attributes:
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
@@ -39,12 +40,13 @@ class TomeFormer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, visual: jax.Array) -> ConnectorOutput:
-        """Returns the output for `visual` (B, N, C), N at most 512. A class token stays first."""
-        source_map = jnp.broadcast_to(jnp.arange(visual.shape[1], dtype=jnp.int32), visual.shape[:2])
+    def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:
+        """Returns the output, see `Connector`. There are 512 patches at most. A class token stays first."""
         axes = ("mlp", "embed")
         x = layers.torch_dense(visual.shape[-1], self.width, axes, dtype=self.dtype, name="vl_proj")(visual)
-        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x)
+        x = bert.BertEmbeddings(dropout=self.dropout, name="embeddings")(x, source_map)
+        if source_map is None:
+            source_map = token_merging.unmerged(x)
         maps = []
         for i, r in enumerate(self.merges):
             layer = bert.BertLayer(
@@ -78,18 +80,13 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
     if connector.size not in bert.BERT_SIZES:
         raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
     size = bert.BERT_SIZES[connector.size]
-    if connector.r and connector.tokens:
-        raise ValueError("connector.r and connector.tokens both set the merges: set one of them to 0")
-    try:
-        if connector.tokens:
-            merges = token_merging.schedule_down_to(size["depth"], vit.num_tokens, connector.tokens, vit.class_token)
-        elif connector.r:
-            ramp = {"r": connector.r, "inflect": connector.inflect} if connector.inflect else connector.r
-            merges = token_merging.merge_schedule(size["depth"], ramp)
-        else:
-            merges = token_merging.merge_schedule(size["depth"], tuple(connector.merges))
-    except ValueError as error:
-        raise ValueError(f"connector.{'tokens' if connector.tokens else 'merges'}: {error}") from error
+    merges = token_merging.schedule_of(connector, "connector", size["depth"], vit.num_tokens, vit.class_token)
+    if any(vit.merges):
+        # Every layer leaves as many tokens as without that merging, if it gets so many: the language model was trained
+        # with this number, and with the order of tokens that the last merges make.
+        counts = token_merging.token_counts(vit.num_tokens, merges, vit.class_token)
+        counts = [min(count, vit.num_output_tokens) for count in counts]
+        merges = tuple(before - after for before, after in itertools.pairwise(counts))
     return TomeFormer(
         **size,
         merges=merges,

@@ -4,15 +4,18 @@ The defaults of `ViT` are EVA-CLIP's. Other published encoders are subclasses wi
 `siglip.Siglip`. Except for weights, the rest of the program depends on these fields and not on the class.
 """
 
+import functools
+from collections.abc import Callable
+
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.typing import DTypeLike
 
-from simvlg_jax.models import layers
-from simvlg_jax.models.attention import attend
-from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
+from simvlg_jax.models import layers, token_merging
+from simvlg_jax.models.encoders.block import Block
 
 # A depth is one less than in the published file, since SimVLG takes the penultimate layer.
 VIT_SIZES = {
@@ -21,39 +24,22 @@ VIT_SIZES = {
     "tiny_32px": dict(image_size=32, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=64),
 }
 
-ACTIVATIONS = {"gelu": layers.gelu, "quick_gelu": layers.quick_gelu, "tanh_gelu": nn.gelu}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Block(nn.Module):
-    """x += attention(LN x); x += alpha temporal(x), for video alone; x += mlp(LN x). Fields as in `ViT`."""
+@struct.dataclass
+class VisionOutput:
+    """What `ViT.encode` returns.
 
-    num_heads: int
-    mlp_dim: int
-    key_bias: bool
-    activation: str
-    norm_eps: float
-    temporal: bool
-    dtype: DTypeLike
+    Attributes:
+      tokens: (B, T, D), T = `ViT.num_output_tokens`; of clips (B, F, T, D). A class token is the first.
+      source_map: (B, N) int32, N = `ViT.num_tokens`: which token each patch, and the class token, became part of. None
+        if the ViT merges nothing.
+    """
 
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:  # (B, N, D) or (B, F, N, D), the same
-        shape, width = x.shape, x.shape[-1]
-        x = x.reshape(-1, *shape[-2:])
-        heads, dtype = (width, self.num_heads, width // self.num_heads), self.dtype
-        y = layers.LayerNorm(self.norm_eps, name="norm1")(x)
-        query = layers.split_heads(*heads, dtype=dtype, name="query")(y)
-        key = layers.split_heads(*heads, use_bias=self.key_bias, bias_grad=False, dtype=dtype, name="key")(y)
-        value = layers.split_heads(*heads, dtype=dtype, name="value")(y)
-        context = attend(query, key, value)  # (B, S, N, H)
-        x = x + layers.merge_heads(*heads, dtype=dtype, name="out")(context)
-        if self.temporal:
-            clips = x.reshape(shape)
-            x = (clips + TemporalMerge(dtype=self.dtype, name="temporal_merge")(clips)).reshape(x.shape)
-        y = layers.LayerNorm(self.norm_eps, name="norm2")(x)
-        x = x + layers.Mlp(self.mlp_dim, ACTIVATIONS[self.activation], dtype=self.dtype, name="mlp")(y)
-        return layers.split_batch(x.reshape(shape)), None
+    tokens: jax.Array
+    source_map: jax.Array | None = None
 
 
 class ViT(nn.Module):
@@ -65,14 +51,17 @@ class ViT(nn.Module):
       width, depth, num_heads, mlp_dim: sizes, see `VIT_SIZES`.
       class_token: whether a learned token comes before the patches. It is never merged.
       key_bias, patch_bias: whether the keys and the patch embedding have a bias.
-      activation: of the MLPs, a key of `ACTIVATIONS`.
+      activation: of the MLPs, a key of `block.ACTIVATIONS`.
       input_norm: whether there is a LayerNorm before the first block.
       norm_eps: of every LayerNorm.
       image_mean, image_std: mean and standard deviation of each colour in 0..1, for normalising pictures.
       temporal: whether every block merges tokens across frames, for video; see `TemporalMerge`.
       max_frames: number of frames that have learned temporal positions, zero at first. With 0 (published) there are no
         positions, and the model cannot distinguish a clip from its reverse.
-      scan: whether the blocks are one scanned block with stacked parameters; otherwise they are unrolled.
+      merges: number of tokens that each block merges away, from `token_merging.schedule_of`; () for none. A ViT with
+        temporal merging merges none.
+      scan: whether the parameters of the blocks are stacked, and the blocks one scanned block; otherwise they are
+        unrolled. Blocks that merge have different numbers of tokens, so they are always unrolled.
       remat: whether the backward pass recomputes each block's activations.
     """
 
@@ -92,6 +81,7 @@ class ViT(nn.Module):
     image_std: tuple[float, float, float] = CLIP_STD
     temporal: bool = False
     max_frames: int = 0
+    merges: tuple[int, ...] = ()
     scan: bool = True
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -100,18 +90,24 @@ class ViT(nn.Module):
     def num_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2 + self.class_token
 
+    @property
+    def num_output_tokens(self) -> int:
+        """What merging leaves of `num_tokens`."""
+        return token_merging.token_counts(self.num_tokens, self.merges, self.class_token)[-1]
+
     @nn.nowrap
     def normalize(self, images: jax.Array) -> jax.Array:
         """Normalises uint8 pictures (..., 3) in 0..255 for `__call__`; returns the compute dtype."""
         scaled = images.astype(jnp.float32) / 255.0
         return ((scaled - jnp.array(self.image_mean)) / jnp.array(self.image_std)).astype(self.dtype)
 
-    @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns the tokens (B, N, D) of normalised images (B, H, W, 3), N = `num_tokens`, a class token first.
+        """Returns the tokens of `encode`."""
+        return self.encode(images).tokens
 
-        A temporal ViT maps clips (B, F, H, W, 3) to (B, F, N, D).
-        """
+    @nn.compact
+    def encode(self, images: jax.Array) -> VisionOutput:
+        """Returns the tokens of normalised images (B, H, W, 3), and for a temporal ViT of clips (B, F, H, W, 3)."""
         batch, side = images.shape[:-3], self.patch_size
         height, width = (size // side * side for size in images.shape[-3:-1])
         images = images[..., :height, :width, :]
@@ -135,8 +131,11 @@ class ViT(nn.Module):
             x = layers.LayerNorm(self.norm_eps, name="input_norm")(x)
         x = layers.split_batch(x)
 
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-        style = (self.num_heads, self.mlp_dim, self.key_bias, self.activation, self.norm_eps, self.temporal, self.dtype)
+        merging = any(self.merges)
+        names = ("num_heads", "mlp_dim", "key_bias", "activation", "norm_eps", "temporal", "class_token", "dtype")
+        fields = {name: getattr(self, name) for name in names}
+        block = nn.remat(Block, prevent_cse=merging or not self.scan) if self.remat else Block
+        merges = self.merges or (0,) * self.depth
         if self.scan:
             stack = nn.scan(
                 block,
@@ -144,8 +143,23 @@ class ViT(nn.Module):
                 split_rngs={"params": True},
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            return stack(*style, name="blocks")(x, None)[0]
-        for i in range(self.depth):
-            x, _ = block(*style, name=f"blocks_{i}")(x)
-        return x
+            )(**fields, name="blocks")
+            if not merging:
+                return VisionOutput(stack(x, None)[0])
+            if self.is_initializing():
+                stack(x, None)  # makes the stacked parameters
+            stacked = nn.unbox(stack.variables["params"])
+            blocks = [_nth(block(**fields, merge_r=r, parent=None), stacked, i) for i, r in enumerate(merges)]
+        else:
+            blocks = [block(**fields, merge_r=r, name=f"blocks_{i}") for i, r in enumerate(merges)]
+        source_map = token_merging.unmerged(x) if merging else None
+        for each in blocks:
+            x, slots = each(x, token_merging.slot_sizes(source_map, x.shape[1]) if merging else None)
+            if slots is not None:
+                source_map = token_merging.compose(source_map, slots)
+        return VisionOutput(x, source_map)
+
+
+def _nth(block: Block, stacked: dict, i: int) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+    """Returns a block with row i of stacked parameters."""
+    return functools.partial(block.apply, {"params": jax.tree.map(lambda x: x[i], stacked)})

@@ -9,9 +9,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
-from simvlg_jax.models.attention import attend
 from simvlg_jax.models.llms import language_model
 from simvlg_jax.models.llms.language_model import Cache, LlmOutput
+from simvlg_jax.models.packing import Packing
 
 
 class RopeScaling(NamedTuple):
@@ -127,6 +127,7 @@ class Block(nn.Module):
         layer: jax.Array,  # () int32, this layer's number
         visible: jax.Array,  # (B, S, T) bool
         index: jax.Array | None,  # () int32, the first slot of the cache to write
+        packing: Packing | None,  # of packed x (G, T, D)
         rotary: tuple[jax.Array, jax.Array],  # cos, sin (B, S, 1, H / 2)
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
@@ -145,7 +146,7 @@ class Block(nn.Module):
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
-        context = attend(query, key, value, mask=visible)  # (B, S, N, H)
+        context = language_model.attend_rows(query, key, value, visible, packing)  # (B, S, N, H)
         x = x + layers.merge_heads(width, heads, head_dim, **plain, name="out")(context)
 
         y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
@@ -217,7 +218,12 @@ class Llama(nn.Module):
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def __call__(
-        self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+        self,
+        embeddings: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        packing: Packing | None = None,
     ) -> LlmOutput:
         """Runs the blocks. Token i sees the real tokens up to i and those in the cache.
 
@@ -226,10 +232,11 @@ class Llama(nn.Module):
           mask: (B, S), 1 for real tokens.
           positions: (B, S) int32, for the rotary embedding.
           cache: from `init_cache` or from an earlier call; the S tokens are added to it.
+          packing: of packed embeddings (G, T, D) with positions (G, T); the mask is then `packing.mask`.
         """
         rotary = rotary_angles(positions, self.rotary_frequencies)
         x = embeddings.astype(self.dtype)
-        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, rotary)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, packing, rotary)
         return LlmOutput(self.norm(x), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

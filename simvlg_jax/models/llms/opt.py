@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from simvlg_jax.models import layers
-from simvlg_jax.models.attention import attend
 from simvlg_jax.models.dropout import Dropout
 from simvlg_jax.models.llms import language_model
 from simvlg_jax.models.llms.language_model import Cache, LlmOutput
+from simvlg_jax.models.packing import Packing
 
 POSITION_OFFSET = 2  # rows of the position table that no real token uses
 NORM_EPS = 1e-5
@@ -42,6 +42,7 @@ class Block(nn.Module):
         layer: jax.Array,  # () int32, this layer's number
         visible: jax.Array,  # (B, S, T) bool
         index: jax.Array | None,  # () int32, the first slot of the cache to write
+        packing: Packing | None,  # of packed x (G, T, D)
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
         width = x.shape[-1]
@@ -57,7 +58,7 @@ class Block(nn.Module):
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
-        context = attend(query, key, value, mask=visible)  # (B, S, N, H)
+        context = language_model.attend_rows(query, key, value, visible, packing)  # (B, S, N, H)
         x = x + drop(layers.merge_heads(*heads, dtype=dtype, name="out")(context))
         x = x if self.pre_norm else attention_norm(x)
 
@@ -123,12 +124,17 @@ class Opt(nn.Module):
         return self.project_in(x) if self._projects else x
 
     def __call__(
-        self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+        self,
+        embeddings: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        packing: Packing | None = None,
     ) -> LlmOutput:
         """Runs the blocks. Arguments as for `llama.Llama`; positions (B, S) int32 count from 0."""
         x = embeddings.astype(self.dtype)
         x = x + jnp.take(self.position, positions + POSITION_OFFSET, axis=0).astype(self.dtype)
-        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, packing)
         return LlmOutput(self.norm(x) if self.pre_norm else x, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

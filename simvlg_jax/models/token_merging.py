@@ -1,9 +1,10 @@
 """Bipartite soft matching and merging of tokens, as pure functions on arrays.
 
-Source: ToMe (arXiv 2210.09461, section 3) as SimVLG uses it (arXiv 2310.03291, section 3.2): a class token is
-never merged, no proportional attention, plain mean of the merged tokens. Written from the description of the
-method. A merge is one integer per input token: its slot, the place of the output token that it becomes part of. The
-slots are all that is needed to merge tokens, to trace them back to patches and to count token sizes.
+Source: ToMe (arXiv 2210.09461, section 3), for vision encoders; and as SimVLG uses it in its connector (arXiv
+2310.03291, section 3.2): a class token is never merged, no proportional attention, plain mean of the merged tokens.
+Written from the description of the method. A merge is one integer per input token: its slot, the place of the output
+token that it becomes part of. The slots are all that is needed to merge tokens, to trace them back to patches and to
+count token sizes.
 """
 
 import itertools
@@ -61,6 +62,28 @@ def schedule_down_to(num_layers: int, num_tokens: int, wanted: int, class_token:
             return tuple(schedule)
     nearest = token_counts(num_tokens, [num_tokens] * num_layers, class_token)[-1]
     raise ValueError(f"{num_tokens} tokens cannot become {wanted} in {num_layers} layers; {nearest} is the least")
+
+
+def schedule_of(keys: Mapping, name: str, num_layers: int, num_tokens: int, class_token: bool) -> tuple[int, ...]:
+    """Returns how many tokens each layer removes by a config's `connector` or `vit`.
+
+    Args:
+      keys: r (with inflect, if there is such a key) and tokens, of which one may be above 0; else merges count.
+      name: of the keys, for messages.
+
+    Raises:
+      ValueError: the schedule does not fit. The message says which key to change.
+    """
+    if keys.r and keys.tokens:
+        raise ValueError(f"{name}.r and {name}.tokens both set the merges: set one of them to 0")
+    inflect = keys.get("inflect", 0.0)
+    ramp = {"r": keys.r, "inflect": inflect} if inflect else keys.r
+    try:
+        if keys.tokens:
+            return schedule_down_to(num_layers, num_tokens, keys.tokens, class_token)
+        return merge_schedule(num_layers, ramp if keys.r else tuple(keys.get("merges", ())))
+    except ValueError as error:
+        raise ValueError(f"{name}.{'tokens' if keys.tokens else 'merges'}: {error}") from error
 
 
 def mergeable(num_tokens: int, r: int, class_token: bool = True) -> int:
@@ -136,6 +159,33 @@ def merge(tokens: jax.Array, slots: jax.Array, num_slots: int, sizes: jax.Array 
     # "highest", since the default matmul precision can be lower than that of the tokens, and the sum would lose bits.
     total = jnp.einsum("BTS,BTD->BSD", weights, tokens, precision="highest", preferred_element_type=jnp.float32)
     return (total / jnp.sum(weights, 1, dtype=jnp.float32)[..., None]).astype(tokens.dtype)
+
+
+@jax.named_scope("merge")
+def merge_by_keys(
+    tokens: jax.Array, key: jax.Array, r: int, class_token: bool = True, sizes: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Merges the r tokens that are most similar by the keys of an attention, averaged over its heads.
+
+    Args:
+      tokens: (B, T, D).
+      key: (B, T, N, H).
+      r, class_token: as for `match`.
+      sizes: as for `merge`.
+
+    Returns:
+      (the tokens (B, T - r', D); the slots (B, T) of `match`, None if r' is 0).
+    """
+    removed = mergeable(tokens.shape[1], r, class_token)
+    if not removed:
+        return tokens, None
+    slots = match(key.mean(2), removed, class_token)
+    return merge(tokens, slots, tokens.shape[1] - removed, sizes), slots
+
+
+def unmerged(tokens: jax.Array) -> jax.Array:
+    """Returns the source map (B, T) int32 of tokens (B, T, D) before any merge."""
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape[:2])
 
 
 def slot_sizes(source_map: jax.Array, num_slots: int) -> jax.Array:
