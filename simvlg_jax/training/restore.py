@@ -6,20 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.convert import own_files
-from simvlg_jax.parallel import lazy
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.tasks.build import check_shapes
 from simvlg_jax.tasks.task import Task
+from simvlg_jax.training import storage
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
@@ -89,7 +87,7 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
         with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
             return partition.join(frozen, checkpoints.restore_params(step, trained))
 
-    return Run(config, task, mesh, step, lambda: _placed(plan().shapes, plan().shardings), read)
+    return Run(config, task, mesh, step, lambda: plan().shapes, read)
 
 
 def assemble(config: ConfigDict) -> Run:
@@ -100,7 +98,7 @@ def assemble(config: ConfigDict) -> Run:
     def read() -> dict:
         return partition.join(*plan().init_params())
 
-    return Run(config, task, mesh, 0, lambda: _placed(plan().shapes, plan().shardings), read)
+    return Run(config, task, mesh, 0, lambda: plan().shapes, read)
 
 
 def read_export(task: Task, shapes: dict, path: Path) -> dict:
@@ -114,14 +112,9 @@ def read_export(task: Task, shapes: dict, path: Path) -> dict:
     """
     loaded = {**task.load_pretrained(shapes), **traverse_util.unflatten_dict(own_files.read_flat(path), sep="/")}
     check_shapes({name: loaded.get(name, {}) for name in {**shapes, **loaded}}, shapes)
-    return jax.tree.map(lambda x, shape: lazy.put(x.astype(shape.dtype), shape.sharding), loaded, shapes)
+    return jax.tree.map(storage.put, loaded, shapes, is_leaf=lambda x: not isinstance(x, dict))
 
 
 def _exported_shapes(task: Task, config: ConfigDict, mesh: Mesh) -> dict:
-    boxed, dtype = jax.eval_shape(task.init, jax.random.key(config.seed)), jnp.dtype(config.frozen_dtype)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
-    return _placed(shapes, meshes.param_shardings(boxed, mesh))
-
-
-def _placed(shapes: dict, shardings: dict) -> dict:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    boxed = jax.eval_shape(task.init, jax.random.key(config.seed))
+    return storage.stored(boxed, task, config, mesh, storage.float_dtype(config))

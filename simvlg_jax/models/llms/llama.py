@@ -202,19 +202,19 @@ class Llama(nn.Module):
         return rotary_frequencies(self._head_dim, self.rope_theta, self.rope_scaling)
 
     def setup(self) -> None:
-        embedding_init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
+        embedding_init = layers.matrix(layers.NORMAL_INIT, "vocab", "embed", summed=(-1,))
         self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width))
         sizes = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn)
         fields = (*sizes, self.norm_eps, self.qkv_bias, self.qk_norm, self.dtype)
         self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=1)
         self.norm = RMSNorm(self.norm_eps)
         if not self.tie_embeddings:
-            head_init = layers.partitioned(layers.NORMAL_INIT, "embed", "vocab")
+            head_init = layers.matrix(layers.NORMAL_INIT, "embed", "vocab", summed=(-2,))
             self.lm_head = self.param("lm_head", head_init, (self.width, self.vocab_size))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, S, D) of ids (B, S) int32."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return layers.lookup(self.embedding, ids, self.dtype)
 
     def __call__(
         self, embeddings: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
