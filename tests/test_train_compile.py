@@ -284,7 +284,7 @@ def test_groups_bytes_and_counts_are_read_in_every_spelling():
 def test_matrix_products_count_where_two_elements_meet(left, right, operation, flops):
     lines = [f"%a = f32[{left}]{{0}} parameter(0)", f"%b = f32[{right}]{{0}} parameter(1)", f"ROOT %c = {operation}"]
     text = "\n".join(["ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {", *(f"  {line}" for line in lines), "}"])
-    assert matrix_flops(hlo.parse(text)) == flops
+    assert matrix_flops(hlo.parse(text)) == (flops, 0)
 
 
 def test_links_at_the_edge_of_a_slice_are_counted():
