@@ -14,7 +14,9 @@ from flax import struct
 from jax.typing import DTypeLike
 
 INT8 = np.dtype(np.int8)
-STEPS = 127.5  # of the largest magnitude of a channel, as in qwix: both ends are then off by half a step at most
+STEPS = 127  # of the largest magnitude that shares a scale
+# qwix makes 127.5 steps of it. The largest value is then between two steps, and rounding errors choose one of them.
+CALIBRATION = f"absmax,{127.5 / STEPS}"
 
 
 @struct.dataclass
@@ -48,13 +50,13 @@ def scale_shape(shape: tuple[int, ...], summed: Sequence[int]) -> tuple[int, ...
 
 def quantize(matrix: jax.Array, summed: Sequence[int], int8_compute: bool) -> Int8:
     """Returns a matrix, or a stack of them, as int8; see `scale_shape`. It can be traced."""
-    matrix = matrix.astype(jnp.float32)
-    found = qwix.quantize(matrix, jnp.int8, channelwise_axes=_others(matrix, summed))
+    channels = [axis for axis in range(matrix.ndim) if axis - matrix.ndim not in summed]
+    found = _quantize(matrix, channels)
     return Int8.of(found.qvalue, found.scale, int8_compute)
 
 
 def quantize_on_host(matrix: np.ndarray, summed: Sequence[int], int8_compute: bool) -> Int8:
-    """Returns `quantize` as NumPy arrays.
+    """Returns what `quantize` does as NumPy arrays; the scales may differ in their last bit.
 
     The bits are the same on any machine. Accelerators round divisions differently, and a run that resumes on other
     hardware would not recognise its frozen weights.
@@ -64,13 +66,7 @@ def quantize_on_host(matrix: np.ndarray, summed: Sequence[int], int8_compute: bo
     scale /= np.float32(STEPS)
     scale[scale < np.sqrt(np.finfo(np.float32).tiny)] = 1
     values = matrix / scale
-    np.clip(np.rint(values, out=values), -128, 127, out=values)
-    return Int8.of(values.astype(INT8), scale, int8_compute)
-
-
-def dequantize(matrix: Int8, dtype: DTypeLike) -> jax.Array:
-    """Returns the matrix as floats, rounded once."""
-    return qwix.dequantize(matrix).astype(dtype)
+    return Int8.of(np.rint(values, out=values).astype(INT8), scale, int8_compute)
 
 
 def lookup(table: Int8, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -79,52 +75,59 @@ def lookup(table: Int8, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     return (rows.qvalue * rows.scale).astype(dtype)
 
 
-def product(equation: str, x: jax.Array, matrix: Int8, dtype: DTypeLike, out_dtype: DTypeLike) -> jax.Array:
-    """Returns jnp.einsum(equation, x, matrix), where the output ends with the axes of the matrix that are not summed.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def product(equation: str, dtype: np.dtype, out_dtype: np.dtype, x: jax.Array, matrix: Int8) -> jax.Array:
+    """Returns jnp.einsum(equation, x, matrix), whose output ends with the axes of the matrix that are not summed.
 
-    The int8 values are exact in `dtype`, so the product is of x in `dtype` and these values. The scales are applied to
-    the result, in float32. `qwix.einsum` would round every product of value and scale to `dtype` instead.
+    The int8 values are exact in `dtype`, so they are multiplied by x in `dtype`, and the result by the scales in
+    float32. `qwix.einsum` would round each product of value and scale to `dtype` instead.
 
     With `matrix.int8_compute` x is quantised too, with a scale for each row (all axes that are not summed), and the
-    product is int8 x int8 -> int32. So is the product of the backward pass, in which the gradient is multiplied by the
-    scales of the matrix and then quantised with a scale for each row. (Gradients do not pass through `qwix.quantize`.)
+    product is int8 x int8 -> int32. So is the product of the backward pass: there the gradient is multiplied by the
+    scales of the matrix and then quantised row by row.
+
+    The backward pass is written out for two reasons: `qwix.quantize` passes no gradient on, and JAX would keep the
+    int8 values that the forward pass cast to `dtype`, of all layers of a scan.
+
+    Args:
+      equation: of x and matrix, with the letters of axes.
+      dtype: the compute dtype; also x's.
+      out_dtype: of the result.
     """
-    x = x.astype(dtype)
-    if matrix.int8_compute:
-        return _int8_product(equation, jnp.dtype(dtype), jnp.dtype(out_dtype), x, matrix)
-    out = jnp.einsum(equation, x, matrix.qvalue.astype(dtype), preferred_element_type=out_dtype)
+    inputs, letters, _ = _letters(equation)
+    summed = sum(letter in inputs for letter in letters)
+    out = _by_values(equation, x, matrix, summed, dtype, out_dtype)
     return (out.astype(jnp.float32) * _channel_scales(equation, matrix)).astype(out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _int8_product(equation: str, dtype: np.dtype, out_dtype: np.dtype, x: jax.Array, matrix: Int8) -> jax.Array:
-    inputs, letters, _ = _letters(equation)
-    rows = _quantize_rows(x.astype(jnp.float32), sum(letter in inputs for letter in letters))
-    return qwix.einsum(equation, rows, matrix, preferred_element_type=jnp.float32).astype(out_dtype)
-
-
 def _forward(equation: str, dtype: np.dtype, out_dtype: np.dtype, x: jax.Array, matrix: Int8):
-    return _int8_product(equation, dtype, out_dtype, x, matrix), matrix
+    return product(equation, dtype, out_dtype, x, matrix), matrix
 
 
 def _backward(equation: str, dtype: np.dtype, out_dtype: np.dtype, matrix: Int8, slopes: jax.Array):
     inputs, letters, out = _letters(equation)
     slopes = slopes.astype(jnp.float32) * _channel_scales(equation, matrix)
-    rows = _quantize_rows(slopes, sum(letter in out for letter in letters))
-    back = qwix.einsum(f"{out},{letters}->{inputs}", rows, matrix.qvalue, preferred_element_type=jnp.float32)
+    summed = sum(letter in out for letter in letters)
+    back = _by_values(f"{out},{letters}->{inputs}", slopes, matrix, summed, dtype, dtype)
     return back.astype(dtype), None
 
 
-_int8_product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward)
 
 
-def _quantize_rows(x: jax.Array, count: int) -> qwix.QArray:
-    """Returns x as int8 with a scale for each row over its last `count` axes."""
-    return qwix.quantize(x, jnp.int8, channelwise_axes=_others(x, range(-count, 0)))
+def _by_values(
+    equation: str, x: jax.Array, matrix: Int8, summed: int, dtype: np.dtype, out_dtype: np.dtype
+) -> jax.Array:
+    """Returns the product of x, whose last `summed` axes are summed over, and the int8 values of a matrix."""
+    if not matrix.int8_compute:
+        return jnp.einsum(equation, x.astype(dtype), matrix.qvalue.astype(dtype), preferred_element_type=out_dtype)
+    rows = _quantize(x, range(x.ndim - summed))
+    return qwix.einsum(equation, rows, matrix.qvalue, preferred_element_type=jnp.float32)
 
 
-def _others(x: jax.Array, axes: Sequence[int]) -> list[int]:
-    return [axis for axis in range(x.ndim) if axis - x.ndim not in axes]
+def _quantize(x: jax.Array, axes: Sequence[int]) -> qwix.QArray:
+    """Returns x with a float32 scale for each index of `axes`."""
+    return qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=axes, calibration_method=CALIBRATION)
 
 
 def _letters(equation: str) -> tuple[str, str, str]:

@@ -75,7 +75,8 @@ def linear(
 ) -> jax.Array:
     """Returns jnp.einsum(equation, x, kernel) in `dtype`. Every weight matrix is multiplied here and nowhere else."""
     if isinstance(kernel, int8.Int8):
-        return int8.product(equation, x, kernel, dtype, preferred_element_type or dtype)
+        dtype = jnp.dtype(dtype)
+        return int8.product(equation, dtype, jnp.dtype(preferred_element_type or dtype), x.astype(dtype), kernel)
     return jnp.einsum(equation, x.astype(dtype), kernel.astype(dtype), preferred_element_type=preferred_element_type)
 
 

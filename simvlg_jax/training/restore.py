@@ -47,20 +47,24 @@ class Run:
         return self.read()
 
 
-def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions: bool = False) -> Run:
+def restore_run(
+    config: ConfigDict, workdir: Path, which: str = "best", captions: bool = False, unquantized: bool = False
+) -> Run:
     """Returns a checkpoint of a workdir, or an exported model.
 
     Args:
       which: "best", "latest" or a step.
       captions: the model must be able to write captions.
+      unquantized: read frozen weights that the run has as int8 as the floats that they were made of, for export.
 
     Raises:
       UserError: there is no such checkpoint, or the model writes no captions. Reading the parameters raises it if the
         checkpoint is damaged or the frozen weights differ from those of the training.
     """
     exported = (workdir / WEIGHTS).exists()
+    floats = _with_floats(config) if unquantized and config.frozen_dtype == "int8" else None
     if exported:
-        config = config.copy_and_resolve_references()
+        config = (floats or config).copy_and_resolve_references()
         with config.unlocked():
             config.vit.weights = config.connector.weights = config.train.init_from = ""  # the file holds all of them
             config.vit.scan = True
@@ -84,10 +88,20 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
     def read() -> dict:
         trained, frozen = plan().init_params()
         check_frozen(workdir, describe_frozen(frozen, task.sources))
+        if floats:
+            frozen = Plan(task, floats, mesh).init_params()[1]
         with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
             return partition.join(frozen, checkpoints.restore_params(step, trained))
 
     return Run(config, task, mesh, step, lambda: plan().shapes, read)
+
+
+def _with_floats(config: ConfigDict) -> ConfigDict:
+    """Returns the config with frozen weights in the dtype that an int8 model has for those that are no matrices."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.frozen_dtype, copy.frozen_compute = storage.float_dtype(config).name, ""
+    return copy
 
 
 def assemble(config: ConfigDict) -> Run:
