@@ -1,5 +1,6 @@
 """The LLaMA decoder: LLaMA, TinyLlama, SmolLM2, and the base of Vicuna and Qwen."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -72,6 +73,7 @@ LLAMA_SIZES = {
 }
 
 
+@functools.partial(nn.remat, prevent_cse=False)  # keeps x in its own dtype instead of float32 arrays
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in float32: (..., D) -> (..., D) in the input's dtype."""
 
