@@ -46,8 +46,13 @@ EQUATIONS = [  # of x and matrix, their shapes, and the axes of the matrix that 
     ("...D,DF->...F", (2, 3, 16), (16, 6), (-2,)),
     ("BSD,DNH->BSNH", (2, 3, 16), (16, 4, 5), (-3,)),
     ("BSNH,NHD->BSD", (2, 3, 4, 5), (4, 5, 16), (-3, -2)),
-    ("BSD,VD->BSV", (2, 3, 16), (9, 16), (-1,)),
+    ("BSD,VD->BSV", (2, 3, 16), (10, 16), (-1,)),
 ]
+
+
+def quantize(matrix, summed, int8_compute=False, shards=(1, 1), by=int8.quantize):
+    shapes = (jax.ShapeDtypeStruct(shape, np.int8) for shape in (matrix.shape, int8.scale_shape(matrix.shape, summed)))
+    return by(matrix, int8.Int8.of(*shapes, int8_compute, shards))
 
 
 def normal(seed, shape):
@@ -64,7 +69,7 @@ def parameters(model, *inputs):
 
         return jax.tree.map(of, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
-    makers = (lambda x, _: x, partial(int8.quantize, int8_compute=False), partial(int8.quantize, int8_compute=True))
+    makers = (lambda x, _: x, quantize, partial(quantize, int8_compute=True))
     return [form(make) for make in makers]
 
 
@@ -76,13 +81,13 @@ def relative_error(found, wanted):
 @pytest.mark.parametrize("summed", [(-2,), (-1,), (-3, -2)])
 def test_values_are_within_half_a_step_and_the_host_computes_the_same(summed):
     matrix = normal(0, (2, 5, 6, 7)).at[1, 2].set(0.0).at[0, 0, 0].set(3e-30)
-    found = int8.quantize(matrix, summed, False)
+    found = quantize(matrix, summed, False)
     assert found.qvalue.dtype == jnp.int8 and found.scale.dtype == jnp.float32 and found.summed == summed
     assert found.scale.shape == int8.scale_shape(matrix.shape, summed)
     assert np.all(np.abs(found.qvalue * found.scale - matrix) <= 0.50002 * found.scale)
     largest = np.abs(found.qvalue.astype(np.int32)).max(summed)
     assert np.all((largest == 127) | (np.abs(matrix).max(summed) < 1e-15))  # the whole range is used
-    on_host = int8.quantize_on_host(np.asarray(matrix), summed, False)
+    on_host = quantize(np.asarray(matrix), summed, by=int8.quantize_on_host)
     assert jax.tree.structure(on_host) == jax.tree.structure(found)
     assert jax.tree.map(lambda x: x.dtype, on_host) == jax.tree.map(lambda x: x.dtype, found)
     np.testing.assert_array_equal(on_host.qvalue, found.qvalue)
@@ -91,7 +96,7 @@ def test_values_are_within_half_a_step_and_the_host_computes_the_same(summed):
 
 @pytest.mark.parametrize(("equation", "x", "matrix", "summed"), EQUATIONS)
 def test_product_is_that_of_the_dequantised_matrix(equation, x, matrix, summed):
-    x, matrix = normal(1, x), int8.quantize(normal(2, matrix), summed, False)
+    x, matrix = normal(1, x), quantize(normal(2, matrix), summed, False)
     plain = matrix.qvalue * matrix.scale
 
     def run(kernel):
@@ -103,12 +108,13 @@ def test_product_is_that_of_the_dequantised_matrix(equation, x, matrix, summed):
     np.testing.assert_allclose(back(slopes)[0], plain_back(slopes)[0], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("shards", [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize(("equation", "x", "matrix", "summed"), EQUATIONS)
-def test_int8_product_rounds_each_row_of_x_and_of_the_gradient(equation, x, matrix, summed):
-    x, matrix = normal(1, x), int8.quantize(normal(2, matrix), summed, True)
+def test_int8_product_rounds_each_row_of_x_and_of_the_gradient(equation, x, matrix, summed, shards):
+    x, matrix = normal(1, x), quantize(normal(2, matrix), summed, True, shards)
 
     def rounded(x, axes):
-        rows = int8.quantize_on_host(x, axes, False)
+        rows = quantize(x, axes, by=int8.quantize_on_host)
         return rows.qvalue * rows.scale
 
     out, back = jax.vjp(lambda x: layers.linear(equation, x, matrix, jnp.float32), x)
@@ -198,7 +204,7 @@ def test_lazy_stack_is_quantised_layer_by_layer():
         True,
     )
     lazy = LazyStack([Lazy((16, 8), np.float32, partial(read, layer)) for layer in range(3)])
-    found, whole = storage.put(lazy, wanted), int8.quantize_on_host(stack, (-2,), True)
+    found, whole = storage.put(lazy, wanted), quantize(stack, (-2,), True, by=int8.quantize_on_host)
     assert reads == [0, 1, 2]
     assert jax.tree.map(lambda x: x.sharding, found) == storage.shardings(wanted)
     jax.tree.map(np.testing.assert_array_equal, found, whole)

@@ -27,14 +27,21 @@ class Int8(qwix.QArray):
       qvalue: int8, of the matrix's shape.
       scale: float32, of the same shape but with 1 for every axis that a product sums over.
       int8_compute: whether products are computed in int8 too, see `product`.
+      shards: with tensor parallelism, how many devices each hold a part of the axes that a product sums over, and how
+        many a part of the other axes, which the backward pass sums over.
     """
 
     int8_compute: bool = struct.field(pytree_node=False, default=False)
+    shards: tuple[int, int] = struct.field(pytree_node=False, default=(1, 1))
 
     @classmethod
-    def of(cls, qvalue, scale, int8_compute: bool) -> "Int8":
+    def of(cls, qvalue, scale, int8_compute: bool, shards: tuple[int, int] = (1, 1)) -> "Int8":
         """Returns one from any pair of leaves: arrays, their shapes or their shardings."""
-        return cls(qvalue, scale, qtype=INT8, int8_compute=int8_compute)
+        return cls(qvalue, scale, qtype=INT8, int8_compute=int8_compute, shards=shards)
+
+    def like(self, qvalue, scale) -> "Int8":
+        """Returns one with other leaves."""
+        return Int8.of(qvalue, scale, self.int8_compute, self.shards)
 
     @property
     def summed(self) -> tuple[int, ...]:
@@ -48,25 +55,32 @@ def scale_shape(shape: tuple[int, ...], summed: Sequence[int]) -> tuple[int, ...
     return tuple(1 if axis - len(shape) in summed else size for axis, size in enumerate(shape))
 
 
-def quantize(matrix: jax.Array, summed: Sequence[int], int8_compute: bool) -> Int8:
-    """Returns a matrix, or a stack of them, as int8; see `scale_shape`. It can be traced."""
-    channels = [axis for axis in range(matrix.ndim) if axis - matrix.ndim not in summed]
+def quantize(matrix: jax.Array, wanted: Int8) -> Int8:
+    """Returns a matrix as int8. It can be traced.
+
+    Args:
+      wanted: one whose leaves have the shapes of the result's.
+    """
+    channels = [axis for axis in range(matrix.ndim) if axis - matrix.ndim not in wanted.summed]
     found = _quantize(matrix, channels)
-    return Int8.of(found.qvalue, found.scale, int8_compute)
+    return wanted.like(found.qvalue, found.scale)
 
 
-def quantize_on_host(matrix: np.ndarray, summed: Sequence[int], int8_compute: bool) -> Int8:
+def quantize_on_host(matrix: np.ndarray, wanted: Int8) -> Int8:
     """Returns what `quantize` does as NumPy arrays; the scales may differ in their last bit.
 
     The bits are the same on any machine. Accelerators round divisions differently, and a run that resumes on other
     hardware would not recognise its frozen weights.
+
+    Args:
+      matrix: the whole one, or one layer of a stack.
+      wanted: of the whole.
     """
-    matrix = np.asarray(matrix, np.float32)
-    scale = np.maximum(matrix.max(tuple(summed), keepdims=True), -matrix.min(tuple(summed), keepdims=True))
-    scale /= np.float32(STEPS)
+    matrix, summed = np.asarray(matrix, np.float32), wanted.summed
+    scale = np.maximum(matrix.max(summed, keepdims=True), -matrix.min(summed, keepdims=True)) / np.float32(STEPS)
     scale[scale < np.sqrt(np.finfo(np.float32).tiny)] = 1
     values = matrix / scale
-    return Int8.of(np.rint(values, out=values).astype(INT8), scale, int8_compute)
+    return wanted.like(np.rint(values, out=values).astype(INT8), scale)
 
 
 def lookup(table: Int8, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -96,7 +110,7 @@ def product(equation: str, dtype: np.dtype, out_dtype: np.dtype, x: jax.Array, m
     """
     inputs, letters, _ = _letters(equation)
     summed = sum(letter in inputs for letter in letters)
-    out = _by_values(equation, x, matrix, summed, dtype, out_dtype)
+    out = _by_values(equation, x, matrix, summed, matrix.shards[0], dtype, out_dtype)
     return (out.astype(jnp.float32) * _channel_scales(equation, matrix)).astype(out_dtype)
 
 
@@ -108,7 +122,7 @@ def _backward(equation: str, dtype: np.dtype, out_dtype: np.dtype, matrix: Int8,
     inputs, letters, out = _letters(equation)
     slopes = slopes.astype(jnp.float32) * _channel_scales(equation, matrix)
     summed = sum(letter in out for letter in letters)
-    back = _by_values(f"{out},{letters}->{inputs}", slopes, matrix, summed, dtype, dtype)
+    back = _by_values(f"{out},{letters}->{inputs}", slopes, matrix, summed, matrix.shards[1], dtype, dtype)
     return back.astype(dtype), None
 
 
@@ -116,13 +130,33 @@ product.defvjp(_forward, _backward)
 
 
 def _by_values(
-    equation: str, x: jax.Array, matrix: Int8, summed: int, dtype: np.dtype, out_dtype: np.dtype
+    equation: str, x: jax.Array, matrix: Int8, summed: int, shards: int, dtype: np.dtype, out_dtype: np.dtype
 ) -> jax.Array:
-    """Returns the product of x, whose last `summed` axes are summed over, and the int8 values of a matrix."""
+    """Returns the product of x, whose last `summed` axes are summed over, and the int8 values of a matrix.
+
+    If the first of these axes is sharded, the partial sums of its shards are added in `out_dtype`. The compiler alone
+    would send them between the devices as int32, which is twice as much as bfloat16.
+    """
+    values = matrix.qvalue
     if not matrix.int8_compute:
-        return jnp.einsum(equation, x.astype(dtype), matrix.qvalue.astype(dtype), preferred_element_type=out_dtype)
+        return jnp.einsum(equation, x.astype(dtype), values.astype(dtype), preferred_element_type=out_dtype)
     rows = _quantize(x, range(x.ndim - summed))
-    return qwix.einsum(equation, rows, matrix.qvalue, preferred_element_type=jnp.float32)
+    if shards == 1:
+        return qwix.einsum(equation, rows, values, preferred_element_type=jnp.float32)
+    inputs, letters, _ = _letters(equation)
+    letter = inputs[-summed]
+    equation = equation.replace(letter, f"z{letter}").replace("->", "->z")
+    left, right = _split(rows.qvalue, x.ndim - summed, shards), _split(values, letters.index(letter), shards)
+    parts = jnp.einsum(equation, left, right, preferred_element_type=jnp.int32)  # (shards, ...)
+    # A row's scale has 1 for every axis that is summed over, and the result has the matrix's other axes there.
+    scale = rows.scale.reshape(*x.shape[: x.ndim - summed], *[1] * (len(letters) - summed))
+    parts = (parts.astype(jnp.float32) * scale).astype(out_dtype)
+    return jax.lax.reduce(parts, jnp.zeros((), out_dtype), jax.lax.add, (0,))
+
+
+def _split(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Returns x with an axis as two: `parts` times a part."""
+    return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
 
 
 def _quantize(x: jax.Array, axes: Sequence[int]) -> qwix.QArray:

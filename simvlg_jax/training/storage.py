@@ -42,11 +42,14 @@ def stored(boxed: dict, task: Task, config: ConfigDict, mesh: Mesh, trained_dtyp
         if is_trained or config.frozen_dtype != "int8" or not isinstance(box, Matrix):
             return jax.ShapeDtypeStruct(shape, dtypes[is_trained], sharding=sharding)
         scales = int8.scale_shape(shape, box.summed)
-        kept = [axis if one == all_ else None for axis, one, all_ in zip(sharding.spec, scales, shape, strict=True)]
+        is_summed = [axis - len(shape) in box.summed for axis in range(len(shape))]
+        kept = [None if summed else axis for axis, summed in zip(sharding.spec, is_summed, strict=True)]
+        over_tensor = [s for axis, s in zip(sharding.spec, is_summed, strict=True) if axis == "tensor"]
         return int8.Int8.of(
             jax.ShapeDtypeStruct(shape, jnp.int8, sharding=sharding),
             jax.ShapeDtypeStruct(scales, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*kept))),
             config.frozen_compute == "int8",
+            tuple(mesh.shape["tensor"] if side in over_tensor else 1 for side in (True, False)),
         )
 
     return traverse_util.unflatten_dict({path: store(path, sharding) for path, sharding in flat.items()})
@@ -59,15 +62,14 @@ def put(x, wanted: jax.ShapeDtypeStruct | int8.Int8) -> jax.Array | int8.Int8:
     """
     if not isinstance(wanted, int8.Int8):
         return lazy.put(x.astype(wanted.dtype), wanted.sharding)
-    convert = functools.partial(int8.quantize_on_host, summed=wanted.summed, int8_compute=wanted.int8_compute)
-    return lazy.put(x, shardings(wanted), convert)
+    return lazy.put(x, shardings(wanted), functools.partial(int8.quantize_on_host, wanted=wanted))
 
 
 def fresh(x: jax.Array, wanted: jax.ShapeDtypeStruct | int8.Int8) -> jax.Array | int8.Int8:
     """Returns an initialised array as `stored` says. It can be traced."""
     if not isinstance(wanted, int8.Int8):
         return x.astype(wanted.dtype)
-    return int8.quantize(x, wanted.summed, wanted.int8_compute)
+    return int8.quantize(x, wanted)
 
 
 def shardings(tree: dict | int8.Int8) -> dict | int8.Int8:
