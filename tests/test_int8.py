@@ -298,3 +298,28 @@ def test_forecast_counts_int8_products_apart():
         lines.append(f"{name} = {dtype}[4,5]{{1,0}} dot({left}, {right}), {dims}")
     text = "\n".join(["ENTRY %main (a: s8[4,8], b: s8[8,5]) -> bf16[4,5] {", *(f"  {line}" for line in lines), "}"])
     assert matrix_flops(hlo.parse(text)) == (2 * 2 * 4 * 5 * 8, 2 * 4 * 5 * 8)
+
+
+def test_forecast_reads_what_the_compiler_writes_for_int8():
+    """A layer of a stack is read through a new tiling of the stack; the mesh of a sum has its own order of devices."""
+    text = """
+%retile (s: s8[32,64,128]) -> s8[32,64,128] {
+  %s = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = s8[32,64,128]{2,1,0:T(8,128)(4,1)} copy(%s)
+}
+%layer (s: s8[32,64,128], i: s32[]) -> s8[1,64,128] {
+  %s = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %tiled = s8[32,64,128]{2,1,0} fusion(%s), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retile
+  ROOT %one = s8[1,64,128]{2,1,0} dynamic-slice(%tiled, %i, %i, %i), dynamic_slice_sizes={1,64,128}
+}
+ENTRY %main (s: s8[32,64,128], i: s32[]) -> s8[1,64,128] {
+  %s = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %f = s8[1,64,128]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%layer
+  ROOT %r = s8[1,64,128]{2,1,0} all-reduce(%f), replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a'}
+}
+"""
+    program, layer = hlo.parse(text), 64 * 128
+    assert hlo.hbm_traffic(program) == pytest.approx(2 * layer + 2 * layer, rel=0.01)  # of the fusion and of the sum
+    assert [(c.op, c.group) for c in hlo.collectives(program, 16)] == [("all-reduce", 2)]

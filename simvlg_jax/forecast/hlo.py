@@ -178,7 +178,7 @@ def _group_size(attributes: str, num_chips: int) -> int:
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
     return num_chips
