@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from test_training import losses, tiny
 from verbs import call
 
-from simvlg_jax import evaluate, export
+from simvlg_jax import evaluate, export, to_torch
 from simvlg_jax.api import load
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import own_files
@@ -261,6 +261,17 @@ def test_run_is_resumed_evaluated_exported_and_described(tmp_path, monkeypatch, 
     model = load(tmp_path / "exported")
     assert isinstance(model.params["llm"]["embedding"], int8.Int8)
     assert isinstance(model.caption(np.zeros((32, 32, 3), np.uint8)), str)
+
+    outputs = []
+    for folder in ("run", "exported"):
+        path = tmp_path / f"{folder}.safetensors"
+        flags = ("--format", "evlgen", "--all", "--output", path)
+        assert call(to_torch, "--workdir", tmp_path / folder, *flags) == 0
+        tensors = own_files.read_flat(path)
+        assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}
+        outputs.append(tensors)
+    for name, x in outputs[0].items():  # an exported model holds bfloat16
+        np.testing.assert_allclose(outputs[1][name], x, rtol=2**-8, err_msg=name)
 
     described = [trainer.describe(trainer.Trainer(each, tmp_path), 0) for each in (config, floats)]
     assert described[0] == described[1]
