@@ -296,6 +296,15 @@ def test_what_is_trained_and_what_is_no_matrix_is_never_quantised():
     assert rest["llm/embedding"] == rest["vit/position"] == jnp.float32
 
 
+def test_int8_compute_is_of_kernels_and_not_of_logits():
+    config = tiny(**COMPUTE)
+    shapes = Plan(build_task(config), config, meshes.make_mesh(config.mesh)).shapes
+    assert (
+        shapes["llm"]["blocks"]["gate"]["kernel"].int8_compute and shapes["vit"]["patch_embed"]["kernel"].int8_compute
+    )
+    assert not shapes["llm"]["embedding"].int8_compute
+
+
 def test_int8_compute_needs_int8_weights():
     with pytest.raises(UserError, match="set frozen_dtype=int8 too"):
         load_config("configs/tiny.py", ["--config.frozen_compute=int8"])

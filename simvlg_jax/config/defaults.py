@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.frozen_dtype = "float32"
     # Products with the frozen weights: "" computes in `dtype`. "int8" (needs frozen_dtype="int8") also quantises the
     # activations and, in the backward pass, their gradients, row by row. TPUs from v5e on multiply int8 twice as fast
-    # as bfloat16. It is for frozen weights alone, and never applies to a part that is trained.
+    # as bfloat16. It is for frozen weights alone, and never applies to a part that is trained, nor to the logits.
     config.frozen_compute = ""
 
     config.vit = ConfigDict()
