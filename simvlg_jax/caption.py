@@ -40,7 +40,18 @@ if TYPE_CHECKING:
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 THREADS = 4  # that read and decode pictures
 # Keys of the config that determine a text, beside the checkpoint.
-KEYS = ("seed", "dtype", "frozen_dtype", "vit.", "connector.", "llm.", "evaluate.", "data.prompt", "data.clean")
+KEYS = (
+    "seed",
+    "dtype",
+    "frozen_dtype",
+    "frozen_compute",
+    "vit.",
+    "connector.",
+    "llm.",
+    "evaluate.",
+    "data.prompt",
+    "data.clean",
+)
 
 
 def main() -> int:

@@ -2,7 +2,9 @@
 
     python -m simvlg_jax.export --workdir runs/openmoji --output exported
 
-The folder holds config.json and weights.safetensors (bfloat16), without the LLM if the config names its weights.
+The folder holds config.json and weights.safetensors (bfloat16), without the LLM if the config names its weights. Frozen
+weights that the run has as int8 (config.frozen_dtype) are read anew and written unquantised; who loads the model
+quantises them.
 """
 
 import argparse
@@ -34,7 +36,7 @@ def main() -> int:
         raise UserError(f"--output {arguments.output} is a file; name a folder")
     if arguments.output.resolve() == arguments.workdir.resolve():
         raise UserError("--output must be another folder than the run's")
-    run = restore_run(config, arguments.workdir, arguments.checkpoint, captions=True)
+    run = restore_run(config, arguments.workdir, arguments.checkpoint, captions=True, unquantized=True)
     params = jax.device_get(
         {n: p for n, p in run.params.items() if n != "llm" or config.llm.train or not config.llm.weights}
     )

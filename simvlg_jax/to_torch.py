@@ -6,6 +6,7 @@
 evlgen: a state dict with the names of the published checkpoint, as {"model": ...} for the published code (.pth) or as
 plain safetensors (.safetensors). It holds the trained weights, or all weights with --all. hf: a folder for
 `AutoModel.from_pretrained(DIR, trust_remote_code=True)` of transformers; its `generate(pixel_values)` writes captions.
+Frozen weights that the run has as int8 (config.frozen_dtype) are read anew and written unquantised.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     from simvlg_jax.tasks import params as partition
     from simvlg_jax.training.restore import restore_run
 
-    run = restore_run(config, workdir, arguments.checkpoint, captions=True)
+    run = restore_run(config, workdir, arguments.checkpoint, captions=True, unquantized=True)
     params = stacking.stack_all(jax.device_get(run.params))
     if arguments.format == "hf":
         text = run.task.batch.texts["caption"].encoder

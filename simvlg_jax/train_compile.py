@@ -99,10 +99,13 @@ def describe(f: "Forecast") -> str:
         lines += [f"memory per chip: more than the available {gb(f.hbm_bytes)}; fits: no"]
         lines += ["try more micro-batches (--config.train.accumulate), a larger mesh.tensor, or --search batch"]
     else:
+        work = f"{f.tflop_per_step:.4g} TFLOP" + (
+            f" and {f.int8_top_per_step:.4g} TOP of int8" * (f.int8_top_per_step > 0)
+        )
         lines += [
             f"memory per chip: arguments {gb(f.argument_bytes)}, temporaries {gb(f.temp_bytes)}, "
             f"peak {gb(f.peak_bytes)} of {gb(f.hbm_bytes)}; fits: {'yes' if f.fits else 'no'}",
-            f"work per chip: {f.tflop_per_step:.4g} TFLOP in {f.compute_s:.4g} s, memory traffic {f.memory_s:.4g} s, "
+            f"work per chip: {work} in {f.compute_s:.4g} s, memory traffic {f.memory_s:.4g} s, "
             f"communication {f.communication_s:.3g} s ({f.communication_s / f.roofline_step_s:.1%} of the step)",
             f"roofline: {f.roofline_step_s:.4g} s per step, {f.images_per_s:.5g} images/s at most",
             *(

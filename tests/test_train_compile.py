@@ -175,7 +175,7 @@ def test_search_finds_the_largest_batch_that_fits(unit, limit, start):
 
 
 def test_search_through_the_command_line(monkeypatch, capsys):
-    def fake(name, config, topology, slices, effort, say):
+    def fake(name, config, topology, slices, effort, say, text_tokens):
         known = dict.fromkeys(Forecast.__dataclass_fields__, 1)
         batch = config.train.batch_size
         return Forecast(**known | {"global_batch": batch, "fits": batch <= 100})
@@ -284,7 +284,7 @@ def test_groups_bytes_and_counts_are_read_in_every_spelling():
 def test_matrix_products_count_where_two_elements_meet(left, right, operation, flops):
     lines = [f"%a = f32[{left}]{{0}} parameter(0)", f"%b = f32[{right}]{{0}} parameter(1)", f"ROOT %c = {operation}"]
     text = "\n".join(["ENTRY %main (a: f32[1], b: f32[1]) -> f32[1] {", *(f"  {line}" for line in lines), "}"])
-    assert matrix_flops(hlo.parse(text)) == flops
+    assert matrix_flops(hlo.parse(text)) == (flops, 0)
 
 
 def test_links_at_the_edge_of_a_slice_are_counted():

@@ -75,7 +75,8 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "frozen_dtype": ("float32", "bfloat16"),
+    "frozen_dtype": ("float32", "bfloat16", "int8"),
+    "frozen_compute": ("", "int8"),
     "data.shuffle": ("global", "blocks"),
     "optimizer.schedule": ("cosine", "staircase"),
     "sentence_encoder.pooling": ("mean", "pooler"),
@@ -126,6 +127,8 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         _check_evaluation(name, entry, config.data, config.evaluate)
     for name, entry in config.data.mixture.items():
         _check_part(f"data.mixture.{name}", entry, config.data)
+    if config.frozen_compute == "int8" and config.frozen_dtype != "int8":
+        raise UserError("frozen_compute=int8 multiplies weights that are stored as int8: set frozen_dtype=int8 too", 2)
     if config.vit.max_frames and not config.vit.temporal:
         raise UserError("vit.max_frames is for clips: it needs vit.temporal=True", 2)
     for key in ("r", "tokens"):

@@ -24,6 +24,7 @@ class Chip:
 
     Attributes:
       flops: dense bfloat16 FLOP/s.
+      int8_flops: the same for products of int8 and int8. v4 has no faster ones.
       usable_bytes: memory that the compiler gives to a program; its error for larger programs reports this limit.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s of one inter-chip link in one direction.
@@ -32,6 +33,7 @@ class Chip:
     """
 
     flops: float
+    int8_flops: float
     usable_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
@@ -40,10 +42,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275e12, int(30.75 * 2**30), 1.2e12, 5e10, 6.25e9, 3),
-    "v5e": Chip(197e12, int(15.75 * 2**30), 8.19e11, 5e10, 3.125e9, 2),
-    "v5p": Chip(459e12, int(95.73 * 2**30), 2.765e12, 1e11, 6.25e9, 3),
-    "v6e": Chip(918e12, int(31.24 * 2**30), 1.6e12, 1e11, 12.5e9, 2),
+    "v4": Chip(275e12, 275e12, int(30.75 * 2**30), 1.2e12, 5e10, 6.25e9, 3),
+    "v5e": Chip(197e12, 394e12, int(15.75 * 2**30), 8.19e11, 5e10, 3.125e9, 2),
+    "v5p": Chip(459e12, 918e12, int(95.73 * 2**30), 2.765e12, 1e11, 6.25e9, 3),
+    "v6e": Chip(918e12, 1836e12, int(31.24 * 2**30), 1.6e12, 1e11, 12.5e9, 2),
 }
 
 

@@ -45,6 +45,7 @@ class Forecast:
       hbm_bytes: memory of the chip that the compiler may use.
       fits: whether peak_bytes is at most hbm_bytes.
       tflop_per_step: of the compiled matrix products, including recomputed ones and those replicated on several chips.
+      int8_top_per_step: of the products of int8 and int8, in 10^12 operations. They are not in tflop_per_step.
       compute_s, memory_s, communication_s: time of the FLOPs, of the memory traffic and of the collectives at the peak
         speed of the chip; see `forecast.chips`.
       roofline_step_s: the longest of these three, a lower bound of the step time.
@@ -67,6 +68,7 @@ class Forecast:
     hbm_bytes: int
     fits: bool
     tflop_per_step: float | None
+    int8_top_per_step: float | None
     compute_s: float | None
     memory_s: float | None
     communication_s: float | None
@@ -162,8 +164,8 @@ def forecast(
             raise
         if found := re.search(r"\(([\d.]+\w*)\) exceeds available HBM \(([\d.]+\w*)\)", str(error)):
             say(f"the compiler needs {found[1]} of memory for temporaries, and {found[2]} are available")
-        unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "tflop_per_step", "compute_s", "memory_s")
-        unknown += ("communication_s", "roofline_step_s", "images_per_s", "collectives")
+        unknown = ("argument_bytes", "temp_bytes", "peak_bytes", "tflop_per_step", "int8_top_per_step")
+        unknown += ("compute_s", "memory_s", "communication_s", "roofline_step_s", "images_per_s", "collectives")
         return Forecast(**known, **dict.fromkeys(unknown), fits=False, compile_s=time.monotonic() - started)
     compile_s = time.monotonic() - started
     memory = compiled.memory_analysis()
@@ -173,8 +175,9 @@ def forecast(
     communication = sum(
         c.wire_bytes / (chip.dcn_bandwidth if c.op == "send" else topology.ici_bandwidth(c.group)) for c in found
     )
-    flops, traffic = matrix_flops(program), hlo.hbm_traffic(program) / chip.hbm_bandwidth
-    step = max(flops / chip.flops, traffic, communication)
+    (flops, int8_flops), traffic = matrix_flops(program), hlo.hbm_traffic(program) / chip.hbm_bandwidth
+    compute = flops / chip.flops + int8_flops / chip.int8_flops
+    step = max(compute, traffic, communication)
     return Forecast(
         **known,
         argument_bytes=memory.argument_size_in_bytes,
@@ -182,7 +185,8 @@ def forecast(
         peak_bytes=peak,
         fits=peak <= chip.usable_bytes,
         tflop_per_step=flops / 1e12,
-        compute_s=flops / chip.flops,
+        int8_top_per_step=int8_flops / 1e12,
+        compute_s=compute,
         memory_s=traffic,
         communication_s=communication,
         roofline_step_s=step,

@@ -178,7 +178,7 @@ def _group_size(attributes: str, num_chips: int) -> int:
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
     return num_chips
@@ -221,10 +221,10 @@ def _touched(
         return min(whole, array_bytes(user.type)), False
     if user.op == "dynamic-update-slice" and number == 0:
         return min(whole, array_bytes(body[user.operands[1]].type)), True
-    if user.op == "fusion":
+    if user.op == "fusion" and not _is_retiled(program, user):
         inner = program.computations[user.called("calls")[0]]
         name = next(i.name for i in inner.values() if i.op == "parameter" and int(i.inside) == number)
-    elif user.op == "bitcast":
+    elif user.op == "bitcast" or _is_retiled(program, user):
         inner, name = body, user.name
     else:
         return whole, False
@@ -235,3 +235,10 @@ def _touched(
         if operand == name
     ]
     return min(whole, sum(size for size, _ in uses)), bool(uses) and all(in_place for _, in_place in uses)
+
+
+def _is_retiled(program: Program, user: Instruction) -> bool:
+    """Returns whether an instruction within a fusion gives its operand, in place, another tiling and nothing else."""
+    if user.op != "fusion" or "output_to_operand_aliasing={{}: (0, {})}" not in user.attributes:
+        return False
+    return {i.op for i in program.computations[user.called("calls")[0]].values()} <= {"parameter", "copy", "bitcast"}

@@ -10,15 +10,19 @@ from math import prod
 from simvlg_jax.forecast.hlo import Instruction, Program, array_shape, runs, with_fused
 
 
-def matrix_flops(program: Program) -> int:
-    """Returns the FLOPs of one chip in a step: two per multiplication of two elements, none for padding."""
+def matrix_flops(program: Program) -> tuple[int, int]:
+    """Returns (the FLOPs of one chip in a step, those of products of int8 and int8, which are not in the first).
+
+    They are two per multiplication of two elements, and none for padding.
+    """
     count = {"convolution": _convolution, "dot": _dot}
-    return sum(
-        times * count[instruction.op](body, instruction)
-        for name, times in runs(program).items()
-        for body, instruction in with_fused(program, name)
-        if instruction.op in count
-    )
+    total = {True: 0, False: 0}
+    for name, times in runs(program).items():
+        for body, instruction in with_fused(program, name):
+            if instruction.op in count:
+                int8 = all(body[operand].type.startswith(("s8[", "u8[")) for operand in instruction.operands[:2])
+                total[int8] += times * count[instruction.op](body, instruction)
+    return total[False], total[True]
 
 
 def _dot(body: dict[str, Instruction], dot: Instruction) -> int:

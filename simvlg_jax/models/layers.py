@@ -16,7 +16,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.typing import DTypeLike
+
+from simvlg_jax.models import int8
 
 Initializer = nn.initializers.Initializer
 NORMAL_INIT = nn.initializers.normal(0.02)  # BERT's, and OPT's and LLaMA's
@@ -27,25 +30,64 @@ def partitioned(init: Initializer, *axes: str | None) -> Initializer:
     return nn.with_logical_partitioning(init, axes)
 
 
+@struct.dataclass
+class Matrix(nn.LogicallyPartitioned):
+    """The box of a matrix that is multiplied by `linear`.
+
+    Attributes:
+      summed: axes that the product sums over, counted from the end: a stack of layers has one more axis at the start.
+    """
+
+    summed: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+
+def matrix(init: Initializer, *axes: str | None, summed: tuple[int, ...]) -> Initializer:
+    """Returns the initialiser of a `Matrix` with logical names for its axes; `summed` as there."""
+
+    def boxed(*arguments) -> Matrix:
+        return Matrix(init(*arguments), axes, summed=summed)
+
+    return boxed
+
+
 def split_batch(x: jax.Array) -> jax.Array:
     """Constrains x (B, ...) to be sharded by its first axis alone; without a mesh in context it does nothing."""
     return nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
 
 
 class LayerNorm(nn.LayerNorm):
-    """Flax's LayerNorm with named axes and the two-pass variance, in float32; the result has the input's dtype."""
+    """Flax's LayerNorm with named axes and the two-pass variance, in float32; the result has the input's dtype.
+
+    Of the forward pass only the input is kept, in its own dtype. JAX's own rule keeps two float32 arrays of its size.
+    """
 
     use_fast_variance: bool = False
     scale_init: Initializer = partitioned(nn.initializers.ones, "norm")
     bias_init: Initializer = partitioned(nn.initializers.zeros, "norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (..., D) -> (..., D)
-        return super().__call__(x).astype(x.dtype)
+        return nn.remat(nn.LayerNorm.__call__, prevent_cse=False)(self, x).astype(x.dtype)
 
 
-def linear(equation: str, x: jax.Array, kernel: jax.Array, dtype: DTypeLike, **options: DTypeLike) -> jax.Array:
+def linear(
+    equation: str,
+    x: jax.Array,
+    kernel: jax.Array | int8.Int8,
+    dtype: DTypeLike,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
     """Returns jnp.einsum(equation, x, kernel) in `dtype`. Every weight matrix is multiplied here and nowhere else."""
-    return jnp.einsum(equation, x.astype(dtype), kernel.astype(dtype), **options)
+    if isinstance(kernel, int8.Int8):
+        dtype = jnp.dtype(dtype)
+        return int8.product(equation, dtype, jnp.dtype(preferred_element_type or dtype), x.astype(dtype), kernel)
+    return jnp.einsum(equation, x.astype(dtype), kernel.astype(dtype), preferred_element_type=preferred_element_type)
+
+
+def lookup(table: jax.Array | int8.Int8, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns the rows `ids` (B, S) of a table (V, D) in `dtype`: (B, S, D)."""
+    if isinstance(table, int8.Int8):
+        return int8.lookup(table, ids, dtype)
+    return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 class Einsum(nn.Module):
@@ -72,11 +114,12 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", partitioned(self.kernel_init, *self.axes), self.shape)
+        inputs, letters = self.equation.split("->")[0].split(",")
+        summed = sum(letter in inputs for letter in letters)
+        last = tuple(range(-len(self.shape), summed - len(self.shape)))
+        kernel = self.param("kernel", matrix(self.kernel_init, *self.axes, summed=last), self.shape)
         out = linear(self.equation, x, kernel, self.dtype)
         if self.use_bias:
-            inputs, letters = self.equation.split("->")[0].split(",")
-            summed = sum(letter in inputs for letter in letters)
             bias = self.param("bias", partitioned(self.bias_init, *self.axes[summed:]), self.shape[summed:])
             out = out + (bias if self.bias_grad else jax.lax.stop_gradient(bias)).astype(self.dtype)
         return out

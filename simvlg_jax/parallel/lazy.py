@@ -85,21 +85,25 @@ def split(x, parts: int) -> list:
     return [x[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def put(x, sharding: NamedSharding) -> jax.Array:
+def put(x, shardings, convert: Callable = np.asarray):
     """Puts any kind of array on its devices. Of a stack, only one layer at a time is in host memory.
 
     Every process reads the whole array and keeps the shards of its own devices.
+
+    Args:
+      shardings: a NamedSharding, or what `convert` returns with shardings for arrays.
+      convert: what becomes of the host array, of a stack's layers one by one: an array, or a tree of arrays.
     """
-    if not isinstance(x, LazyStack):
-        return _put_shards(x, sharding)
-    first, *rest = sharding.spec or (None,)
-    if first is not None:
-        return _put_shards(x, sharding)  # the layer axis itself is sharded
-    layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*rest))
-    zeros, write = _stack_writer(x.shape, x.dtype, sharding)
-    stack = zeros()
+    layers_whole = all((s.spec or (None,))[0] is None for s in jax.tree.leaves(shardings))
+    if not isinstance(x, LazyStack) or not layers_whole:
+        return jax.tree.map(_put_shards, convert(np.asarray(x)), shardings)
+    stack = None
     for index, layer in enumerate(x.layers):
-        stack = write(stack, _put_shards(layer, layer_sharding), index)
+        arrays = convert(np.asarray(layer))
+        writers = jax.tree.map(lambda a, s: _stack_writer((len(x), *a.shape), a.dtype, s), arrays, shardings)
+        if stack is None:
+            stack = jax.tree.map(lambda _, writer: writer.zeros(), arrays, writers)
+        stack = jax.tree.map(lambda old, a, writer, i=index: writer.write(old, a, i), stack, arrays, writers)
         jax.block_until_ready(stack)  # otherwise the host would run ahead and hold several layers
     return stack
 
@@ -109,10 +113,19 @@ def _put_shards(x, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-@functools.lru_cache(maxsize=64)
-def _stack_writer(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> tuple[Callable, Callable]:
-    def write(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+class _StackWriter:
+    """Fills a stack of layers of one shape on its devices."""
 
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    return zeros, jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding):
+        def write(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+        self.zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+        self._write = jax.jit(write, donate_argnums=0, out_shardings=sharding)
+        self._layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+    def write(self, stack: jax.Array, layer: np.ndarray, index: int) -> jax.Array:
+        return self._write(stack, _put_shards(layer, self._layer), index)
+
+
+_stack_writer = functools.lru_cache(maxsize=64)(_StackWriter)

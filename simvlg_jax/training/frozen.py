@@ -33,8 +33,8 @@ def check_frozen(workdir: Path, found: dict[str, dict[str, str]]) -> None:
     for name, entry in found.items():
         if saved.get(name) != entry["fingerprint"]:
             raise UserError(
-                f"the frozen {name} ({entry['source']}) is not the one this run was started with: "
-                f"restore the old weights, or start a new run in another --workdir"
+                f"the frozen {name} ({entry['source']}) is not the one this run was started with: restore the old "
+                "weights and config.frozen_dtype, or start a new run in another --workdir"
             )
 
 

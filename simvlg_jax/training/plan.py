@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from simvlg_jax.data.batch import Pack
-from simvlg_jax.parallel import lazy
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.tasks.task import Task
+from simvlg_jax.training import storage
 from simvlg_jax.training.optimizer import learning_rate, make_optimizer
 from simvlg_jax.training.step import TrainState, make_step
 from simvlg_jax.utils.errors import UserError
@@ -30,7 +30,8 @@ class Plan:
 
     Attributes:
       task, mesh: as given.
-      shapes: ShapeDtypeStructs of all parameters: trained ones float32, frozen ones as configured.
+      shapes: ShapeDtypeStructs with shardings of all parameters: trained ones float32, frozen ones as configured; see
+        `storage.stored`.
       shardings: NamedShardings of all parameters.
 
     Raises:
@@ -48,13 +49,9 @@ class Plan:
         self._seed, self._steps, self._optimizer_config = config.seed, config.train.steps, config.optimizer
         self._accumulate = micro
         boxed = jax.eval_shape(task.init, jax.random.key(0))
-        flat = traverse_util.flatten_dict(nn.unbox(boxed))
-        partition.check_rules(task.rules, flat)
-        split = {True: config.mesh.split_trained, False: config.mesh.split_frozen}
-        dtypes = {True: jnp.float32, False: jnp.dtype(config.frozen_dtype)}
-        shapes = {path: jax.ShapeDtypeStruct(x.shape, dtypes[task.is_trained(path)]) for path, x in flat.items()}
-        self.shapes: dict = traverse_util.unflatten_dict(shapes)
-        self.shardings: dict = meshes.param_shardings(boxed, mesh, lambda path: split[task.is_trained(path)])
+        partition.check_rules(task.rules, traverse_util.flatten_dict(boxed))
+        self.shapes: dict = storage.stored(boxed, task, config, mesh)
+        self.shardings: dict = storage.shardings(self.shapes)
 
     def init_params(self) -> tuple[dict, dict]:
         """Returns the sharded trained and frozen parameters: loaded if the config names weights, else initialised.
@@ -63,18 +60,17 @@ class Plan:
         are initialised under jit with their shardings.
         """
         loaded = traverse_util.flatten_dict(self.task.load_pretrained(self.shapes))
-        dtypes = {path: x.dtype for path, x in traverse_util.flatten_dict(self.shapes).items()}
-        shardings: dict[Path, NamedSharding] = traverse_util.flatten_dict(self.shardings)
-        missing = [path for path in shardings if path not in loaded]
-        params = {path: lazy.put(x.astype(dtypes[path]), shardings[path]) for path, x in loaded.items()}
+        shapes = traverse_util.flatten_dict(self.shapes)
+        missing = {path: x for path, x in shapes.items() if path not in loaded}
+        params = {path: storage.put(x, shapes[path]) for path, x in loaded.items()}
         if missing:
 
             def init_missing(key: jax.Array) -> dict[Path, jax.Array]:
                 fresh = traverse_util.flatten_dict(nn.unbox(self.task.init(key)))
-                return {path: fresh[path].astype(dtypes[path]) for path in missing}
+                return {path: storage.fresh(fresh[path], x) for path, x in missing.items()}
 
             key = jax.random.key(self._seed)
-            params |= jax.jit(init_missing, out_shardings={path: shardings[path] for path in missing})(key)
+            params |= jax.jit(init_missing, out_shardings=storage.shardings(missing))(key)
         return self._split(traverse_util.unflatten_dict(params))
 
     def init_state(self, params: dict) -> TrainState:
@@ -108,8 +104,7 @@ class Plan:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         params, frozen = self._split(self.shapes)
-        state = jax.eval_shape(self._init_state, params)
-        return jax.tree.map(place, (state, frozen), (self._state_shardings, self._split(self.shardings)[1]))
+        return jax.tree.map(place, jax.eval_shape(self._init_state, params), self._state_shardings), frozen
 
     def abstract_batch(self, batch_size: int, pack: Pack | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns ShapeDtypeStructs of a batch as the pipeline makes them, packed or with the longest texts."""

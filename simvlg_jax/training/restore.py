@@ -6,20 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simvlg_jax.convert import own_files
-from simvlg_jax.parallel import lazy
 from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.tasks.build import check_shapes
 from simvlg_jax.tasks.task import Task
+from simvlg_jax.training import storage
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.plan import Plan
 from simvlg_jax.utils.errors import UserError
@@ -49,20 +47,24 @@ class Run:
         return self.read()
 
 
-def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions: bool = False) -> Run:
+def restore_run(
+    config: ConfigDict, workdir: Path, which: str = "best", captions: bool = False, unquantized: bool = False
+) -> Run:
     """Returns a checkpoint of a workdir, or an exported model.
 
     Args:
       which: "best", "latest" or a step.
       captions: the model must be able to write captions.
+      unquantized: read frozen weights that the run has as int8 as the floats that they were made of, for export.
 
     Raises:
       UserError: there is no such checkpoint, or the model writes no captions. Reading the parameters raises it if the
         checkpoint is damaged or the frozen weights differ from those of the training.
     """
     exported = (workdir / WEIGHTS).exists()
+    floats = _with_floats(config) if unquantized and config.frozen_dtype == "int8" else None
     if exported:
-        config = config.copy_and_resolve_references()
+        config = (floats or config).copy_and_resolve_references()
         with config.unlocked():
             config.vit.weights = config.connector.weights = config.train.init_from = ""  # the file holds all of them
             config.vit.scan = True
@@ -86,10 +88,20 @@ def restore_run(config: ConfigDict, workdir: Path, which: str = "best", captions
     def read() -> dict:
         trained, frozen = plan().init_params()
         check_frozen(workdir, describe_frozen(frozen, task.sources))
+        if floats:
+            frozen = Plan(task, floats, mesh).init_params()[1]
         with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
             return partition.join(frozen, checkpoints.restore_params(step, trained))
 
-    return Run(config, task, mesh, step, lambda: _placed(plan().shapes, plan().shardings), read)
+    return Run(config, task, mesh, step, lambda: plan().shapes, read)
+
+
+def _with_floats(config: ConfigDict) -> ConfigDict:
+    """Returns the config with frozen weights in the dtype that an int8 model has for those that are no matrices."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.frozen_dtype, copy.frozen_compute = storage.float_dtype(config).name, ""
+    return copy
 
 
 def assemble(config: ConfigDict) -> Run:
@@ -100,7 +112,7 @@ def assemble(config: ConfigDict) -> Run:
     def read() -> dict:
         return partition.join(*plan().init_params())
 
-    return Run(config, task, mesh, 0, lambda: _placed(plan().shapes, plan().shardings), read)
+    return Run(config, task, mesh, 0, lambda: plan().shapes, read)
 
 
 def read_export(task: Task, shapes: dict, path: Path) -> dict:
@@ -114,14 +126,9 @@ def read_export(task: Task, shapes: dict, path: Path) -> dict:
     """
     loaded = {**task.load_pretrained(shapes), **traverse_util.unflatten_dict(own_files.read_flat(path), sep="/")}
     check_shapes({name: loaded.get(name, {}) for name in {**shapes, **loaded}}, shapes)
-    return jax.tree.map(lambda x, shape: lazy.put(x.astype(shape.dtype), shape.sharding), loaded, shapes)
+    return jax.tree.map(storage.put, loaded, shapes, is_leaf=lambda x: not isinstance(x, dict))
 
 
 def _exported_shapes(task: Task, config: ConfigDict, mesh: Mesh) -> dict:
-    boxed, dtype = jax.eval_shape(task.init, jax.random.key(config.seed)), jnp.dtype(config.frozen_dtype)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
-    return _placed(shapes, meshes.param_shardings(boxed, mesh))
-
-
-def _placed(shapes: dict, shardings: dict) -> dict:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    boxed = jax.eval_shape(task.init, jax.random.key(config.seed))
+    return storage.stored(boxed, task, config, mesh, storage.float_dtype(config))

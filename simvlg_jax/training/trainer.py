@@ -1,5 +1,6 @@
 """What a run needs on its devices: parameters, optimizer state, data, evaluators and the compiled step."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -165,7 +167,7 @@ def make_iterator(
 
 def describe(trainer: Trainer, start: int) -> str:
     count = {
-        kind: sum(x.size for x in jax.tree.leaves(tree))
+        kind: sum(math.prod(x.shape) for x in traverse_util.flatten_dict(tree).values())
         for kind, tree in (("trained", trainer.state.params), ("frozen", trainer.frozen))
     }
     mesh = ", ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items())

@@ -1,5 +1,6 @@
 """The LLaMA decoder: LLaMA, TinyLlama, SmolLM2, and the base of Vicuna and Qwen."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -72,6 +73,7 @@ LLAMA_SIZES = {
 }
 
 
+@functools.partial(nn.remat, prevent_cse=False)  # keeps x in its own dtype instead of float32 arrays
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in float32: (..., D) -> (..., D) in the input's dtype."""
 
@@ -203,19 +205,19 @@ class Llama(nn.Module):
         return rotary_frequencies(self._head_dim, self.rope_theta, self.rope_scaling)
 
     def setup(self) -> None:
-        embedding_init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
+        embedding_init = layers.matrix(layers.NORMAL_INIT, "vocab", "embed", summed=(-1,))
         self.embedding = self.param("embedding", embedding_init, (self.vocab_size, self.width))
         sizes = (self.num_heads, self.num_kv_heads, self._head_dim, self.ffn)
         fields = (*sizes, self.norm_eps, self.qkv_bias, self.qk_norm, self.dtype)
         self.blocks = language_model.make_blocks(Block, fields, self.depth, self.scan, self.remat, shared=1)
         self.norm = RMSNorm(self.norm_eps)
         if not self.tie_embeddings:
-            head_init = layers.partitioned(layers.NORMAL_INIT, "embed", "vocab")
+            head_init = layers.matrix(layers.NORMAL_INIT, "embed", "vocab", summed=(-2,))
             self.lm_head = self.param("lm_head", head_init, (self.width, self.vocab_size))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, S, D) of ids (B, S) int32."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return layers.lookup(self.embedding, ids, self.dtype)
 
     def __call__(
         self,

@@ -104,7 +104,7 @@ class Opt(nn.Module):
         return self.embed_width not in (None, self.width)
 
     def setup(self) -> None:
-        table_init = layers.partitioned(layers.NORMAL_INIT, "vocab", "embed")
+        table_init = layers.matrix(layers.NORMAL_INIT, "vocab", "embed", summed=(-1,))
         self.embedding = self.param("embedding", table_init, (self.vocab_size, self.embed_width or self.width))
         rows = self.max_positions + POSITION_OFFSET
         position_init = layers.partitioned(layers.NORMAL_INIT, None, "embed")
@@ -120,7 +120,7 @@ class Opt(nn.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, S, D) of ids (B, S) int32, without positions."""
-        x = jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        x = layers.lookup(self.embedding, ids, self.dtype)
         return self.project_in(x) if self._projects else x
 
     def __call__(
