@@ -12,7 +12,9 @@ below data/. A folder elsewhere is named by `--config.data.mixture.coco.path=FOL
 With `data=own` the data are one folder of yours instead: `:llm=opt2.7b,data=own --config.data.path=FOLDER`.
 
 The argument also chooses `llm` (opt2.7b, opt6.7b, vicuna7b, vicuna13b) and `vit` (eva_g, clip_l):
-llm=vicuna7b,vit=clip_l.
+llm=vicuna7b,vit=clip_l. `frozen=int8` stores the frozen weights as int8, and `frozen=int8_compute` also multiplies them
+in int8 (docs/performance.md).
+
 Scores reported by the paper (arXiv 2310.03291, as quoted in public; we ran none of these):
 
 | argument | reported, zero-shot |
@@ -45,6 +47,14 @@ LLMS = {
     "vicuna7b": dict(size="vicuna_7b", weights="lmsys/vicuna-7b-v1.3", accumulate=2, tensor=2),
     "vicuna13b": dict(size="vicuna_13b", weights="lmsys/vicuna-13b-v1.3", accumulate=4, tensor=4),
 }
+# The same for frozen weights in int8.
+INT8 = {
+    "opt2.7b": dict(accumulate=2, tensor=1),
+    "opt6.7b": dict(accumulate=5, tensor=1),
+    "vicuna7b": dict(accumulate=1, tensor=1),
+    "vicuna13b": dict(accumulate=2, tensor=2),
+}
+FROZEN = {"bfloat16": ("bfloat16", ""), "int8": ("int8", ""), "int8_compute": ("int8", "int8")}
 MIXTURES = {  # examples of each of the published data sets
     "opt": dict(laion115M=15, ccs14M=4, coco=1),
     "vicuna": dict(ccs14M=45, coco=5),
@@ -52,11 +62,13 @@ MIXTURES = {  # examples of each of the published data sets
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    llm, vit, data = defaults.choose(argument, llm=LLMS, vit=VITS, data=("published", "own"))
+    choices = dict(llm=LLMS, vit=VITS, data=("published", "own"), frozen=FROZEN)
+    llm, vit, data, frozen = defaults.choose(argument, **choices)
+    sizes = LLMS[llm] if frozen == "bfloat16" else INT8[llm]
     published_vicuna = llm.startswith("vicuna")
     config = defaults.get_config()
     config.dtype = "bfloat16"
-    config.frozen_dtype = "bfloat16"
+    config.frozen_dtype, config.frozen_compute = FROZEN[frozen]
     config.vit.size = vit
     config.vit.weights = VITS[vit]
     config.connector.size = "base"
@@ -81,7 +93,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.workers = 8
     config.data.read_threads = 16
     config.train.batch_size = 160 if published_vicuna else 1600
-    config.train.accumulate = LLMS[llm]["accumulate"]
+    config.train.accumulate = sizes["accumulate"]
     config.train.steps = 60_000 if published_vicuna else 250_000
     config.train.log_every = 50
     config.evals.val.every = 5000
@@ -89,7 +101,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 2000 if published_vicuna else 5000
     config.optimizer.schedule = "staircase"
     config.optimizer.inner_epoch_steps = 5000
-    config.mesh.tensor = LLMS[llm]["tensor"]
+    config.mesh.tensor = sizes["tensor"]
     config.mesh.split_trained = False  # 90 million parameters: replicated they take 1 GB and need no gathering
     config.evaluate.num_beams = 5
     config.evaluate.min_new_tokens = 8

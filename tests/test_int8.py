@@ -343,3 +343,12 @@ ENTRY %main (s: s8[32,64,128], i: s32[]) -> s8[1,64,128] {
     program, layer = hlo.parse(text), 64 * 128
     assert hlo.hbm_traffic(program) == pytest.approx(2 * layer + 2 * layer, rel=0.01)  # of the fusion and of the sum
     assert [(c.op, c.group) for c in hlo.collectives(program, 16)] == [("all-reduce", 2)]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [("bfloat16", ("bfloat16", "", 2)), ("int8", ("int8", "", 1)), ("int8_compute", ("int8", "int8", 1))],
+)
+def test_recipes_say_how_frozen_weights_are_kept(frozen, expected):
+    config = load_config(f"configs/pretrain_image.py:llm=vicuna7b,frozen={frozen}")
+    assert (config.frozen_dtype, config.frozen_compute, config.mesh.tensor) == expected

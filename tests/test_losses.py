@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from simvlg_jax.models.losses import token_cross_entropy, token_losses
@@ -36,3 +37,19 @@ def test_losses_of_tokens_are_those_of_the_softmax_and_zero_elsewhere():
         target = targets[row, place]
         chances = np.exp(logits[row, place]) / np.exp(logits[row, place]).sum()
         np.testing.assert_allclose(losses[row, place], -np.log(chances[target]) if target >= 0 else 0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_chunks_keep_no_logits_and_their_memory_does_not_grow_with_the_vocabulary(trains_head):
+    def compiled(vocab):
+        def total(hidden, kernel):
+            return token_losses(hidden, lambda x: x @ kernel, targets, trains_head=trains_head).sum()
+
+        hidden = jax.ShapeDtypeStruct((4, 512, 16), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((16, vocab), jnp.float32)
+        return jax.jit(jax.grad(total)).lower(hidden, kernel).compile().memory_analysis().temp_size_in_bytes
+
+    targets = jnp.zeros((4, 512), jnp.int32)
+    small, large = compiled(2**14), compiled(2**17)
+    whole = 4 * 4 * 512 * 2**17  # bytes of all logits, a GB
+    assert large < 1.3 * small < whole / 4

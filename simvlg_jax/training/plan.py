@@ -53,13 +53,16 @@ class Plan:
         self.shapes: dict = storage.stored(boxed, task, config, mesh)
         self.shardings: dict = storage.shardings(self.shapes)
 
-    def init_params(self) -> tuple[dict, dict]:
+    def init_params(self, loaded: dict | None = None) -> tuple[dict, dict]:
         """Returns the sharded trained and frozen parameters: loaded if the config names weights, else initialised.
 
         A sharded array is never whole on one device: loaded arrays are put directly into their shards, and the others
         are initialised under jit with their shardings.
+
+        Args:
+          loaded: what `task.load_pretrained` gave for `shapes`; None: it is called here.
         """
-        loaded = traverse_util.flatten_dict(self.task.load_pretrained(self.shapes))
+        loaded = traverse_util.flatten_dict(self.task.load_pretrained(self.shapes) if loaded is None else loaded)
         shapes = traverse_util.flatten_dict(self.shapes)
         missing = {path: x for path, x in shapes.items() if path not in loaded}
         params = {path: storage.put(x, shapes[path]) for path, x in loaded.items()}

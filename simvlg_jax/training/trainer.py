@@ -1,7 +1,9 @@
 """What a run needs on its devices: parameters, optimizer state, data, evaluators and the compiled step."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.plan import Plan
+from simvlg_jax.training.step import TrainState
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer
 
@@ -68,18 +71,20 @@ class Trainer:
         self.packing = plan_packing(config, self.task, self.mesh, source)
         self.iterator = make_iterator(config, self.task, self.mesh, source, self.packing, self.skipped, self.timings)
         self.evaluators = make_evaluators(self.task, config, self.mesh)
-        with announce.first("reading and initialising the weights"):
-            params, self.frozen = self.plan.init_params()
-            self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
-            self.state = self.plan.init_state(params)
         self._announce = announce
-        if checkpoints and checkpoints.steps():
-            check_frozen(workdir, self.frozen_entries)
-        restored = checkpoints.restore_newest(self.state) if checkpoints else None
-        if restored is not None:
-            self.state = restored.state
-            self.move_to(restored.position)
-        self._programs: dict[tuple, Program] = {}
+        self._programs: dict[frozenset, Program] = {}
+        loaded = self.task.load_pretrained(self.plan.shapes)
+        with self._compiling():
+            with announce.first("reading and initialising the weights"):
+                params, self.frozen = self.plan.init_params(loaded)
+                self.frozen_entries = describe_frozen(self.frozen, self.task.sources)
+                self.state = self.plan.init_state(params)
+            if checkpoints and checkpoints.steps():
+                check_frozen(workdir, self.frozen_entries)
+            restored = checkpoints.restore_newest(self.state) if checkpoints else None
+            if restored is not None:
+                self.state = restored.state
+                self.move_to(restored.position)
 
     @property
     def params(self) -> dict:
@@ -110,14 +115,32 @@ class Trainer:
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
         """Returns the step compiled for the shape of a batch. Without packs each text length needs its own."""
-        shapes = tuple(x.shape for x in batch.values())
+        shapes = frozenset((name, x.shape) for name, x in batch.items())
         if shapes not in self._programs:
-            length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
-            texts = f"{self.packing.pack.examples} texts with {length}" if self.packing else f"texts of {length}"
-            with self._announce.first("compiling the training step", f"for {texts} tokens"):
-                traced = self.plan.step.trace(self.state, self.frozen, batch)
-                self._programs[shapes] = Program(traced.lower().compile(), count_flops(traced.jaxpr))
+            self._programs[shapes] = self._compile(self.state, self.frozen, batch)
         return self._programs[shapes]
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Compiles the step in a thread meanwhile, if all batches have one shape."""
+        config = self.config
+        rows = meshes.local_rows(self.mesh, config.train.batch_size)
+        if not self.packing and config.data.pad_multiple and len(rows) == config.train.batch_size:
+            yield  # the first batch tells the length of its texts
+            return
+        batch = self.plan.abstract_batch(config.train.batch_size, self.packing and self.packing.pack)
+        with ThreadPoolExecutor(1) as pool:
+            compiled = pool.submit(self._compile, *self.plan.abstract, batch)
+            yield
+        self._programs[frozenset((name, x.shape) for name, x in batch.items())] = compiled.result()
+
+    def _compile(self, state: TrainState, frozen: dict, batch: dict) -> Program:
+        """Compiles the step for these arguments, which may be abstract."""
+        length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
+        texts = f"{self.packing.pack.examples} texts with {length}" if self.packing else f"texts of {length}"
+        with self._announce.first("compiling the training step", f"for {texts} tokens"):
+            traced = self.plan.step.trace(state, frozen, batch)
+            return Program(traced.lower().compile(), count_flops(traced.jaxpr))
 
     def run_step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Takes one step and returns its metrics as scalars on the devices."""
