@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackPlan:
     """How the examples of a process become packs.
 
     Attributes:
@@ -125,7 +125,7 @@ def plan(
     examples: int,
     accumulate: int,
     lengths: Callable[[], Lengths],
-) -> Packing:
+) -> PackPlan:
     """Returns how examples are packed.
 
     Args:
@@ -150,7 +150,7 @@ def plan(
                 f"{found.mean * 1.05:.1f} or more, or to 0 to measure it",
                 2,
             )
-    return Packing(Pack(examples, min(tokens, examples * text.max_tokens)), accumulate, window)
+    return PackPlan(Pack(examples, min(tokens, examples * text.max_tokens)), accumulate, window)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Packs:
       text: name of the packed text.
     """
 
-    packing: Packing
+    packing: PackPlan
     rows: Sequence[int]
     text: str
     collate: Callable[[Sequence[Example]], Batch]

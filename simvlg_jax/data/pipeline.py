@@ -17,7 +17,7 @@ from simvlg_jax.data.batch import Batch, BatchSpec
 from simvlg_jax.data.batching import Each, Example, Padded, RowsOf, collate, pad_prompts
 from simvlg_jax.data.examples import blank, untargeted
 from simvlg_jax.data.mixture import mixed_examples, parts_of
-from simvlg_jax.data.packing import Packing, Packs
+from simvlg_jax.data.packing import PackPlan, Packs
 from simvlg_jax.data.receiving import Receive, Received
 from simvlg_jax.data.skipped import MIN_DRAWN, REASONS, Skip, Skipped, reason
 from simvlg_jax.data.sources import Source
@@ -36,7 +36,7 @@ def make_train_iterator(
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
-    packing: Packing | None = None,
+    packing: PackPlan | None = None,
     skipped: Skipped | None = None,
     timings: Timings | None = None,
 ) -> grain.DatasetIterator:

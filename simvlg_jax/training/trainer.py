@@ -150,7 +150,7 @@ class Trainer:
         return metrics
 
 
-def plan_packing(config: ConfigDict, task: Task, mesh: Mesh, source: Source) -> packing.Packing | None:
+def plan_packing(config: ConfigDict, task: Task, mesh: Mesh, source: Source) -> packing.PackPlan | None:
     """Returns how captions are packed, from the config and the lengths of those in `source`; None: not at all."""
     micro = config.train.accumulate
     size = packing.pack_size(config.data, config.train.batch_size, meshes.batch_shards(mesh), micro)
@@ -166,7 +166,7 @@ def make_iterator(
     task: Task,
     mesh: Mesh,
     source: Source,
-    packing: packing.Packing | None,
+    packing: packing.PackPlan | None,
     skipped: Skipped,
     timings: Timings,
 ) -> grain.DatasetIterator:
