@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from simvlg_jax.models.attention import attend
+
 
 @struct.dataclass
 class Packing:
@@ -22,18 +24,22 @@ class Packing:
       places: (G, T) int32, at which of the b S places each packed token is; b S for padding.
       positions: (G, T) int32, its position in its example.
       before: (G, C) int32, the packed token before each text token; 0 if there is none.
-      mask: (G b, S) bool, which places hold a token.
+      visible: (G b, S, S) bool, which places of its row each place sees: tokens that are not later than itself.
     """
 
     slots: jax.Array
     places: jax.Array
     positions: jax.Array
     before: jax.Array
-    mask: jax.Array
+    visible: jax.Array
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Returns the attention of packed queries (G, T, N, H) to their examples' keys and values (G, T, K, H)."""
+        return self.pack(attend(*map(self.unpack, (query, key, value)), mask=self.visible))
 
     def unpack(self, x: jax.Array) -> jax.Array:
         """Returns packed x (G, T, ...) in rows of the examples: (G b, S, ...), 0 where there is no token."""
-        return _move(x, self.slots, self.places).reshape(*self.mask.shape, *x.shape[2:])
+        return _move(x, self.slots, self.places).reshape(*self.visible.shape[:2], *x.shape[2:])
 
     def pack(self, x: jax.Array) -> jax.Array:
         """Returns x (G b, S, ...) packed: (G, T, ...), 0 for padding."""
@@ -88,7 +94,7 @@ def make_packing(lengths: jax.Array, tokens: int, prefix: int, longest: int, sta
         places=places,
         positions=jnp.where(places < examples * row_size, places % row_size, 0),
         before=before,
-        mask=filled.reshape(packs * examples, row_size),
+        visible=(place <= place[:, None]) & filled.reshape(-1, 1, row_size),
     )
 
 

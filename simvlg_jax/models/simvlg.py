@@ -172,7 +172,7 @@ class SimVLG(nn.Module):
         packing = make_packing(lengths, tokens, tokens_before, self.longest_text, self.start_first)
         text = self.llm.embed(ids)
         embeddings = jnp.concatenate([prefix.reshape(packs, -1, prefix.shape[2]).astype(text.dtype), text], 1)
-        hidden = self.llm(embeddings, packing.mask, packing.positions, packing=packing).hidden  # (G, T, E)
+        hidden = self.llm(embeddings, packing, packing.positions).hidden  # (G, T, E)
         return packing.before_text(hidden)
 
     def likelihoods(

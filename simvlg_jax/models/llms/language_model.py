@@ -1,9 +1,10 @@
 """What all language models share: their output, their key-value cache, and which keys a query sees.
 
 A language model is a Linen module that takes embeddings instead of ids. It has `width`, `embed(ids)`,
-`__call__(embeddings, mask, positions, cache=None, packing=None) -> LlmOutput`, `logits(hidden)` and
+`__call__(embeddings, mask, positions, cache=None) -> LlmOutput`, `logits(hidden)` and
 `init_cache(batch, max_length)`; see `llama.Llama` and `opt.Opt`. A block takes `((x, cached key, cached value), layer
-number, visible, cache index, packing, *shared)`; the shared arguments are the same for all blocks.
+number, visible, cache index, *shared)`; the shared arguments are the same for all blocks. `visible` says which keys a
+query sees: bool (B, S, T), or the `Packing` of packed x.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ def make_blocks(block: type[nn.Module], fields: Sequence, depth: int, scan: bool
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *[nn.broadcast] * (3 + shared)),
+        in_axes=(0, *[nn.broadcast] * (2 + shared)),
         length=depth,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )(*fields)
@@ -61,25 +62,23 @@ def run_blocks(
     blocks: Callable | Sequence[Callable],
     depth: int,
     x: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Packing,
     cache: Cache | None,
-    packing: Packing | None,
     *shared,
 ) -> tuple[jax.Array, Cache | None]:
     """Runs x (B, S, D) with mask (B, S) through the blocks; returns it and the cache with the new keys and values.
 
-    Args:
-      packing: with it x is packed, (G, T, D), and the mask is that of the examples' own rows, `packing.mask`.
+    Packed x (G, T, D) has its `Packing` for a mask, and no cache.
     """
     x = layers.split_batch(x)
-    visible, key_mask = visible_keys(mask, cache)
+    visible, key_mask = (mask, None) if isinstance(mask, Packing) else visible_keys(mask, cache)
     index = None if cache is None else cache["index"]
     carry = (x, None, None) if cache is None else (x, cache["key"], cache["value"])
     if isinstance(blocks, Sequence):
         for layer, block in enumerate(blocks):
-            carry, _ = block(carry, layer, visible, index, packing, *shared)
+            carry, _ = block(carry, layer, visible, index, *shared)
     else:
-        carry, _ = blocks(carry, jnp.arange(depth), visible, index, packing, *shared)
+        carry, _ = blocks(carry, jnp.arange(depth), visible, index, *shared)
     x, key, value = carry
     if cache is not None:
         cache = {"key": key, "value": value, "mask": key_mask, "index": index + mask.shape[1]}
@@ -118,13 +117,11 @@ def visible_keys(mask: jax.Array, cache: Cache | None) -> tuple[jax.Array, jax.A
     return earlier & (mask > 0)[:, None, :], mask
 
 
-def attend_rows(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, packing: Packing | None
-) -> jax.Array:
-    """Returns `attend` of queries (B, S, N, H), keys and values (B, T, K, H); packed ones attend in their own rows."""
-    if packing is None:
-        return attend(query, key, value, mask=visible)
-    return packing.pack(attend(*map(packing.unpack, (query, key, value)), mask=visible))
+def attend_visible(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | Packing) -> jax.Array:
+    """Returns the attention of queries (B, S, N, H) to those keys and values (B, T, K, H) that they see."""
+    if isinstance(visible, Packing):
+        return visible.attend(query, key, value)
+    return attend(query, key, value, mask=visible)
 
 
 def write_layer(stack: jax.Array, new: jax.Array, layer: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:

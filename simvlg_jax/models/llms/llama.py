@@ -127,9 +127,8 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, jax.Array | None, jax.Array | None],  # x (B, S, D), cached key, value (L, B, T, K, H)
         layer: jax.Array,  # () int32, this layer's number
-        visible: jax.Array,  # (B, S, T) bool
+        visible: jax.Array | Packing,  # which keys a query sees: (B, S, T) bool; the packing of packed x (G, T, D)
         index: jax.Array | None,  # () int32, the first slot of the cache to write
-        packing: Packing | None,  # of packed x (G, T, D)
         rotary: tuple[jax.Array, jax.Array],  # cos, sin (B, S, 1, H / 2)
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
@@ -148,7 +147,7 @@ class Block(nn.Module):
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
-        context = language_model.attend_rows(query, key, value, visible, packing)  # (B, S, N, H)
+        context = language_model.attend_visible(query, key, value, visible)  # (B, S, N, H)
         x = x + layers.merge_heads(width, heads, head_dim, **plain, name="out")(context)
 
         y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
@@ -222,23 +221,21 @@ class Llama(nn.Module):
     def __call__(
         self,
         embeddings: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | Packing,
         positions: jax.Array,
         cache: Cache | None = None,
-        packing: Packing | None = None,
     ) -> LlmOutput:
         """Runs the blocks. Token i sees the real tokens up to i and those in the cache.
 
         Args:
           embeddings: (B, S, D).
-          mask: (B, S), 1 for real tokens.
+          mask: (B, S), 1 for real tokens; of packed embeddings (G, T, D), with positions (G, T), their `Packing`.
           positions: (B, S) int32, for the rotary embedding.
           cache: from `init_cache` or from an earlier call; the S tokens are added to it.
-          packing: of packed embeddings (G, T, D) with positions (G, T); the mask is then `packing.mask`.
         """
         rotary = rotary_angles(positions, self.rotary_frequencies)
         x = embeddings.astype(self.dtype)
-        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, packing, rotary)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, rotary)
         return LlmOutput(self.norm(x), cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

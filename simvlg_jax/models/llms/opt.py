@@ -40,9 +40,8 @@ class Block(nn.Module):
         self,
         carry: tuple[jax.Array, jax.Array | None, jax.Array | None],  # x (B, S, D), cached key, value (L, B, T, N, H)
         layer: jax.Array,  # () int32, this layer's number
-        visible: jax.Array,  # (B, S, T) bool
+        visible: jax.Array | Packing,  # which keys a query sees: (B, S, T) bool; the packing of packed x (G, T, D)
         index: jax.Array | None,  # () int32, the first slot of the cache to write
-        packing: Packing | None,  # of packed x (G, T, D)
     ) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], None]:
         x, key_cache, value_cache = carry
         width = x.shape[-1]
@@ -58,7 +57,7 @@ class Block(nn.Module):
         if key_cache is not None:
             key_cache, key = language_model.write_layer(key_cache, key, layer, index)
             value_cache, value = language_model.write_layer(value_cache, value, layer, index)
-        context = language_model.attend_rows(query, key, value, visible, packing)  # (B, S, N, H)
+        context = language_model.attend_visible(query, key, value, visible)  # (B, S, N, H)
         x = x + drop(layers.merge_heads(*heads, dtype=dtype, name="out")(context))
         x = x if self.pre_norm else attention_norm(x)
 
@@ -126,15 +125,14 @@ class Opt(nn.Module):
     def __call__(
         self,
         embeddings: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | Packing,
         positions: jax.Array,
         cache: Cache | None = None,
-        packing: Packing | None = None,
     ) -> LlmOutput:
         """Runs the blocks. Arguments as for `llama.Llama`; positions (B, S) int32 count from 0."""
         x = embeddings.astype(self.dtype)
         x = x + jnp.take(self.position, positions + POSITION_OFFSET, axis=0).astype(self.dtype)
-        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache, packing)
+        x, cache = language_model.run_blocks(self.blocks, self.depth, x, mask, cache)
         return LlmOutput(self.norm(x) if self.pre_norm else x, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
