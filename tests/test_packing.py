@@ -71,26 +71,30 @@ def test_losses_and_gradients_of_packs_are_those_of_padded_captions(flags, most_
 
 @pytest.mark.parametrize("start_first", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_every_token_has_one_place_and_comes_back(seed, start_first):
+def test_every_token_has_one_place_and_comes_back_and_nothing_else_has_a_gradient(seed, start_first):
     packs, examples, prefix, longest, tokens = 2, 3, 2, 4, 14
     lengths = np.random.default_rng(seed).integers(1, longest + 1, (packs, examples))
     packing = jax.jit(make_packing, static_argnums=(1, 2, 3, 4))(lengths, tokens, prefix, longest, start_first)
     x = np.arange(1, packs * (examples * prefix + tokens) + 1, dtype=np.float32).reshape(packs, -1, 1)
     rows = np.asarray(packing.unpack(x))[..., 0].reshape(packs, examples, -1)
-    back = np.asarray(packing.pack(packing.unpack(x)))
+    back, pull_back = jax.vjp(packing.pack, packing.unpack(x))
+    row, slopes_of_rows = prefix + longest, np.asarray(pull_back(np.ones_like(x))[0]).reshape(rows.shape)
+    slopes = np.asarray(jax.vjp(packing.unpack, x)[1](np.ones_like(rows).reshape(packs * examples, row, 1))[0])[..., 0]
     for pack, at in zip(range(packs), [examples * prefix] * packs, strict=True):
         for example, length in enumerate(lengths[pack]):
             visual = x[pack, example * prefix : (example + 1) * prefix, 0].tolist()
             text = x[pack, at : at + length, 0].tolist()
             expected = text[:1] + visual + text[1:] if start_first else visual + text
-            assert rows[pack, example].tolist() == expected + [0.0] * (prefix + longest - len(expected))
+            assert rows[pack, example, : len(expected)].tolist() == expected
+            assert slopes_of_rows[pack, example].tolist() == [1.0] * len(expected) + [0.0] * (row - len(expected))
             for number, token in enumerate(text, start=at):
                 place = expected.index(token)
                 assert packing.positions[pack, number] == place
                 if place:
                     assert x[pack, packing.before[pack, number - examples * prefix], 0] == expected[place - 1]
             at += length
-        assert back[pack, :at].tolist() == x[pack, :at].tolist() and not back[pack, at:].any()
+        assert back[pack, :at].tolist() == x[pack, :at].tolist()
+        assert slopes[pack].tolist() == [1.0] * at + [0.0] * (len(slopes[pack]) - at)
 
 
 def tiny(**flags):

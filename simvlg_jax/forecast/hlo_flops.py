@@ -2,6 +2,7 @@
 
 On a TPU, matrix products are compiled to convolutions. A batched product becomes a convolution with the batch as a
 dilated spatial dimension. At each output position, all window elements but one hit padding and are not counted.
+A Pallas kernel states its FLOPs.
 """
 
 import re
@@ -15,14 +16,20 @@ def matrix_flops(program: Program) -> tuple[int, int]:
 
     They are two per multiplication of two elements, and none for padding.
     """
-    count = {"convolution": _convolution, "dot": _dot}
+    count = {"convolution": _convolution, "dot": _dot, "custom-call": _stated}
     total = {True: 0, False: 0}
     for name, times in runs(program).items():
         for body, instruction in with_fused(program, name):
             if instruction.op in count:
-                int8 = all(body[operand].type.startswith(("s8[", "u8[")) for operand in instruction.operands[:2])
+                types = [body[operand].type for operand in instruction.operands[:2]]
+                int8 = bool(types) and all(each.startswith(("s8[", "u8[")) for each in types)
                 total[int8] += times * count[instruction.op](body, instruction)
     return total[False], total[True]
+
+
+def _stated(body: dict[str, Instruction], call: Instruction) -> int:
+    found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', call.attributes)
+    return int(found[1]) if found else 0
 
 
 def _dot(body: dict[str, Instruction], dot: Instruction) -> int:

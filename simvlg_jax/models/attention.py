@@ -40,10 +40,12 @@ def attend(
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
     scores = jnp.einsum("BSKGH,BTKH->BKGST", grouped, key, preferred_element_type=jnp.float32)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        # Any score vanishes in this sum. Selecting would read and write a constant of the size of the scores on a TPU.
+        hidden = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+        bias = hidden if bias is None else bias + hidden
     if bias is not None:
         scores = scores + bias[:, None, None]
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = softmax(scores, query.dtype)
     if dropout is not None:
         weights = dropout(weights)

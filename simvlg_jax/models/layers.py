@@ -150,8 +150,12 @@ def merge_heads(width: int, num_heads: int, head_dim: int, **options) -> Einsum:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) GELU of BERT and EVA."""
-    return nn.gelu(x, approximate=False)
+    """The exact (erf) GELU of BERT and EVA, computed in float32.
+
+    JAX's form takes erfc, in the dtype of x. On a TPU it stores the signs of x in a pass of their own.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -38,11 +38,11 @@ class Packing:
         return self.pack(attend(*map(self.unpack, (query, key, value)), mask=self.visible))
 
     def unpack(self, x: jax.Array) -> jax.Array:
-        """Returns packed x (G, T, ...) in rows of the examples: (G b, S, ...), 0 where there is no token."""
+        """Returns packed x (G, T, ...) in rows of the examples: (G b, S, ...), any token where there is none."""
         return _move(x, self.slots, self.places).reshape(*self.visible.shape[:2], *x.shape[2:])
 
     def pack(self, x: jax.Array) -> jax.Array:
-        """Returns x (G b, S, ...) packed: (G, T, ...), 0 for padding."""
+        """Returns x (G b, S, ...) packed: (G, T, ...), anything for padding."""
         rows = x.reshape(*self.slots.shape, *x.shape[2:])
         return _move(rows, self.places, self.slots)
 
@@ -100,19 +100,22 @@ def make_packing(lengths: jax.Array, tokens: int, prefix: int, longest: int, sta
 
 @jax.custom_vjp
 def _move(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Returns x (G, M, ...) at index (G, N): (G, N, ...), 0 where the index is M. `inverse` (G, M) undoes it."""
+    """Returns x (G, M, ...) at index (G, N): (G, N, ...), any row where the index is M. `inverse` (G, M) undoes it."""
     del inverse
-    wide = index.reshape(*index.shape, *[1] * (x.ndim - 2))
-    return jnp.take_along_axis(x, wide, 1, mode="fill", fill_value=0)
+    return jnp.take_along_axis(x, _wide(index, x), 1, mode="clip")
 
 
-def _move_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _move(x, index, inverse), (index, inverse)
+def _move_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _move(x, index, inverse), inverse
 
 
-def _move_backward(indices: tuple[jax.Array, jax.Array], slopes: jax.Array) -> tuple[jax.Array, None, None]:
-    index, inverse = indices
-    return _move(slopes, inverse, index), None, None
+def _move_backward(inverse: jax.Array, slopes: jax.Array) -> tuple[jax.Array, None, None]:
+    # What was moved nowhere has no gradient.
+    return jnp.take_along_axis(slopes, _wide(inverse, slopes), 1, mode="fill", fill_value=0), None, None
+
+
+def _wide(index: jax.Array, x: jax.Array) -> jax.Array:
+    return index.reshape(*index.shape, *[1] * (x.ndim - 2))
 
 
 _move.defvjp(_move_forward, _move_backward)

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import layers, token_merging
 from simvlg_jax.models.attention import attend
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
+from simvlg_jax.models.fused_attention import attend_fused
 
 ACTIVATIONS = {"gelu": layers.gelu, "quick_gelu": layers.quick_gelu, "tanh_gelu": nn.gelu}
 
@@ -51,7 +52,10 @@ class Block(nn.Module):
         query = layers.split_heads(*heads, dtype=dtype, name="query")(y)
         key = layers.split_heads(*heads, use_bias=self.key_bias, bias_grad=False, dtype=dtype, name="key")(y)
         value = layers.split_heads(*heads, dtype=dtype, name="value")(y)
-        context = attend(query, key, value, bias=None if sizes is None else jnp.log(sizes)[:, None])  # (B, T, N, H)
+        if sizes is None:
+            context = attend_fused(query, key, value)  # (B, T, N, H)
+        else:
+            context = attend(query, key, value, bias=jnp.log(sizes)[:, None])
         x = x + layers.merge_heads(*heads, dtype=dtype, name="out")(context)
         if self.temporal:
             clips = x.reshape(shape)

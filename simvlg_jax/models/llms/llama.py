@@ -110,6 +110,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, -1).astype(x.dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up, of (B, S, F) each, and keeps only these two for the backward pass."""
+    return nn.silu(gate) * up
+
+
 class Block(nn.Module):
     """x += attention(RMSNorm x); x += gated MLP(RMSNorm x). Fields as in `Llama`."""
 
@@ -154,7 +160,7 @@ class Block(nn.Module):
         gate = layers.dense(width, self.ffn, ("embed", "mlp"), **plain, name="gate")(y)
         up = layers.dense(width, self.ffn, ("embed", "mlp"), **plain, name="up")(y)
         down = layers.dense(self.ffn, width, ("mlp", "embed"), **plain, name="down")
-        x = layers.split_batch(x + down(nn.silu(gate) * up))
+        x = layers.split_batch(x + down(gated(gate, up)))
         return (x, key_cache, value_cache), None
 
 
