@@ -97,7 +97,7 @@ def compare(step: Step, theirs: "TorchStep") -> dict:
     named = evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(gradients)))
     return {
         "loss": {"ours": loss, "torch": their_loss, "relative_difference": difference},
-        "connector_gradient_difference": relative_difference(named, their_gradients, evlgen.CONNECTOR),
+        "connector_gradient_difference": relative_difference(named, their_gradients, evlgen.CONNECTOR, "VL_proj."),
         "gradient_difference": relative_difference(named, their_gradients),
     }
 
@@ -114,9 +114,9 @@ def our_gradients(setting: Setting, batch: dict[str, jax.Array]) -> tuple[float,
     return float(value), gradients
 
 
-def relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], prefix: str = "") -> float:
-    """Returns |ours - theirs| / |theirs| over all arrays of `ours` whose names start with a prefix."""
-    names = [name for name in ours if name.startswith(prefix)]
+def relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], *prefixes: str) -> float:
+    """Returns |ours - theirs| / |theirs| over the arrays of `ours` whose names start with a prefix, if any is given."""
+    names = [name for name in ours if name.startswith(prefixes or "")]
     difference = sum(float(np.square(np.asarray(ours[n], np.float32) - theirs[n]).sum()) for n in names)
     return (difference / sum(float(np.square(theirs[n]).sum()) for n in names)) ** 0.5
 

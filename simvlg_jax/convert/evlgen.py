@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import bert, encoders, families, stacking, weight_map
+from simvlg_jax.convert import encoders, families, stacking, torch_connectors, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -48,9 +48,8 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
     rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
     params = weight_map.from_torch(projections(model), rest, 1)
-    params["connector"] |= weight_map.from_torch(
-        bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
-    )
+    rows = torch_connectors.of_model(model.connector).rows(model.connector)
+    params["connector"] |= weight_map.from_torch(rows, within[CONNECTOR], getattr(model.connector, "num_heads", 1))
     if vit := vision_from_evlgen(model, within[VISION]):
         params["vit"] = vit
     if any(not name.endswith(LEFTOVERS) for name in within[llm]):
@@ -105,7 +104,8 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
         if image:
             tensors |= encoders.of_model(model.vit).to_torch(model.vit, traverse_util.unflatten_dict(image))
         tensors = {VISION + name: x for name, x in tensors.items()}
-    connector = weight_map.to_torch(bert.encoder_rows(model.connector.depth), params["connector"])
+    rows = torch_connectors.of_model(model.connector).rows(model.connector)
+    connector = weight_map.to_torch(rows, params["connector"])
     tensors |= {CONNECTOR + name: x for name, x in connector.items()}
     tensors |= weight_map.to_torch(projections(model), params)
     if "llm" in params:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import bert, encoders, evlgen, families, stacking
+from simvlg_jax.convert import bert, encoders, evlgen, families, stacking, weight_map
 from simvlg_jax.convert.own_files import current_name
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.bert import BERT_SIZES
@@ -40,6 +40,22 @@ def load_bert(name: str, connector: Connector) -> dict:
     """Returns a BERT's parameters for a connector."""
     path = minilm_folder() if name == "minilm" else resolve(name)
     return own_tree(open_tensors(path)) or bert.load_bert(path, connector.depth, connector.num_heads, words=False)
+
+
+def load_connector(name: str, connector: Connector) -> dict:
+    """Returns a connector's parameters from a file of ours: of a connector alone, or an exported model's.
+
+    Raises:
+      UserError: the file is not ours.
+    """
+    tensors = open_tensors(resolve(name))
+    if own_tree(tensors) is None:
+        raise UserError(
+            f'connector.weights={name}: this connector starts from a file of ours or from random weights (""); '
+            "a BERT is for the TomeFormer"
+        )
+    own = weight_map.within(tensors, "connector/") or tensors
+    return traverse_util.unflatten_dict({name: own[name] for name in own}, sep="/")
 
 
 def load_sentence_encoder(sentence: ConfigDict) -> dict:

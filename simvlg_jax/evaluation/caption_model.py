@@ -156,7 +156,7 @@ class CaptionModel:
         Raises:
           UserError: the schedule does not fit the model.
         """
-        schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges))
+        schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges), budgets=())
         config = override(self.config, [f"--config.connector.{key}={value}" for key, value in schedule.items()])
         task = dataclasses.replace(build_task(config), batch=self.task.batch)  # the tokenizer is not read again
         return CaptionModel(config, task, self.params, self._chosen)

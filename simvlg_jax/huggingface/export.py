@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import evlgen, families, own_files
+from simvlg_jax.convert import evlgen, families, own_files, torch_connectors
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
@@ -25,19 +25,14 @@ DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "
 def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
     """config.json of the folder; see `SimVLGConfig` in modeling_simvlg.py."""
     connector, family = model.connector, families.of_model(model.llm)
+    form = torch_connectors.of_model(connector)
     return dict(
         model_type="simvlg",
         architectures=["SimVLG"],
         auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
         vision={name: getattr(model.vit, name) for name in VISION}
         | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
-        connector=dict(
-            width=connector.width,
-            depth=connector.depth,
-            num_heads=connector.num_heads,
-            dropout=connector.dropout,
-            merges=list(connector.merges),
-        ),
+        connector={"type": form.name} | {name: getattr(connector, name) for name in form.fields},
         text_config={"model_type": family.hf_type} | family.hf_config(model.llm),
         start_token_id=text.prefix[0],
         prompt_ids=list(text.prefix[1:]),
@@ -75,7 +70,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     Raises:
       UserError: a model that the PyTorch code does not know (temporal positions, no class token).
     """
-    if model.connector.weighted_mean or model.connector.proportional_attention:
+    if any(getattr(model.connector, name, False) for name in ("weighted_mean", "proportional_attention")):
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if not model.vit.class_token:
         raise UserError("the PyTorch form knows vision encoders with a class token alone: this one is not exported")

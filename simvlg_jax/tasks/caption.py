@@ -74,7 +74,15 @@ def caption_task(config: ConfigDict) -> Task:
         evaluator="captioning",
         contrast=Contrast(embed, contrastive_losses) if beta else None,
         captions=True,
+        elastic=[caption_task(with_budget(config, tokens)) for tokens in sorted(config.connector.budgets)],
     )
+
+
+def with_budget(config: ConfigDict, tokens: int) -> ConfigDict:
+    """A copy of the config with one budget of visual tokens in place of all."""
+    config = config.copy_and_resolve_references()
+    config.connector.update(tokens=tokens, budgets=())
+    return config
 
 
 def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
@@ -85,7 +93,7 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
         rules += params.trained(name, lr[name])
     rules += [
         *params.trained("connector/vl_proj", lr.vl_proj),
-        *params.trained("connector/(?!vl_proj/).*", lr.connector),
+        *params.trained("connector(?!/vl_proj/)", lr.connector),
     ]
     rules += params.trained("llm", lr.llm) if config.llm.train else params.frozen("llm/.*")
     if config.vit.train:
