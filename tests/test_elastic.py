@@ -34,7 +34,7 @@ def test_budgets_are_drawn_from_seed_and_step_alone_and_equally_often():
 
 
 def test_a_step_is_that_of_the_model_with_the_budget_drawn_for_it_also_after_resuming(tmp_path):
-    config = config_of("data.pack=2", "train.accumulate=2", "mesh.data=2")
+    config = config_of("data.pack=2", "mesh.data=2")
     trainer, checkpoints = Trainer(config, tmp_path), Checkpoints(tmp_path)
     assert len(trainer._programs) == 2  # both were compiled while the weights were initialised
 
