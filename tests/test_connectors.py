@@ -261,4 +261,4 @@ def test_the_report_draws_which_patches_were_averaged():
 
 def test_latents_are_as_wide_as_the_size_says():
     model = build_task(config_of("connector.type=perceiver", "connector.size=minilm_l6")).model.connector
-    assert model == Perceiver(width=384, depth=6, num_heads=12, queries=64, dropout=0.0)
+    assert model == Perceiver(width=384, depth=6, num_heads=12, queries=32, dropout=0.0)

@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     # Elastic merging: several values of `tokens`, such as (4, 8, 16). Each training step draws one, from the seed and
     # the number of the step. All else takes `tokens`, or the largest budget if that is 0. One model serves them all.
     config.connector.budgets = ()
-    config.connector.queries = 64  # "perceiver": number of latents, which are the tokens; published: 64
+    config.connector.queries = 32  # "perceiver": number of latents, which are the tokens; published: 64
     config.connector.width = 0  # "mlp" and "pool": between the linear maps; 0: of `size`; published: as wide as the LLM
     # True: a merged token is the mean of all its patches; published: the mean of the two tokens that are merged.
     config.connector.weighted_mean = False

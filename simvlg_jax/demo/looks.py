@@ -43,7 +43,7 @@ class Looks:
 
     def __init__(self, model: CaptionModel):
         connector, vit = model.task.model.connector, model.task.model.vit
-        self.merges, self.class_token = hasattr(connector, "merges"), connector.class_token
+        self.merges, self.class_token = bool(connector.merges), connector.class_token
         self.own = self.least = self.most = visual_tokens(model.task, model.params)
         if self.merges:
             self.most = vit.num_output_tokens

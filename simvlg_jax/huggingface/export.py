@@ -1,11 +1,12 @@
 """A folder that `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` loads, without JAX."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import evlgen, families, own_files, torch_connectors
+from simvlg_jax.convert import evlgen, families, own_files
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
 from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
@@ -18,21 +19,21 @@ VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
     *("key_bias", "patch_bias", "input_norm", "temporal"),
 )
-
+LINEN = ("parent", "name", "dtype")  # fields of a module that PyTorch's has not
 DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")  # of Decoding
 
 
 def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
     """config.json of the folder; see `SimVLGConfig` in modeling_simvlg.py."""
     connector, family = model.connector, families.of_model(model.llm)
-    form = torch_connectors.of_model(connector)
     return dict(
         model_type="simvlg",
         architectures=["SimVLG"],
         auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
         vision={name: getattr(model.vit, name) for name in VISION}
         | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
-        connector={"type": form.name} | {name: getattr(connector, name) for name in form.fields},
+        connector={"type": type(connector).__name__}
+        | {field.name: getattr(connector, field.name) for field in fields(connector) if field.name not in LINEN},
         text_config={"model_type": family.hf_type} | family.hf_config(model.llm),
         start_token_id=text.prefix[0],
         prompt_ids=list(text.prefix[1:]),

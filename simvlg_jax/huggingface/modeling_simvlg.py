@@ -18,9 +18,9 @@ class SimVLGConfig(PretrainedConfig):
     Attributes:
       vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
         input_norm, temporal, merges (tokens merged away in each block; absent: none).
-      connector: type (a key of CONNECTORS; absent: tomeformer), width, and for tomeformer depth, num_heads, merges
-        (tokens merged away in each layer), dropout; for mlp cells (rows and columns that patches are averaged in; []:
-        none); for perceiver depth, num_heads, queries, dropout.
+      connector: type (a key of CONNECTORS; absent: TomeFormer), width, and for TomeFormer depth, num_heads, merges
+        (tokens merged away in each layer), dropout; for MlpConnector cells (rows and columns that patches are averaged
+        in; []: none); for Perceiver depth, num_heads, queries, dropout.
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.
@@ -310,7 +310,7 @@ class TomeFormer(nn.Module):
         return x
 
 
-class Mlp(nn.Module):
+class MlpConnector(nn.Module):
     """GELU on each patch after VL_proj (LLaVA-1.5), or on means of patches, which commute with VL_proj."""
 
     def __init__(self, size: dict):
@@ -360,7 +360,7 @@ class Perceiver(nn.Module):
         return self.norm(latents)
 
 
-CONNECTORS = {"tomeformer": TomeFormer, "mlp": Mlp, "perceiver": Perceiver}  # of what VL_proj gives
+CONNECTORS = {each.__name__: each for each in (TomeFormer, MlpConnector, Perceiver)}  # of what VL_proj gives
 
 
 class SimVLG(PreTrainedModel):
@@ -376,7 +376,7 @@ class SimVLG(PreTrainedModel):
         width, hidden = config.connector["width"], config.text_config.hidden_size
         self.ln_vision = nn.LayerNorm(config.vision["width"], 1e-5)
         self.VL_proj = nn.Linear(config.vision["width"], width)
-        self.VLconnector = CONNECTORS[config.connector.get("type", "tomeformer")](config.connector)
+        self.VLconnector = CONNECTORS[config.connector.get("type", "TomeFormer")](config.connector)
         family = "opt" if config.text_config.model_type == "opt" else "llm"
         self.add_module(f"{family}_proj", nn.Linear(width, hidden))
         self.add_module(f"{family}_model", AutoModelForCausalLM.from_config(config.text_config))

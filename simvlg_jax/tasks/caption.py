@@ -116,18 +116,17 @@ def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Para
     Raises:
       UserError: weights that cannot be read, or are of another architecture.
     """
-    loaded = {}
+    loaded, kind = {}, CONNECTORS[config.connector.type]
     if config.vit.weights:
         loaded["vit"] = pretrained.load_vit(config.vit.weights, model.vit)
     if config.connector.weights:
-        loaded["connector"] = CONNECTORS[config.connector.type].load(config.connector.weights, model.connector)
+        loaded |= kind.load(config.connector.weights, model.connector)
     if config.llm.weights:
         loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
     if config.train.beta and config.sentence_encoder.weights:
         loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
     if config.train.init_from:
         loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
-    # A connector's own map of the visual tokens is not part of a BERT.
-    absent = {"vl_proj"} if config.connector.weights and not config.train.init_from else set()
+    absent = kind.absent if config.connector.weights and not config.train.init_from else ()
     build.check_shapes(loaded, abstract, absent)
     return loaded

@@ -26,11 +26,13 @@ class Connector(Protocol):
     """A Linen module.
 
     Attributes:
-      width: D, of its tokens.
+      width: D, the width of its tokens.
+      merges: tokens that each layer merges away; () for a connector that mixes them.
       class_token: whether the first of its tokens is the vision encoder's class token.
     """
 
     width: int
+    merges: tuple[int, ...]
     class_token: bool
 
     def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:

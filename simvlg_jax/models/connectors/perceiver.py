@@ -69,7 +69,7 @@ class Perceiver(nn.Module):
     dropout: float = 0.1
     dtype: DTypeLike = jnp.float32
 
-    class_token = False  # of the output
+    merges, class_token = (), False  # no layer merges, and no class token comes out
 
     @nn.compact
     def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:
