@@ -106,6 +106,9 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
         ["llm.size=qwen2.5_tiny"],
         ["llm.size=qwen3_tiny"],
         ["vit.tokens=11", "connector.tokens=5"],
+        ["connector.type=mlp"],
+        ["connector.type=pool", "connector.tokens=6", "vit.tokens=11"],
+        ["connector.type=perceiver", "connector.queries=5"],
     ],
 )
 def test_captions_are_the_same_whatever_the_parts(flags, tmp_path):

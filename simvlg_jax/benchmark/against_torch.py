@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.benchmark.setting import Setting
 from simvlg_jax.benchmark.step import Step
 from simvlg_jax.benchmark.timing import ratios
-from simvlg_jax.convert import evlgen, stacking
+from simvlg_jax.convert import connectors, evlgen, stacking
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.utils.errors import UserError
 
@@ -95,9 +95,13 @@ def compare(step: Step, theirs: "TorchStep") -> dict:
             f"relative difference {difference:.1e}, allowed {tolerance:.0e}"
         )
     named = evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(gradients)))
+    connector = setting.task.model.connector
+    rows = connectors.of_model(connector).rows(connector)
     return {
         "loss": {"ours": loss, "torch": their_loss, "relative_difference": difference},
-        "connector_gradient_difference": relative_difference(named, their_gradients, evlgen.CONNECTOR),
+        "connector_gradient_difference": relative_difference(
+            {row.torch: named[row.torch] for row in rows if row.torch in named}, their_gradients
+        ),
         "gradient_difference": relative_difference(named, their_gradients),
     }
 
@@ -114,11 +118,10 @@ def our_gradients(setting: Setting, batch: dict[str, jax.Array]) -> tuple[float,
     return float(value), gradients
 
 
-def relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], prefix: str = "") -> float:
-    """Returns |ours - theirs| / |theirs| over all arrays of `ours` whose names start with a prefix."""
-    names = [name for name in ours if name.startswith(prefix)]
-    difference = sum(float(np.square(np.asarray(ours[n], np.float32) - theirs[n]).sum()) for n in names)
-    return (difference / sum(float(np.square(theirs[n]).sum()) for n in names)) ** 0.5
+def relative_difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """Returns |ours - theirs| / |theirs| over all arrays of `ours`."""
+    difference = sum(float(np.square(np.asarray(ours[n], np.float32) - theirs[n]).sum()) for n in ours)
+    return (difference / sum(float(np.square(theirs[n]).sum()) for n in ours)) ** 0.5
 
 
 def _speed(run: Callable[[], object], wait: Callable[[], object], step: Step, steps: int) -> float:

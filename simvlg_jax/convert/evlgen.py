@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import bert, encoders, families, stacking, weight_map
+from simvlg_jax.convert import connectors, encoders, families, stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -19,16 +19,16 @@ CONTRAST = [  # of checkpoints trained with beta > 0
     *weight_map.linear("text_proj", "text_proj"),
     Row("temperature", "temp"),
 ]
-VISION, CONNECTOR = "visual_encoder.", "VLconnector."
+VISION = "visual_encoder."
 # Files of the trained part have these too: the published code leaves out only what `named_parameters` calls frozen.
 LEFTOVERS = ("lm_head.weight", "rotary_emb.inv_freq", "position_ids", "token_type_ids")
 
 
-def projections(model: SimVLG) -> list[Row]:
-    """Returns the rows of the small trained modules around the connector."""
+def trained_rows(model: SimVLG) -> list[Row]:
+    """Returns the rows of the connector and the small trained modules around it."""
     return [
         *weight_map.layer_norm("ln_vision", "ln_vision"),
-        *weight_map.linear("connector/vl_proj", "VL_proj"),
+        *weight_map.below("connector", connectors.of_model(model.connector).rows(model.connector)),
         *weight_map.linear("llm_proj", f"{families.of_model(model.llm).evlgen}_proj"),
         *(CONTRAST if model.sentence_encoder is not None else []),
     ]
@@ -45,12 +45,9 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     """
     family = families.of_model(model.llm)
     llm = f"{family.evlgen}_model."
-    within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
+    within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, llm)}
     rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
-    params = weight_map.from_torch(projections(model), rest, 1)
-    params["connector"] |= weight_map.from_torch(
-        bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
-    )
+    params = weight_map.from_torch(trained_rows(model), rest, getattr(model.connector, "num_heads", 1))
     if vit := vision_from_evlgen(model, within[VISION]):
         params["vit"] = vit
     if any(not name.endswith(LEFTOVERS) for name in within[llm]):
@@ -105,9 +102,7 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
         if image:
             tensors |= encoders.of_model(model.vit).to_torch(model.vit, traverse_util.unflatten_dict(image))
         tensors = {VISION + name: x for name, x in tensors.items()}
-    connector = weight_map.to_torch(bert.encoder_rows(model.connector.depth), params["connector"])
-    tensors |= {CONNECTOR + name: x for name, x in connector.items()}
-    tensors |= weight_map.to_torch(projections(model), params)
+    tensors |= weight_map.to_torch(trained_rows(model), params)
     if "llm" in params:
         family = families.of_model(model.llm)
         tensors |= family.to_hf(model.llm, params["llm"], f"{family.evlgen}_model.")

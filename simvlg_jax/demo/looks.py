@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simvlg_jax.evaluation.caption_model import CaptionModel
+from simvlg_jax.evaluation.cost import visual_tokens
 from simvlg_jax.models.token_merging import token_counts
 
 REPEATS = 3  # the time is the median of so many runs
@@ -32,6 +33,7 @@ class Looks:
     """A model with every number of visual tokens. Each number is compiled at its first use and kept.
 
     Attributes:
+      merges: whether its connector merges. Another has its own number of tokens alone.
       own: number of visual tokens by the schedule of the model.
       least, most: the numbers that its connector can merge down to.
       patches: number of patches of a picture.
@@ -41,12 +43,13 @@ class Looks:
 
     def __init__(self, model: CaptionModel):
         connector, vit = model.task.model.connector, model.task.model.vit
-        self.most = vit.num_output_tokens
-        halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
-        self.own = token_counts(self.most, connector.merges, connector.class_token)[-1]
-        self.least = min(self.most, token_counts(vit.num_tokens, halving, connector.class_token)[-1])
-        self.class_token = connector.class_token
-        self.patches = vit.num_tokens - connector.class_token
+        self.merges, self.class_token = bool(connector.merges), connector.class_token
+        self.own = self.least = self.most = visual_tokens(model.task, model.params)
+        if self.merges:
+            self.most = vit.num_output_tokens
+            halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
+            self.least = min(self.most, token_counts(vit.num_tokens, halving, connector.class_token)[-1])
+        self.patches = vit.num_tokens - vit.class_token
         self.side = model.task.batch.pictures.side
         self._models = {self.own: model}
         self._compiled: set[tuple] = set()
@@ -62,7 +65,7 @@ class Looks:
         return self._timed(("answer", tokens, question), tokens, lambda: model.answer(image, question), say)
 
     def layers(self, image: np.ndarray, caption: str, tokens: int, say: Say) -> Sequence[np.ndarray]:
-        """Returns the source map after each layer, see `Explanation`."""
+        """Returns the source map after each layer, see `Explanation`; none of a connector that mixes the patches."""
         program = ("layers", tokens)
         say(0.6, "drawing the merge map" if program in self._compiled else "compiling the merge map (once)")
         layers = self._model(tokens).explain(image, caption).layers

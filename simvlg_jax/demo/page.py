@@ -46,6 +46,7 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
                     step=1,
                     label="Visual tokens",
                     elem_id="tokens",
+                    visible=looks.merges,
                 )
                 question = gr.Textbox(
                     label="Question", placeholder="What is it?", submit_btn="Ask", max_lines=3, elem_id="question"

@@ -37,6 +37,7 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
     except UserError as error:
         return message(str(error)), {}
     tried = {key: written for key, written in tried.items() if key[0] == path} | {(path, tokens): shown}
+    layers = looks.layers(image, shown.text, tokens, say)
     html = draw(
         "look.html.j2",
         looks=looks,
@@ -44,7 +45,7 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
         tried=[tried[key] for key in sorted(tried, reverse=True)],
         device=jax.devices()[0].device_kind,
         image=picture_text(image),
-        drawing=merge_map(looks.layers(image, shown.text, tokens, say)),
+        drawing=merge_map(layers) if layers else None,
     )
     return html, tried
 

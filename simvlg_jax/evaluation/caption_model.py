@@ -145,7 +145,7 @@ class CaptionModel:
         """Returns the model with another merging schedule and the same parameters, which are not read or copied again.
 
         Give one of tokens, r (with inflect) and merges; without any, no tokens are merged. Each schedule compiles a
-        program of its own, so keep the returned model.
+        program of its own, so keep the returned model. A connector that does not merge takes those that its config has.
 
         Args: as the keys of `config.connector`.
           tokens: number of visual tokens that are left, from evenly spread merges.
@@ -154,9 +154,9 @@ class CaptionModel:
           merges: number of tokens that each layer merges away.
 
         Raises:
-          UserError: the schedule does not fit the model.
+          UserError: the schedule does not fit the model, or its connector has no such key.
         """
-        schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges))
+        schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges), budgets=())
         config = override(self.config, [f"--config.connector.{key}={value}" for key, value in schedule.items()])
         task = dataclasses.replace(build_task(config), batch=self.task.batch)  # the tokenizer is not read again
         return CaptionModel(config, task, self.params, self._chosen)

@@ -93,7 +93,7 @@ def padding(plan: Plan, pack: Pack | None, text_tokens: float) -> float | None:
     """Returns the share of the language model's tokens that hold nothing, if captions have `text_tokens` on average."""
     if not plan.task.captions:
         return None
-    spec, visual = plan.task.batch, cost.visual_tokens(plan.task, plan.shapes)
+    spec, visual = plan.task.batch, cost.visual_tokens(plan.tasks[-1], plan.shapes)
     room = pack.tokens / pack.examples if pack else spec.texts[spec.main_text].max_tokens
     return 1 - (visual + min(text_tokens, room)) / (visual + room)
 

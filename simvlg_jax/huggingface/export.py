@@ -1,6 +1,7 @@
 """A folder that `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` loads, without JAX."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
     *("key_bias", "patch_bias", "input_norm", "temporal"),
 )
-
+LINEN = ("parent", "name", "dtype")  # fields of a module that PyTorch's has not
 DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")  # of Decoding
 
 
@@ -31,13 +32,8 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
         vision={name: getattr(model.vit, name) for name in VISION}
         | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
-        connector=dict(
-            width=connector.width,
-            depth=connector.depth,
-            num_heads=connector.num_heads,
-            dropout=connector.dropout,
-            merges=list(connector.merges),
-        ),
+        connector={"type": type(connector).__name__}
+        | {field.name: getattr(connector, field.name) for field in fields(connector) if field.name not in LINEN},
         text_config={"model_type": family.hf_type} | family.hf_config(model.llm),
         start_token_id=text.prefix[0],
         prompt_ids=list(text.prefix[1:]),
@@ -75,7 +71,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     Raises:
       UserError: a model that the PyTorch code does not know (temporal positions, no class token).
     """
-    if model.connector.weighted_mean or model.connector.proportional_attention:
+    if any(getattr(model.connector, name, False) for name in ("weighted_mean", "proportional_attention")):
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if not model.vit.class_token:
         raise UserError("the PyTorch form knows vision encoders with a class token alone: this one is not exported")

@@ -18,7 +18,9 @@ class SimVLGConfig(PretrainedConfig):
     Attributes:
       vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
         input_norm, temporal, merges (tokens merged away in each block; absent: none).
-      connector: width, depth, num_heads, merges (tokens merged away in each layer).
+      connector: type (a key of CONNECTORS; absent: TomeFormer), width, and for TomeFormer depth, num_heads, merges
+        (tokens merged away in each layer), dropout; for MlpConnector cells (rows and columns that patches are averaged
+        in; []: none); for Perceiver depth, num_heads, queries, dropout.
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.
@@ -239,11 +241,12 @@ class SelfAttention(nn.Module):
         self.num_heads, self.dropout = num_heads, dropout
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The context and the keys, both (B, T, D)."""
-        key = self.key(x)
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The context of x (B, S, D) and the keys, of itself or of what is seen (B, T, D)."""
+        seen = x if seen is None else seen
+        key = self.key(seen)
         dropout = self.dropout if self.training else 0.0
-        context = attention(self.query(x), key, self.value(x), self.num_heads, dropout)
+        context = attention(self.query(x), key, self.value(seen), self.num_heads, dropout)
         return context, key
 
 
@@ -307,8 +310,61 @@ class TomeFormer(nn.Module):
         return x
 
 
+class MlpConnector(nn.Module):
+    """GELU on each patch after VL_proj (LLaVA-1.5), or on means of patches, which commute with VL_proj."""
+
+    def __init__(self, size: dict):
+        super().__init__()
+        self.cells = size["cells"]
+
+    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:  # (B, T, D) -> (B, P, D)
+        if self.cells and places is not None:
+            x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))  # the token of each patch
+        x = x[:, 1:]
+        if self.cells:
+            grid = round(x.shape[1] ** 0.5)
+            x = F.adaptive_avg_pool2d(x.mT.unflatten(2, (grid, grid)), self.cells).flatten(2).mT
+        return F.gelu(x)
+
+
+class PerceiverLayer(nn.Module):
+    def __init__(self, size: dict):
+        super().__init__()
+        width = size["width"]
+        self.visual_norm, self.latent_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = SelfAttention(width, size["num_heads"], size["dropout"])
+        self.attention_out = nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(size["dropout"])
+
+    def forward(self, latents: Tensor, visual: Tensor) -> Tensor:  # (B, P, D), (B, T, D) -> (B, P, D)
+        asking = self.latent_norm(latents)
+        context, _ = self.attention(asking, torch.cat([self.visual_norm(visual), asking], 1))
+        latents = latents + self.dropout(self.attention_out(context))
+        return latents + self.dropout(self.fc2(F.relu(self.fc1(self.mlp_norm(latents))).square()))
+
+
+class Perceiver(nn.Module):
+    """Flamingo's Perceiver Resampler (arXiv 2204.14198)."""
+
+    def __init__(self, size: dict):
+        super().__init__()
+        self.latents = nn.Parameter(torch.zeros(size["queries"], size["width"]))
+        self.layers = nn.ModuleList([PerceiverLayer(size) for _ in range(size["depth"])])
+        self.norm = nn.LayerNorm(size["width"])
+
+    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:  # (B, T, D) -> (B, P, D)
+        latents = self.latents.expand(len(x), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, x)
+        return self.norm(latents)
+
+
+CONNECTORS = {each.__name__: each for each in (TomeFormer, MlpConnector, Perceiver)}  # of what VL_proj gives
+
+
 class SimVLG(PreTrainedModel):
-    """Frozen vision encoder -> TomeFormer -> linear layer -> soft prompt of a frozen language model."""
+    """Frozen vision encoder -> connector -> linear layer -> soft prompt of a frozen language model."""
 
     config_class = SimVLGConfig
     main_input_name = "pixel_values"
@@ -320,7 +376,7 @@ class SimVLG(PreTrainedModel):
         width, hidden = config.connector["width"], config.text_config.hidden_size
         self.ln_vision = nn.LayerNorm(config.vision["width"], 1e-5)
         self.VL_proj = nn.Linear(config.vision["width"], width)
-        self.VLconnector = TomeFormer(config.connector)
+        self.VLconnector = CONNECTORS[config.connector.get("type", "TomeFormer")](config.connector)
         family = "opt" if config.text_config.model_type == "opt" else "llm"
         self.add_module(f"{family}_proj", nn.Linear(width, hidden))
         self.add_module(f"{family}_model", AutoModelForCausalLM.from_config(config.text_config))

@@ -1,5 +1,7 @@
 """BERT's embeddings and its layer, which has LayerNorm after each residual."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,13 @@ BERT_SIZES = {
     "minilm_l6": dict(width=384, depth=6, num_heads=12),  # all-MiniLM-L6-v2
     "tiny": dict(width=32, depth=2, num_heads=2),
 }
+
+
+def size_of(connector: Mapping) -> dict[str, int]:
+    """Returns the row of BERT_SIZES that a config's `connector` names. Raises ValueError if there is none."""
+    if connector.size not in BERT_SIZES:
+        raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, BERT_SIZES))}")
+    return BERT_SIZES[connector.size]
 
 
 @struct.dataclass

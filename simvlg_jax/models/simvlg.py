@@ -62,7 +62,7 @@ class SimVLG(nn.Module):
       llm_grad: whether the language model is trained too.
       longest_text: the most tokens that a text of a pack has.
       sentence_encoder: a `SentenceEncoder`, or None (published recipes). The contrastive loss compares its embedding of
-        a caption with the connector's class token, or with the mean token if there is no class token.
+        a caption with the connector's class token, or with the mean token if it has no class token.
     """
 
     vit: nn.Module
@@ -231,10 +231,10 @@ class SimVLG(nn.Module):
     def _pair(self, connector: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """Returns the pair from the connector's tokens (B, P, D) and the captions (B, L').
 
-        The class token represents a picture, or the mean token if there is no class token.
+        The class token represents a picture, or the mean token if the connector has no class token.
         """
         sentences = jax.lax.stop_gradient(self.sentence_encoder(sentence_ids, sentence_mask))
-        picture = self.vision_proj(connector[:, 0] if self.vit.class_token else connector.mean(1))
+        picture = self.vision_proj(connector[:, 0] if self.connector.class_token else connector.mean(1))
         return contrastive.Pair(contrastive.unit(picture), contrastive.unit(self.text_proj(sentences)))
 
     def contrastive_losses(self, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:

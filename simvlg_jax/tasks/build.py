@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from simvlg_jax.config import defaults
 from simvlg_jax.config.check import lookup
 from simvlg_jax.convert import encoders, families, tokenizers
 from simvlg_jax.convert.connectors import CONNECTORS
@@ -37,10 +38,18 @@ def build_llm(config: ConfigDict) -> nn.Module:
 
 
 def build_connector(config: ConfigDict, vit: ViT) -> Connector:
-    """The connector for the tokens of a vision encoder."""
-    kind = lookup(CONNECTORS, "connector.type", config.connector.type)
+    """The connector for the tokens of a vision encoder; with budgets and without `tokens`, of the largest budget."""
+    connector = config.connector.copy_and_resolve_references()
+    kind = lookup(CONNECTORS, "connector.type", connector.type)
+    for key, off in defaults.get_config().connector.items():
+        if not off and connector[key] and key not in ("weights", *kind.keys):
+            owners = ", ".join(name for name, each in CONNECTORS.items() if key in each.keys)
+            raise UserError(
+                f"connector.{key} is for {owners}: leave it at {off!r} with connector.type={connector.type!r}", 2
+            )
+    connector.tokens = connector.tokens or max(connector.budgets, default=0)
     try:
-        return kind.build(config.connector, vit, jnp.dtype(config.dtype))
+        return kind.build(connector, vit, jnp.dtype(config.dtype))
     except ValueError as error:
         raise UserError(str(error), 2) from error
 

@@ -74,7 +74,15 @@ def caption_task(config: ConfigDict) -> Task:
         evaluator="captioning",
         contrast=Contrast(embed, contrastive_losses) if beta else None,
         captions=True,
+        elastic=[caption_task(with_budget(config, tokens)) for tokens in sorted(config.connector.budgets)],
     )
+
+
+def with_budget(config: ConfigDict, tokens: int) -> ConfigDict:
+    """A copy of the config with one budget of visual tokens in place of all."""
+    config = config.copy_and_resolve_references()
+    config.connector.update(tokens=tokens, budgets=())
+    return config
 
 
 def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
@@ -85,7 +93,7 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
         rules += params.trained(name, lr[name])
     rules += [
         *params.trained("connector/vl_proj", lr.vl_proj),
-        *params.trained("connector/(?!vl_proj/).*", lr.connector),
+        *params.trained("connector(?!/vl_proj/)", lr.connector),
     ]
     rules += params.trained("llm", lr.llm) if config.llm.train else params.frozen("llm/.*")
     if config.vit.train:
@@ -108,18 +116,17 @@ def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Para
     Raises:
       UserError: weights that cannot be read, or are of another architecture.
     """
-    loaded = {}
+    loaded, kind = {}, CONNECTORS[config.connector.type]
     if config.vit.weights:
         loaded["vit"] = pretrained.load_vit(config.vit.weights, model.vit)
     if config.connector.weights:
-        loaded["connector"] = CONNECTORS[config.connector.type].load(config.connector.weights, model.connector)
+        loaded |= kind.load(config.connector.weights, model.connector)
     if config.llm.weights:
         loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
     if config.train.beta and config.sentence_encoder.weights:
         loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
     if config.train.init_from:
         loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
-    # A connector's own map of the visual tokens is not part of a BERT.
-    absent = {"vl_proj"} if config.connector.weights and not config.train.init_from else set()
+    absent = kind.absent if config.connector.weights and not config.train.init_from else ()
     build.check_shapes(loaded, abstract, absent)
     return loaded

@@ -63,6 +63,8 @@ class Task:
       evaluator: the type of evaluation that a config need not name, see `evaluation.EVALUATORS`.
       contrast: the loss across examples, if there is one.
       captions: whether the model writes captions.
+      elastic: this task with each of the numbers of visual tokens that training draws from, the smallest first; empty
+        if it draws none.
       after_run: called with the trained parameters, on the host of process 0, and the workdir when a run ends.
     """
 
@@ -78,6 +80,7 @@ class Task:
     evaluator: str
     contrast: Contrast | None = None
     captions: bool = False
+    elastic: Sequence["Task"] = ()
     after_run: Callable[[Params, Path], None] | None = None
 
     def init(self, key: jax.Array) -> Params:

@@ -30,6 +30,7 @@ class Plan:
 
     Attributes:
       task, mesh: as given.
+      tasks: what a step trains: the task, or each of `task.elastic`.
       shapes: ShapeDtypeStructs with shardings of all parameters: trained ones float32, frozen ones as configured; see
         `storage.stored`.
       shardings: NamedShardings of all parameters.
@@ -46,6 +47,7 @@ class Plan:
                 f"train.batch_size {size} does not divide over {shards} devices times {micro} micro-batches", 2
             )
         self.task, self.mesh = task, mesh
+        self.tasks = task.elastic or (task,)
         self._seed, self._steps, self._optimizer_config = config.seed, config.train.steps, config.optimizer
         self._accumulate = micro
         boxed = jax.eval_shape(task.init, jax.random.key(0))
@@ -81,10 +83,21 @@ class Plan:
         return jax.jit(self._init_state, out_shardings=self._state_shardings)(params)
 
     @cached_property
+    def steps(self) -> list[jax.stages.Wrapped]:
+        """Of each of `tasks` the function of `step.make_step`, jitted with its shardings.
+
+        It donates the memory of the state.
+        """
+        return [self._step(task) for task in self.tasks]
+
+    @property
     def step(self) -> jax.stages.Wrapped:
-        """The function of `step.make_step`, jitted with its shardings. It donates the memory of the state."""
+        """The step with the most visual tokens."""
+        return self.steps[-1]
+
+    def _step(self, task: Task) -> jax.stages.Wrapped:
         run = make_step(
-            self.task,
+            task,
             self._optimizer,
             learning_rate(self._optimizer_config, self._steps),
             self.mesh,

@@ -24,6 +24,7 @@ from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.tasks.task import Task
+from simvlg_jax.training import elastic
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
@@ -49,6 +50,7 @@ class Trainer:
       frozen: the frozen parameters.
       frozen_entries: their entries in frozen.json.
       state: the TrainState, restored from the newest whole checkpoint if there is one.
+      step: its number of steps, on the host.
       packing: how captions are packed; None if they are padded.
       iterator: the iterator over training batches, at the position of the checkpoint.
       skipped, timings: what this process received from it.
@@ -72,7 +74,7 @@ class Trainer:
         self.iterator = make_iterator(config, self.task, self.mesh, source, self.packing, self.skipped, self.timings)
         self.evaluators = make_evaluators(self.task, config, self.mesh)
         self._announce = announce
-        self._programs: dict[frozenset, Program] = {}
+        self._programs: dict[tuple[int, frozenset], Program] = {}  # by the place in `plan.steps` and the shapes
         loaded = self.task.load_pretrained(self.plan.shapes)
         with self._compiling():
             with announce.first("reading and initialising the weights"):
@@ -85,6 +87,7 @@ class Trainer:
             if restored is not None:
                 self.state = restored.state
                 self.move_to(restored.position)
+        self.step = int(self.state.step)
 
     @property
     def params(self) -> dict:
@@ -114,11 +117,12 @@ class Trainer:
             return next(self.iterator)
 
     def program(self, batch: dict[str, jax.Array]) -> Program:
-        """Returns the step compiled for the shape of a batch. Without packs each text length needs its own."""
-        shapes = frozenset((name, x.shape) for name, x in batch.items())
-        if shapes not in self._programs:
-            self._programs[shapes] = self._compile(self.state, self.frozen, batch)
-        return self._programs[shapes]
+        """Returns the next step, compiled for the shape of a batch. Without packs each text length needs its own."""
+        number = elastic.drawn(self.config.seed, self.step, len(self.plan.steps))
+        key = number, frozenset((name, x.shape) for name, x in batch.items())
+        if key not in self._programs:
+            self._programs[key] = self._compile(number, self.state, self.frozen, batch)
+        return self._programs[key]
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -130,16 +134,20 @@ class Trainer:
             return
         batch = self.plan.abstract_batch(config.train.batch_size, self.packing and self.packing.pack)
         with ThreadPoolExecutor(1) as pool:
-            compiled = pool.submit(self._compile, *self.plan.abstract, batch)
+            numbers = range(len(self.plan.steps))
+            compiled = [pool.submit(self._compile, number, *self.plan.abstract, batch) for number in numbers]
             yield
-        self._programs[frozenset((name, x.shape) for name, x in batch.items())] = compiled.result()
+        shapes = frozenset((name, x.shape) for name, x in batch.items())
+        self._programs |= {(number, shapes): compiled[number].result() for number in numbers}
 
-    def _compile(self, state: TrainState, frozen: dict, batch: dict) -> Program:
-        """Compiles the step for these arguments, which may be abstract."""
+    def _compile(self, number: int, state: TrainState, frozen: dict, batch: dict) -> Program:
+        """Compiles one of `plan.steps` for these arguments, which may be abstract."""
         length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
         texts = f"{self.packing.pack.examples} texts with {length}" if self.packing else f"texts of {length}"
-        with self._announce.first("compiling the training step", f"for {texts} tokens"):
-            traced = self.plan.step.trace(state, frozen, batch)
+        count = len(self.plan.steps)
+        budget = f", budget {number + 1} of {count}" if count > 1 else ""
+        with self._announce.first("compiling the training step", f"for {texts} tokens{budget}"):
+            traced = self.plan.steps[number].trace(state, frozen, batch)
             return Program(traced.lower().compile(), count_flops(traced.jaxpr))
 
     def run_step(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -147,6 +155,7 @@ class Trainer:
         run = self.program(batch).run
         with jax.transfer_guard("disallow"):
             self.state, metrics = run(self.state, self.frozen, batch)
+        self.step += 1
         return metrics
 
 

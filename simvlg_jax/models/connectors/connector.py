@@ -13,7 +13,7 @@ class ConnectorOutput:
     Attributes:
       tokens: (B, P, D).
       source_map: (B, N) int32, the output token that each of the vision encoder's patches, and its class token, became
-        part of; None for a connector that mixes them.
+        part of, -1 if it was left out; None for a connector that mixes them.
       layers: of each layer, the source map (B, N) after it; the last one is `source_map`. Empty if that is None.
     """
 
@@ -23,9 +23,17 @@ class ConnectorOutput:
 
 
 class Connector(Protocol):
-    """A Linen module. Its `width` is D, the width of its tokens."""
+    """A Linen module.
+
+    Attributes:
+      width: D, the width of its tokens.
+      merges: tokens that each layer merges away; () for a connector that mixes them.
+      class_token: whether the first of its tokens is the vision encoder's class token.
+    """
 
     width: int
+    merges: tuple[int, ...]
+    class_token: bool
 
     def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:
         """Returns the connector's output.

@@ -77,9 +77,7 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
         raise ValueError(
             f"a BERT takes {bert.MAX_POSITIONS} tokens at most, and the vision encoder gives {vit.num_tokens}"
         )
-    if connector.size not in bert.BERT_SIZES:
-        raise ValueError(f"connector.size is {connector.size!r}; it takes {', '.join(map(repr, bert.BERT_SIZES))}")
-    size = bert.BERT_SIZES[connector.size]
+    size = bert.size_of(connector)
     merges = token_merging.schedule_of(connector, "connector", size["depth"], vit.num_tokens, vit.class_token)
     if any(vit.merges):
         # Every layer leaves as many tokens as without that merging, if it gets so many: the language model was trained
