@@ -29,6 +29,19 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError (status 2): no such file, an unknown key (the message lists similar ones) or a value of the wrong type.
     """
+    config = read_file(spec)
+    filled = fill(config)
+    known = flat_keys(defaults.get_config())
+    for key in flat_keys(config):
+        if key not in known and not key.startswith(OPEN):
+            raise UserError(f"config {spec}: {_unknown(key, known)}", 2)
+    config = change(filled, overrides)
+    check(config)
+    return config
+
+
+def read_file(spec: str) -> ConfigDict:
+    """Returns what `get_config` of a config file returns. The file and the errors are those of `load_config`."""
     name, _, argument = spec.partition(":")
     path = _find(name)
     try:
@@ -42,13 +55,6 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config {spec}: {_cause(error)}", 2) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"config {spec}: get_config returns {type(config).__name__} instead of a ConfigDict", 2)
-    filled = fill(config)
-    known = flat_keys(defaults.get_config())
-    for key in flat_keys(config):
-        if key not in known and not key.startswith(OPEN):
-            raise UserError(f"config {spec}: {_unknown(key, known)}", 2)
-    config = _apply(filled, overrides)
-    check(config)
     return config
 
 
@@ -60,7 +66,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       UserError (status 2): as `load_config`.
     """
-    changed = _apply(config, overrides)
+    changed = change(config, overrides)
     check(changed, [given.removeprefix("--config.").partition("=")[0] for given in overrides])
     return changed
 
@@ -111,7 +117,8 @@ def _find(name: str) -> Path:
     raise UserError(f"no config file {name}; the package has {recipes}", 2)
 
 
-def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def change(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Returns a locked copy of any config with overrides applied. Raises UserError (status 2) as `load_config`."""
     for given in overrides:
         if not given.startswith("--config.") or "=" not in given:
             raise UserError(f"cannot read {given!r}: overrides look like --config.train.steps=100", 2)
