@@ -1,0 +1,55 @@
+"""One stage against two, and the TomeFormer against other connectors, under one trainer (docs/comparison.md).
+
+    python -m simvlg_jax.compare --config configs/compare.py --workdir runs/compare
+    python -m simvlg_jax.compare --config configs/compare.py:tiny --workdir runs/compare_tiny
+
+All methods see the same pictures, captions and frozen parts, in the same order, for as many steps with the language
+model. They give it 8 tokens of each picture, except for `mlp` and `unmerged`, which give it all. `two_stages` is BLIP-2:
+its first stage trains the Q-Former without the language model before that.
+
+The argument `tokens` trains the TomeFormer with several numbers of tokens and, as `elastic`, one model for all of them.
+`tiny` takes random weights and drawn shapes, to try the program in minutes; its scores mean nothing.
+
+Other data: `--config.settings="('data.name=prepared', 'data.path=DIR', ...)"` replaces all common settings. Some of the
+methods or seeds alone: `--config.only="('tomeformer', 'two_stages')"`, `--config.seeds="(0,)"`.
+"""
+
+from ml_collections import ConfigDict
+
+from simvlg_jax.study.plan import get_arm
+from simvlg_jax.study.plan import get_config as defaults
+
+# The connector's multiplier of the learning rate is low in the example because MiniLM's weights shall change little.
+NEW = "optimizer.lr_multipliers.connector=1.0"  # for connectors of random weights
+RANDOM = ("connector.weights=", NEW)
+QFORMER = ("connector.type=qformer", "connector.queries=8")
+UNPACKED = ("data.pack=0", "data.pack_window=1", "data.pad_multiple=0")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    if argument not in ("", "tokens", "tiny"):
+        raise ValueError(f"configs/compare.py takes 'tokens' and 'tiny', not {argument!r}")
+    config, tiny = defaults(), argument == "tiny"
+    config.base = "configs/tiny.py" if tiny else "configs/openmoji.py"
+    config.settings = ("train.steps=400", "train.save_every=100", "evals.val.every=50", "evals.val.max_examples=128")
+    if tiny:
+        config.settings = ("train.steps=10", "train.log_every=5", "evals.val.every=5")
+    config.splits = ("test",) if tiny else ("test", "novel")
+    config.seeds = (0, 1, 2)
+    config.rates = (0.5, 1.0, 2.0)
+    config.search_steps = 5 if tiny else 60
+    if argument == "tokens":
+        for tokens in (4, 8, 16, 32):
+            config.arms[f"tokens_{tokens}"] = get_arm((f"connector.tokens={tokens}",))
+        config.arms.elastic = get_arm(("connector.budgets=(4, 8, 16, 32)",), tokens=(4, 8, 16))
+        return config.lock()
+    first = ("task=blip2_stage1", *QFORMER, *UNPACKED)
+    config.arms.tomeformer = get_arm(("connector.tokens=8",))
+    config.arms.unmerged = get_arm(("connector.merges=()",))
+    config.arms.qformer = get_arm(QFORMER)
+    config.arms.two_stages = get_arm(first, (*QFORMER, "connector.weights={previous}/qformer.safetensors"))
+    config.arms.mlp = get_arm(("connector.type=mlp", *RANDOM))
+    config.arms.pool = get_arm(("connector.type=pool", "connector.tokens=8", *RANDOM))
+    config.arms.perceiver = get_arm(("connector.type=perceiver", "connector.queries=8", *RANDOM))
+    config.baseline = "two_stages"
+    return config.lock()
