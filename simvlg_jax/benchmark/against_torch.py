@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.benchmark.setting import Setting
 from simvlg_jax.benchmark.step import Step
 from simvlg_jax.benchmark.timing import ratios
-from simvlg_jax.convert import evlgen, stacking
+from simvlg_jax.convert import evlgen, stacking, tomeformer
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.utils.errors import UserError
 
@@ -97,7 +97,7 @@ def compare(step: Step, theirs: "TorchStep") -> dict:
     named = evlgen.to_evlgen(setting.task.model, stacking.stack_all(jax.device_get(gradients)))
     return {
         "loss": {"ours": loss, "torch": their_loss, "relative_difference": difference},
-        "connector_gradient_difference": relative_difference(named, their_gradients, evlgen.CONNECTOR),
+        "connector_gradient_difference": relative_difference(named, their_gradients, tomeformer.PREFIX),
         "gradient_difference": relative_difference(named, their_gradients),
     }
 

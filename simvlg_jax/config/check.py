@@ -19,6 +19,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "vit.max_frames": ZERO_UP,
     "vit.r": ZERO_UP,
     "vit.tokens": ZERO_UP,
+    "connector.queries": ONE_UP,
     "connector.r": ZERO_UP,
     "connector.inflect": (-1, 1),
     "connector.tokens": ZERO_UP,

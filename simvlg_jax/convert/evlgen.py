@@ -1,10 +1,14 @@
-"""Converts between published checkpoints (EVLGen: image or video, OPT or LLaMA) and our SimVLG parameters."""
+"""Converts between published checkpoints and our SimVLG parameters.
+
+Published are EVLGen's (image or video, OPT or LLaMA), and those of BLIP-2, in LAVIS's names or Hugging Face's. EVLGen's
+program is a copy of LAVIS, so only the names of the connector differ.
+"""
 
 from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import bert, encoders, families, stacking, weight_map
+from simvlg_jax.convert import blip2_names, connectors, encoders, families, stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -19,16 +23,16 @@ CONTRAST = [  # of checkpoints trained with beta > 0
     *weight_map.linear("text_proj", "text_proj"),
     Row("temperature", "temp"),
 ]
-VISION, CONNECTOR = "visual_encoder.", "VLconnector."
+VISION = "visual_encoder."
 # Files of the trained part have these too: the published code leaves out only what `named_parameters` calls frozen.
 LEFTOVERS = ("lm_head.weight", "rotary_emb.inv_freq", "position_ids", "token_type_ids")
 
 
-def projections(model: SimVLG) -> list[Row]:
-    """Returns the rows of the small trained modules around the connector."""
+def trained_rows(model: SimVLG) -> list[Row]:
+    """Returns the rows of the connector and the small trained modules around it."""
     return [
         *weight_map.layer_norm("ln_vision", "ln_vision"),
-        *weight_map.linear("connector/vl_proj", "VL_proj"),
+        *weight_map.below("connector", connectors.of_model(model.connector).rows(model.connector)),
         *weight_map.linear("llm_proj", f"{families.of_model(model.llm).evlgen}_proj"),
         *(CONTRAST if model.sentence_encoder is not None else []),
     ]
@@ -44,13 +48,12 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
       UserError: names are missing, or belong to no module. The message lists both.
     """
     family = families.of_model(model.llm)
+    tensors = blip2_names.as_lavis(tensors, family.evlgen)
     llm = f"{family.evlgen}_model."
-    within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, CONNECTOR, llm)}
-    rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
-    params = weight_map.from_torch(projections(model), rest, 1)
-    params["connector"] |= weight_map.from_torch(
-        bert.encoder_rows(model.connector.depth), within[CONNECTOR], model.connector.num_heads
-    )
+    within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, llm)}
+    dropped = [name for name in tensors if name.startswith(tuple(within)) or name.endswith("position_ids")]
+    rest = weight_map.View(tensors, {name: name for name in tensors if name not in set(dropped)})
+    params = weight_map.from_torch(trained_rows(model), rest, model.connector.num_heads)
     if vit := vision_from_evlgen(model, within[VISION]):
         params["vit"] = vit
     if any(not name.endswith(LEFTOVERS) for name in within[llm]):
@@ -66,7 +69,6 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     Raises:
       UserError: the file holds temporal merging and the model is an image model.
     """
-    depth = model.vit.depth
     temporal, image = (
         weight_map.View(tensors, {name: name for name in tensors if (".temporal_merge." in name) == wanted})
         for wanted in (True, False)
@@ -77,7 +79,7 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     if image:
         parts = encoders.of_model(model.vit).from_torch(model.vit, image)
     if temporal:
-        rows = weight_map.numbered(TEMPORAL, depth)
+        rows = weight_map.numbered(TEMPORAL, model.vit.depth)
         merged = stacking.stack_layers(weight_map.from_torch(rows, temporal, 1))
         flat = {**traverse_util.flatten_dict(parts), **traverse_util.flatten_dict(merged)}
         parts = traverse_util.unflatten_dict(flat)
@@ -105,9 +107,7 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
         if image:
             tensors |= encoders.of_model(model.vit).to_torch(model.vit, traverse_util.unflatten_dict(image))
         tensors = {VISION + name: x for name, x in tensors.items()}
-    connector = weight_map.to_torch(bert.encoder_rows(model.connector.depth), params["connector"])
-    tensors |= {CONNECTOR + name: x for name, x in connector.items()}
-    tensors |= weight_map.to_torch(projections(model), params)
+    tensors |= weight_map.to_torch(trained_rows(model), params)
     if "llm" in params:
         family = families.of_model(model.llm)
         tensors |= family.to_hf(model.llm, params["llm"], f"{family.evlgen}_model.")

@@ -31,6 +31,13 @@ def current_name(name: str) -> str:
     return f"connector/{name}" if name.startswith("vl_proj/") else name
 
 
+def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
+    """Returns the nested tree of a file of `write_tree`; None for other files, whose names have no "/"."""
+    if not any("/" in name for name in tensors):
+        return None
+    return traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
+
+
 def read_flat(path: Path) -> dict[str, np.ndarray]:
     """Returns all arrays of a safetensors file by name, also those in bfloat16.
 

@@ -4,29 +4,18 @@ A name is a package of the example ("minilm", "smollm2"), a local file or folder
 a model on the Hugging Face Hub. The caller handles "", which stands for random weights.
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import bert, encoders, evlgen, families, stacking
-from simvlg_jax.convert.own_files import current_name
+from simvlg_jax.convert import bert, blip2_names, encoders, evlgen, families, stacking
+from simvlg_jax.convert.own_files import own_tree
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.bert import BERT_SIZES
-from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import example_weights, minilm_folder, smollm2_path
-
-
-def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
-    """Returns the nested tree of a file of `own_files.write_tree`; None for other files, whose names have no "/"."""
-    if not any("/" in name for name in tensors):
-        return None
-    return traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
 
 
 def load_vit(name: str, model: ViT) -> dict:
@@ -34,12 +23,6 @@ def load_vit(name: str, model: ViT) -> dict:
     tensors = open_tensors(resolve(name))
     params = own_tree(tensors) or encoders.of_model(model).from_torch(model, tensors)
     return params if model.scan else stacking.unstack_layers(params)
-
-
-def load_bert(name: str, connector: Connector) -> dict:
-    """Returns a BERT's parameters for a connector."""
-    path = minilm_folder() if name == "minilm" else resolve(name)
-    return own_tree(open_tensors(path)) or bert.load_bert(path, connector.depth, connector.num_heads, words=False)
 
 
 def load_sentence_encoder(sentence: ConfigDict) -> dict:
@@ -69,9 +52,20 @@ def load_llm(name: str, llm: nn.Module) -> dict:
 
 
 def load_published(name: str, model: SimVLG) -> dict:
-    """Returns all parameters that a checkpoint holds: a published SimVLG/EVLGen one, an exported file or "example"."""
+    """Returns all parameters that a checkpoint holds.
+
+    It is a published one of SimVLG/EVLGen or BLIP-2, an exported file or "example".
+    """
     tensors = open_tensors(example_weights() if name == "example" else resolve(name))
     params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
+    if blip2_names.is_hugging_face(tensors) and "llm" in params:
+        llm, size = (
+            params["llm"],
+            model.llm.vocab_size,
+        )  # newer files have more rows, since a token stands for a picture
+        llm["embedding"] = llm["embedding"][:size]
+        if "lm_head" in llm:
+            llm["lm_head"] = llm["lm_head"][:, :size]
     for module in ("vit", "llm"):
         if module in params and not getattr(model, module).scan:
             params[module] = stacking.unstack_layers(params[module])

@@ -72,6 +72,11 @@ def numbered(rows: Iterable[Row], count: int) -> list[Row]:
     return [r._replace(ours=r.ours.format(i=i), torch=r.torch.format(i=i)) for i in range(count) for r in rows]
 
 
+def below(module: str, rows: Iterable[Row]) -> list[Row]:
+    """Returns rows whose paths of ours are in a module."""
+    return [row._replace(ours=f"{module}/{row.ours}") for row in rows]
+
+
 class View(Mapping[str, np.ndarray]):
     """Tensors under other names; `names` are {new: old}. A tensor is read from `tensors` when it is used."""
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from simvlg_jax.evaluation.caption_model import CaptionModel
 from simvlg_jax.models.token_merging import token_counts
+from simvlg_jax.utils.errors import UserError
 
 REPEATS = 3  # the time is the median of so many runs
 LONG_SECONDS = 2.0  # of all of them together; then fewer have to do
@@ -40,7 +41,13 @@ class Looks:
     """
 
     def __init__(self, model: CaptionModel):
+        """Raises UserError for a connector that merges nothing: there is no number of tokens to choose."""
         connector, vit = model.task.model.connector, model.task.model.vit
+        if not connector.merges:
+            raise UserError(
+                f"the demo shows how tokens merge, and this model's connector ({model.config.connector.type}) merges "
+                "none: caption pictures with simvlg_jax.caption"
+            )
         self.most = vit.num_output_tokens
         halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
         self.own = token_counts(self.most, connector.merges, connector.class_token)[-1]

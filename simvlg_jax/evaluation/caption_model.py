@@ -154,8 +154,10 @@ class CaptionModel:
           merges: number of tokens that each layer merges away.
 
         Raises:
-          UserError: the schedule does not fit the model.
+          UserError: the schedule does not fit the model, or its connector merges nothing.
         """
+        if not self.task.model.connector.merges:
+            raise UserError(f"the connector of this model ({self.config.connector.type}) merges no tokens", 2)
         schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges))
         config = override(self.config, [f"--config.connector.{key}={value}" for key, value in schedule.items()])
         task = dataclasses.replace(build_task(config), batch=self.task.batch)  # the tokenizer is not read again

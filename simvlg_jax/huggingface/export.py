@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.convert import evlgen, families, own_files
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
+from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -73,8 +74,10 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
       params: host arrays of a scanned model, all of them.
 
     Raises:
-      UserError: a model that the PyTorch code does not know (temporal positions, no class token).
+      UserError: a model that the PyTorch code does not know (a Q-Former, temporal positions, no class token).
     """
+    if not isinstance(model.connector, TomeFormer):
+        raise UserError("this PyTorch code has a TomeFormer; a Q-Former is written by simvlg_jax.to_torch --format hf")
     if model.connector.weighted_mean or model.connector.proportional_attention:
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if not model.vit.class_token:

@@ -85,7 +85,7 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
         rules += params.trained(name, lr[name])
     rules += [
         *params.trained("connector/vl_proj", lr.vl_proj),
-        *params.trained("connector/(?!vl_proj/).*", lr.connector),
+        *params.trained("connector(?!/vl_proj/)", lr.connector),
     ]
     rules += params.trained("llm", lr.llm) if config.llm.train else params.frozen("llm/.*")
     if config.vit.train:
@@ -103,23 +103,22 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
 
 
 def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Params:
-    """{top-level name: arrays} of every part whose weights the config names; an EVLGen checkpoint replaces the parts.
+    """{top-level name: arrays} of every part whose weights the config names; a published checkpoint replaces them.
 
     Raises:
       UserError: weights that cannot be read, or are of another architecture.
     """
-    loaded = {}
+    loaded, kind = {}, CONNECTORS[config.connector.type]
     if config.vit.weights:
         loaded["vit"] = pretrained.load_vit(config.vit.weights, model.vit)
     if config.connector.weights:
-        loaded["connector"] = CONNECTORS[config.connector.type].load(config.connector.weights, model.connector)
+        loaded |= kind.load(config.connector.weights, model.connector)
     if config.llm.weights:
         loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
     if config.train.beta and config.sentence_encoder.weights:
         loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
     if config.train.init_from:
         loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
-    # A connector's own map of the visual tokens is not part of a BERT.
-    absent = {"vl_proj"} if config.connector.weights and not config.train.init_from else set()
+    absent = kind.absent if config.connector.weights and not config.train.init_from else ()
     build.check_shapes(loaded, abstract, absent)
     return loaded

@@ -23,9 +23,15 @@ class ConnectorOutput:
 
 
 class Connector(Protocol):
-    """A Linen module. Its `width` is D, the width of its tokens."""
+    """A Linen module.
+
+    Attributes:
+      width: D, the width of its tokens.
+      merges: tokens that each layer merges away; () for a connector that mixes them.
+    """
 
     width: int
+    merges: tuple[int, ...]
 
     def __call__(self, visual: jax.Array, source_map: jax.Array | None = None) -> ConnectorOutput:
         """Returns the connector's output.
