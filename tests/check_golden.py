@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
-from simvlg_jax.convert import blip2_names, evlgen, families
+from simvlg_jax.convert import blip2, blip2_names, evlgen, families, weight_map
 from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
@@ -32,6 +32,7 @@ from simvlg_jax.evaluation.scores import answers, ptb_tokenizer
 from simvlg_jax.evaluation.scores import captions as scoring
 from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.blip2 import PAIRS, Blip2, Negatives, negative_logits
 from simvlg_jax.models.connectors.qformer import QFormer
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, VisionOutput, ViT
@@ -171,15 +172,93 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
         yield name, exact(same_ids(ids, arrays[name], sizes))
 
 
+def build_blip2(sizes: dict, floor: bool = False) -> Blip2:
+    """Returns the model of a NAME.json of BLIP-2's first stage."""
+    q = sizes["qformer"]
+    return Blip2(Frames(), build_qformer(sizes), q["vocab"], q["max_positions"], sizes["embed_dim"], floor)
+
+
+def check_stage1(folder: Path, name: str) -> Iterator[Check]:
+    sizes, tensors, arrays = read_model(folder, name)
+    model = build_blip2(sizes)
+    heads = sizes["qformer"]["heads"]
+    params = jax.tree.map(jnp.asarray, weight_map.from_torch(blip2.rows(model), tensors, heads))
+    frames, ids, mask = (jnp.asarray(arrays[key]) for key in ("frames", "ids", "mask"))
+    negatives = Negatives(*(jnp.asarray(arrays[f"neg_{kind}"]) for kind in ("image", "text")))
+    weight, real = jnp.ones(len(ids)), arrays["mask"] > 0
+
+    def run(model: Blip2) -> dict:
+        features = model.features(frames, ids, mask)
+        to_text, to_image = model.similarities(features.pair)
+        states = model.writing_states(features.queries, ids, mask)
+        picture, text = features.pair
+        return {
+            "ln": features.visual,
+            "query_output": features.queries.tokens,
+            "text_output": features.text.tokens,
+            "image_feats": picture,
+            "text_feat": text,
+            "sim_i2t": to_text,
+            "sim_t2i": to_image,
+            "itm_logits": model.match(features.visual, ids, mask, negatives).swapaxes(0, 1).reshape(-1, 2),
+            "lm_output": states,
+            "lm_logits": model.logits(states),
+        }
+
+    options = dict(capture_intermediates=lambda module, _: is_query_layer(module), mutable="intermediates")
+    outputs = jax.jit(lambda params: model.apply({"params": params}, method=run, **options))
+    found, inner = outputs(params)
+    # The Q-Former runs four times: over pictures, captions, the caption to write, and pairs.
+    calls = inner["intermediates"]["connector"]
+    found["query_layers"], found["text_layers"] = (layer_outputs(calls, call) for call in (0, 1))
+    found["itm_output"] = by_kind(layer_outputs(calls, 3)[-1])
+    queries = np.ones((len(found["itm_output"]), sizes["qformer"]["queries"]), bool)
+    texts = np.concatenate([mask, mask, mask[arrays["neg_text"]]]) > 0
+    counted = dict(itm_output=np.concatenate([queries, texts], 1))
+    counted |= dict.fromkeys(("text_output", "lm_output", "lm_logits"), real)
+    for key, ours in found.items():
+        where = (slice(None), real) if key == "text_layers" else counted.get(key, slice(None))
+        yield key, relative(np.asarray(ours)[where], arrays[key][where]) / TOLERANCE
+    for suffix, floor in (("", False), ("_old", True)):
+        for kind, similarity in (("t2i", "sim_t2i"), ("i2t", "sim_i2t")):
+            wanted = arrays[f"weights_{kind}{suffix}"]
+            ours = jax.nn.softmax(negative_logits(jnp.asarray(arrays[similarity]), weight, floor))
+            yield f"weights_{kind}{suffix}", relative(ours, wanted / wanted.sum(1, keepdims=True)) / TOLERANCE
+
+    counts = {"itc": len(ids), "itm": PAIRS * len(ids), "lm": (arrays["lm_targets"] >= 0).sum()}
+
+    def means(params: dict) -> dict[str, jax.Array]:
+        arguments = (frames, ids, mask, weight, jax.random.key(0), negatives)
+        losses = model.apply({"params": params}, *arguments, method="losses")
+        return {key: x.sum() / counts[key] for key, x in losses.items()}
+
+    values, pull_back = jax.vjp(jax.jit(means), params)
+    for key, value in values.items():
+        yield f"loss_{key}", relative(value, arrays[f"loss_{key}"]) / TOLERANCE
+    yield "loss", relative(sum(values.values()), arrays["loss"]) / TOLERANCE
+    for prefix, chosen in (("grad/", tuple(counts)), *((f"grad_{key}/", (key,)) for key in counts)):
+        gradients = pull_back({key: jnp.float32(key in chosen) for key in values})[0]
+        ours = {prefix + key: x for key, x in weight_map.to_torch(blip2.rows(model), gradients).items()}
+        theirs = {key: x for key, x in arrays.items() if key.startswith(prefix)}
+        absent = [x for key, x in ours.items() if key not in theirs]
+        yield f"{prefix} of {len(theirs)} names", exact(set(theirs) <= set(ours) and not any(map(np.any, absent)))
+        yield from compare_gradients(ours, theirs, True)
+
+
+def by_kind(x: np.ndarray) -> np.ndarray:
+    """Returns pairs whose examples are neighbours (B PAIRS, ...) in the order of their kinds, as published."""
+    return np.asarray(x).reshape(-1, PAIRS, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+
 def is_query_layer(module: nn.Module) -> bool:
     """Returns whether a module is a layer of the Q-Former, or the norm before the first one."""
     return isinstance(module.parent, QFormer) and (module.name == "norm" or module.name.startswith("layer_"))
 
 
-def layer_outputs(inner: dict) -> jax.Array:
+def layer_outputs(inner: dict, call: int = 0) -> jax.Array:
     """Returns what a call of the Q-Former gave after its norm and each layer, (1 + L, B, S, D)."""
-    depth = len(inner) - 1
-    return jnp.stack([inner["norm"]["__call__"][0], *(inner[f"layer_{i}"]["__call__"][0][0] for i in range(depth))])
+    layers = (inner[f"layer_{i}"]["__call__"][call][0] for i in range(len(inner) - 1))
+    return jnp.stack([inner["norm"]["__call__"][call], *layers])
 
 
 def compare_gradients(ours: dict, theirs: dict, of_qformer: bool) -> Iterator[Check]:
@@ -312,7 +391,8 @@ def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
         missing = [f for f in (f"{name}{s}" for s in (".json", ".safetensors", ".npz")) if not (folder / f).exists()]
         if missing:
             raise UserError(f"the model {name} lacks {', '.join(missing)}")
-        found.append((name, check_model(folder, name)))
+        check = check_stage1 if name == "qformer_stage1" else check_model
+        found.append((name, check(folder, name)))
     known = {
         "tome.npz": check_tome,
         "schedules.json": check_schedules,

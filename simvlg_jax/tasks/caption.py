@@ -59,7 +59,9 @@ def caption_task(config: ConfigDict) -> Task:
         method = "losses_and_pair" if beta else "caption_losses"
         return model.init(key, *(batch[name] for name in names), method=method)["params"]
 
-    texts = {"caption": build.caption_spec(config)} | ({"sentence": build.sentence_spec(config)} if beta else {})
+    texts = {"caption": build.caption_spec(config)}
+    if beta:
+        texts["sentence"] = build.sentence_spec(config, config.sentence_encoder.weights)
     frozen = [name for name in ("vit", "llm") if not config[name].train] + ["sentence_encoder"] * bool(beta)
     return Task(
         model=model,
