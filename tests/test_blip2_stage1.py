@@ -26,7 +26,9 @@ from transformers import (
     Blip2QFormerConfig,
     Blip2VisionConfig,
 )
+from verbs import call
 
+from simvlg_jax import from_torch
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import blip2, pretrained, qformer
 from simvlg_jax.evaluation.retrieval import similarities
@@ -238,6 +240,12 @@ def test_second_stage_starts_from_the_first(task, tmp_path, capsys):
     for name, x in traverse_util.flatten_dict(loaded).items():
         np.testing.assert_array_equal(x, traverse_util.flatten_dict(params)[name])
     assert capsys.readouterr().err.count("the text branch of its Q-Former is left out") == 1
+
+    arguments = ("--config", "configs/tiny.py", "--config.connector.type=qformer", *(f"--config.{f}" for f in flags))
+    assert call(from_torch, *arguments, "--output", tmp_path / "ours") == 0
+    assert capsys.readouterr().out.strip() == f"--config.connector.weights={tmp_path / 'ours/connector.safetensors'}"
+    converted = qformer.load(str(tmp_path / "ours/connector.safetensors"), second.model.connector)
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, tree) for tree in (converted, loaded)))
 
     again = blip2.load(str(tmp_path / "qformer.safetensors"), task.model)  # another first stage takes all of it
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, again), trained)

@@ -258,6 +258,23 @@ def test_merged_equal_tokens_draw_the_attention_of_all_their_patches():
     assert np.abs(found.tokens - apply(params, merged).tokens).max() > 1e-3
 
 
+@pytest.mark.parametrize("connector", ["qformer", "tomeformer"])
+def test_recomputing_layers_changes_no_number(connector):
+    """The dropout masks are the same too."""
+    visual = np.random.default_rng(0).normal(size=(2, 17, 32)).astype(np.float32)
+    outcomes = []
+    for remat in (False, True):
+        config = config_of(f"connector.type={connector}", f"connector.remat={remat}")
+        model = build_task(config).model.connector
+        params = nn.unbox(jax.jit(model.init)(jax.random.key(0), visual))
+
+        def loss(params, model=model):
+            return jnp.square(model.apply(params, visual, rngs={"dropout": jax.random.key(1)}).tokens).sum()
+
+        outcomes.append(jax.jit(jax.value_and_grad(loss))(params))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4), *outcomes)
+
+
 def test_keys_of_merging_are_refused():
     for flag in ("tokens=5", "r=3", "weighted_mean=True"):
         with pytest.raises(UserError, match=r"is for merging, and a Q-Former merges nothing: set connector\.queries"):

@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     config.connector.weighted_mean = False
     config.connector.proportional_attention = False  # a merged token counts as all its patches; published: False
     config.connector.dropout = 0.1
+    config.connector.remat = False  # recompute activations in the backward pass
 
     config.llm = ConfigDict()
     config.llm.size = "smollm2_135m"  # a size of convert.families.FAMILIES

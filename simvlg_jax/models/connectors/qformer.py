@@ -84,6 +84,7 @@ class QFormer(nn.Module):
       cross_every: every so many layers, from the first on, have cross-attention.
       dropout: rate at BERT's usual places.
       hidden: width inside the MLPs; None for 4 times `width`.
+      remat: whether the backward pass recomputes each layer's activations.
     """
 
     width: int
@@ -94,6 +95,7 @@ class QFormer(nn.Module):
     dropout: float = 0.1
     hidden: int | None = None
     epsilon: float = 1e-12
+    remat: bool = False
     dtype: DTypeLike = jnp.float32
     merges: ClassVar[tuple[int, ...]] = ()
 
@@ -102,8 +104,9 @@ class QFormer(nn.Module):
         self.query_tokens = self.param("query_tokens", init, (1, self.queries, self.width))
         self.norm = layers.LayerNorm(self.epsilon)
         self.drop = Dropout(self.dropout)
+        layer = nn.remat(QFormerLayer, static_argnums=2) if self.remat else QFormerLayer
         self.layer = [
-            QFormerLayer(
+            layer(
                 self.num_heads,
                 self.hidden or 4 * self.width,
                 i % self.cross_every == 0,
@@ -166,4 +169,10 @@ def build_qformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> QFormer:
     for key in ("tokens", "r", "weighted_mean", "proportional_attention"):
         if connector[key]:
             raise ValueError(f"connector.{key} is for merging, and a Q-Former merges nothing: set connector.queries")
-    return QFormer(**bert.BERT_SIZES[connector.size], queries=connector.queries, dropout=connector.dropout, dtype=dtype)
+    return QFormer(
+        **bert.BERT_SIZES[connector.size],
+        queries=connector.queries,
+        dropout=connector.dropout,
+        remat=connector.remat,
+        dtype=dtype,
+    )
