@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
-from simvlg_jax.convert import blip2, blip2_names, evlgen, families, weight_map
+from simvlg_jax.convert import blip2, blip2_names, encoders, evlgen, families, weight_map
 from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
@@ -325,6 +325,28 @@ def check_keys(path: Path) -> Iterator[Check]:
     yield from check_names(model, params, wanted["stage2"])
     tensors = jax.eval_shape(lambda p: blip2_names.as_hugging_face(evlgen.to_evlgen(model, p), "opt"), params)
     yield f"{len(wanted['stage2']['hf'])} of Hugging Face", exact(shapes_of(tensors) == wanted["stage2"]["hf"])
+    yield from check_stage1_names(model, wanted)
+
+
+def check_stage1_names(second: SimVLG, wanted: dict) -> Iterator[Check]:
+    """Checks the names and shapes of a full-size first stage, given the model of the second one."""
+    model = Blip2(second.vit, second.connector, 30523)
+    image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def tensors_of(image: jax.Array, ids: jax.Array) -> tuple[dict, dict]:
+        key = jax.random.key(0)
+        params = nn.unbox(model.init(key, image, ids, ids, jnp.ones(1), key, method="losses"))["params"]
+        vision = encoders.of_model(model.vit).to_torch(model.vit, params["vit"])
+        trained = weight_map.to_torch(blip2.rows(model), params)
+        return {evlgen.VISION + name: x for name, x in vision.items()}, trained
+
+    vision, trained = jax.eval_shape(tensors_of, image, token)
+    tied = {name: trained[other] for name, other in wanted["tied"].items() if other in trained}
+    names, wanted = vision | trained | tied, wanted["stage1"]
+    yield f"stage 1: {len(wanted['parameters'])} names and shapes", exact(shapes_of(names) == wanted["parameters"])
+    yield f"stage 1: {len(wanted['trainable'])} trained names", exact(set(trained) == set(wanted["trainable"]))
+    found = jax.eval_shape(lambda x: blip2_names.as_hugging_face(x, "opt"), vision | trained)
+    yield f"stage 1: {len(wanted['hf'])} of Hugging Face", exact(shapes_of(found) == wanted["hf"])
 
 
 def check_tome(path: Path) -> Iterator[Check]:
