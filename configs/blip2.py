@@ -10,8 +10,8 @@ language model, as pretrain_image trains the TomeFormer. `data=own` takes a fold
 
 Published checkpoints also start it: `--config.connector.weights=FILE` takes LAVIS's first stage (with
 `--config.connector.tokenizer=google-bert/bert-base-uncased` also for more of that stage), and
-`--config.train.init_from=FOLDER` a whole model of the second stage, LAVIS's or Hugging Face's. `simvlg_jax.to_torch
---format hf` writes a run for transformers' `Blip2ForConditionalGeneration`.
+`--config.connector.weights= --config.train.init_from=FOLDER` a whole model of the second stage, LAVIS's or Hugging
+Face's. `simvlg_jax.to_torch --format hf` writes a run for transformers' `Blip2ForConditionalGeneration`.
 
 As published: batch 1680 and 1920, 250,000 and 80,000 steps, AdamW (0.9, 0.98), weight decay 0.05, a cosine from 1e-4
 (of the second stage to 5e-5) after 2000 steps of warm-up, 32 queries, BERT-base, captions cleaned by its processor and
@@ -20,7 +20,8 @@ cut at 32 tokens, OPT's start token as a target. The older draw of negatives is 
 Not as published: the data (theirs are 129M pictures, of them 115M of LAION with two generated captions and the one of
 the web drawn at random); bfloat16 instead of float16; OPT's own dropout off; the temperature is not decayed; the least
 learning rate of the first stage is LAVIS's 1e-5. The published loss of tokens averages the processes' means. The mesh
-and the micro-batches are for 16 chips of TPU v5e. In the first stage more micro-batches would mean fewer negatives.
+and the micro-batches are for 16 chips of TPU v5e, of whose 16.9 GB the first stage needs 11.7 by the TPU's compiler
+(`--effort O0`). More micro-batches would mean fewer negatives there.
 """
 
 from ml_collections import ConfigDict

@@ -274,6 +274,13 @@ def test_words_are_berts_with_one_more_that_starts_a_caption():
     assert loaded["word"].shape == (30523, 384) and "lm_head" not in loaded
 
 
+@pytest.mark.parametrize("stage, trained", [("1", 186_705_470), ("2,llm=opt2.7b", 107_133_696)])
+def test_recipe_trains_as_many_parameters_as_the_published_runs(stage, trained):
+    task = build_task(load_config(f"configs/blip2.py:stage={stage}"))
+    abstract = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    assert sum(x.size for path, x in abstract.items() if task.is_trained(path)) == trained
+
+
 def test_nearest_of_a_pictures_embeddings_counts():
     picture, sentence = np.random.default_rng(0).normal(size=(2, 4, 3, 8))
     found = similarities(picture, sentence[:, 0])

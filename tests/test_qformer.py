@@ -206,7 +206,7 @@ def test_what_blip2_cannot_be_says_so(tmp_path):
             WRITERS["qformer"](tmp_path, task.model, {}, text, None)
 
 
-def test_first_stage_of_lavis_gives_the_connector_without_its_text_branch(capsys):
+def test_second_stage_of_lavis_gives_the_connector_and_the_norm_before_it(capsys):
     sizes = json.loads((GOLDEN / "qformer_opt.json").read_text())
     tensors = load_file(GOLDEN / "qformer_opt.safetensors")
     connector = check_golden.build_qformer(sizes)

@@ -48,13 +48,12 @@ def load(name: str, connector: QFormer) -> dict:
     else:
         tensors = blip2_names.as_lavis(tensors)
         loaded = _of_blip2(tensors, connector) if "query_tokens" in tensors else _of_bert(tensors, connector)
-    kept = {
-        layer: {part: x for part, x in tree.items() if part not in TEXT_PARTS} if layer.startswith("layer_") else tree
-        for layer, tree in loaded["connector"].items()
-    }
-    if any(len(kept[layer]) < len(tree) for layer, tree in loaded["connector"].items() if layer in kept):
+    layers = {layer: tree for layer, tree in loaded["connector"].items() if layer.startswith("layer_")}
+    kept = {layer: {part: x for part, x in tree.items() if part not in TEXT_PARTS} for layer, tree in layers.items()}
+    if any(len(kept[layer]) < len(tree) for layer, tree in layers.items()):
         warn(f"{name}: the text branch of its Q-Former is left out, since a captioner has none")
-    return jax.tree.map(lambda x: x.astype(np.float32), {**loaded, "connector": kept})
+    loaded["connector"] = loaded["connector"] | kept
+    return jax.tree.map(lambda x: x.astype(np.float32), loaded)
 
 
 def _of_blip2(tensors: Mapping[str, np.ndarray], connector: QFormer) -> dict:
