@@ -4,8 +4,8 @@
     python -m simvlg_jax.compare --config configs/compare.py:tiny --workdir runs/compare_tiny
 
 All methods see the same pictures, captions and frozen parts, in the same order, for as many steps with the language
-model. They give it 8 tokens of each picture, except for `mlp` and `unmerged`, which give it all. `two_stages` is BLIP-2:
-its first stage trains the Q-Former without the language model before that.
+model. They give it 8 tokens of each picture, except for `mlp` and `unmerged`, which give it all. `two_stages` is
+BLIP-2: its first stage trains the Q-Former without the language model before that.
 
 The argument `tokens` trains the TomeFormer with several numbers of tokens and, as `elastic`, one model for all of them.
 `tiny` takes random weights and drawn shapes, to try the program in minutes; its scores mean nothing.

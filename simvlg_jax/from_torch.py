@@ -38,10 +38,14 @@ def main() -> None:
     if not loaded:
         raise UserError("this config names no weights: set vit.weights, connector.weights, llm.weights", 2)
     dtype = np.float32 if arguments.dtype == "float32" else ml_dtypes.bfloat16
-    # The trained part of a published checkpoint goes into one file, as in the checkpoint.
-    alone = ("vit", "llm") if config.train.init_from else ("vit", "llm", "connector")
-    trained = {name: params for name, params in loaded.items() if name not in (*alone, "sentence_encoder")}
-    files = {name: loaded[name] for name in alone if name in loaded} | ({"trained": trained} if trained else {})
+    # The trained part of a published checkpoint goes into one file, as in the checkpoint. So does what a connector's
+    # weights hold besides the connector: BLIP-2's have the norm before it, and in the first stage words and heads.
+    trained = {name: params for name, params in loaded.items() if name not in ("vit", "llm", "sentence_encoder")}
+    if set(trained) == {"connector"} and not config.train.init_from:
+        trained = trained["connector"]
+    files = {name: loaded[name] for name in ("vit", "llm") if name in loaded}
+    if trained:
+        files["trained" if config.train.init_from else "connector"] = trained
     for name, params in files.items():
         path = arguments.output / f"{name}.safetensors"
         own_files.write_tree(path, stacking.stack_layers(params) if "blocks_0" in params else params, dtype)
@@ -50,6 +54,8 @@ def main() -> None:
         print(f"--config.{'train.init_from' if name == 'trained' else name + '.weights'}={path}")
         if name == "llm":
             print(f"--config.llm.tokenizer={config.llm.tokenizer or config.llm.weights}")
+        if "word" in params:
+            print(f"--config.connector.tokenizer={config.connector.tokenizer or config.connector.weights}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m simvlg_jax.convert.to_torch --workdir runs/openmoji --format evlgen --output simvlg.pth
     python -m simvlg_jax.convert.to_torch --example --format hf --output simvlg_hf
 
-evlgen: a state dict with the names of the published checkpoint, as {"model": ...} for the published code (.pth) or as
-plain safetensors (.safetensors). It holds the trained weights, or all weights with --all. hf: a folder for
-`AutoModel.from_pretrained(DIR, trust_remote_code=True)` of transformers; its `generate(pixel_values)` writes captions.
+evlgen: a state dict with the names of the published checkpoint (of a Q-Former: LAVIS's of BLIP-2), as {"model": ...}
+for the published code (.pth) or as plain safetensors (.safetensors). It holds the trained weights, or all weights with
+--all. hf: a folder for `AutoModel.from_pretrained(DIR, trust_remote_code=True)` of transformers; its
+`generate(pixel_values)` writes captions. With a Q-Former it is transformers' own `Blip2ForConditionalGeneration`.
 Frozen weights that the run has as int8 (config.frozen_dtype) are read anew and written unquantised.
 """
 
@@ -39,7 +40,7 @@ def main() -> None:
     import jax
 
     from simvlg_jax.convert import evlgen, stacking
-    from simvlg_jax.huggingface import export as hf_export
+    from simvlg_jax.huggingface.writers import WRITERS
     from simvlg_jax.tasks import params as partition
     from simvlg_jax.training.restore import restore_run
 
@@ -47,7 +48,7 @@ def main() -> None:
     params = stacking.stack_all(jax.device_get(run.params))
     if arguments.format == "hf":
         text = run.task.batch.texts["caption"].encoder
-        hf_export.write_hf(arguments.output, run.task.model, params, text, config)
+        WRITERS[config.connector.type](arguments.output, run.task.model, params, text, config)
     else:
         chosen = params if arguments.all else partition.split(params, run.task.is_trained)[0]
         write_state_dict(arguments.output, evlgen.to_evlgen(run.task.model, chosen))

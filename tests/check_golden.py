@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
-from simvlg_jax.convert import evlgen, families
+from simvlg_jax.convert import blip2, blip2_names, encoders, evlgen, families, weight_map
 from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
@@ -32,8 +32,10 @@ from simvlg_jax.evaluation.scores import answers, ptb_tokenizer
 from simvlg_jax.evaluation.scores import captions as scoring
 from simvlg_jax.models import token_merging
 from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.blip2 import PAIRS, Blip2, Negatives, negative_logits
+from simvlg_jax.models.connectors.qformer import QFormer
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
-from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.encoders.vit import VIT_SIZES, VisionOutput, ViT
 from simvlg_jax.models.llms.llama import Llama
 from simvlg_jax.models.llms.opt import POSITION_OFFSET, Opt
 from simvlg_jax.models.simvlg import SimVLG
@@ -71,24 +73,43 @@ def exact(equal: bool) -> float:
     return 0.0 if equal else float("inf")
 
 
+class Frames(nn.Module):
+    """Takes the place of the vision encoder where the golden inputs are its outputs (B, N, C)."""
+
+    temporal = False
+    class_token = True
+
+    def encode(self, frames: jax.Array) -> VisionOutput:
+        return VisionOutput(frames)
+
+
+def build_vit(sizes: dict, **options) -> ViT | Frames:
+    if "vit" not in sizes:
+        return Frames()
+    v = sizes["vit"]
+    hidden = int(v["dim"] * v["mlp"])
+    temporal = sizes["video"]
+    return ViT(v["img"], v["patch"], v["dim"], v["depth"], v["heads"], hidden, temporal=temporal, **options)
+
+
+def build_qformer(sizes: dict) -> QFormer:
+    q = sizes["qformer"]
+    every = q["cross_attention_freq"]
+    return QFormer(q["dim"], q["layers"], q["heads"], q["queries"], cross_every=every, hidden=q["ffn"])
+
+
 def build(sizes: dict, max_positions: int = 128, **options) -> SimVLG:
     """Returns the model of a NAME.json. Only OPT has `max_positions`."""
-    v, c, lm = sizes["vit"], sizes["connector"], sizes["lm"]
-    vit = ViT(
-        v["img"],
-        v["patch"],
-        v["dim"],
-        v["depth"],
-        v["heads"],
-        int(v["dim"] * v["mlp"]),
-        temporal=sizes["video"],
-        **options,
-    )
+    lm = sizes["lm"]
     if sizes["llm"] == "opt":
         ffn = lm.get("ffn", 4 * lm["dim"])
         llm = Opt(lm["dim"], lm["layers"], lm["heads"], ffn, lm["vocab"], max_positions, **options)
     else:
         llm = Llama(lm["dim"], lm["layers"], lm["heads"], lm.get("kv", lm["heads"]), lm["ffn"], lm["vocab"], **options)
+    vit = build_vit(sizes, **options)
+    if "qformer" in sizes:
+        return SimVLG(vit, build_qformer(sizes), llm)
+    c = sizes["connector"]
     merges = token_merging.merge_schedule(c["layers"], c["r"])
     return SimVLG(vit, TomeFormer(c["dim"], c["layers"], c["heads"], merges), llm, vit_grad=sizes["video"])
 
@@ -107,17 +128,24 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
     model = build(sizes, max_positions=len(table) - POSITION_OFFSET, **options)
     params = jax.tree.map(jnp.asarray, evlgen.from_evlgen(model, tensors))
     trained, frozen = partition.split(params, is_trained)
-    images = jnp.asarray(np.moveaxis(arrays["image"], 1, -1))  # channels last: (B, [F,] H, W, 3)
+    of_qformer = "qformer" in sizes
+    seen = np.moveaxis(arrays["image"], 1, -1) if "image" in arrays else arrays["frames"]
+    images = jnp.asarray(seen)  # channels last: (B, [F,] H, W, 3); or frames (B, N, C)
     text = [jnp.asarray(arrays[key]) for key in ("ids", "mask")]
 
     @jax.jit
     def outputs(params):
-        seen = dict(
-            capture_intermediates=lambda module, _: module.name in ("vit", "ln_vision"), mutable="intermediates"
+        options = dict(
+            capture_intermediates=lambda module, _: module.name in ("vit", "ln_vision") or is_query_layer(module),
+            mutable="intermediates",
         )
-        out, inner = model.apply({"params": params}, images, *text, **seen)
-        frames, ln = inner["intermediates"]["vit"]["encode"][0], inner["intermediates"]["ln_vision"]["__call__"][0]
-        stages = {"frames": frames.tokens, "ln": ln, "connector": out.visual.connector, "prefix": out.visual.prefix}
+        out, inner = model.apply({"params": params}, images, *text, **options)
+        inner = inner["intermediates"]
+        frames, ln = inner["vit"]["encode"][0], inner["ln_vision"]["__call__"][0]
+        stages = {"frames": frames.tokens, "ln": ln, "prefix": out.visual.prefix}
+        stages["query_output" if of_qformer else "connector"] = out.visual.connector
+        if of_qformer:
+            stages["query_layers"] = layer_outputs(inner["connector"])
         return stages, model.llm.apply({"params": params["llm"]}, out.hidden, method="logits")
 
     @jax.jit
@@ -138,12 +166,107 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
     ours = {f"grad/{key}": x for key, x in evlgen.to_evlgen(model, gradients).items()}
     theirs = {key: x for key, x in arrays.items() if key.startswith("grad/")}
     yield "names of the gradients", exact(set(ours) == set(theirs))
-    floor = 1e-6 * np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in theirs.values()))
-    for key in sorted(set(ours) & set(theirs)):
-        yield key, relative(ours[key], theirs[key], floor) / TOLERANCE
+    yield from compare_gradients(ours, theirs, of_qformer)
     for name in sorted(name for name in arrays if name.startswith("gen/")):
         ids = decode(model, params, sizes, stages["prefix"], DECODINGS[name.removeprefix("gen/")])
         yield name, exact(same_ids(ids, arrays[name], sizes))
+
+
+def build_blip2(sizes: dict, floor: bool = False) -> Blip2:
+    """Returns the model of a NAME.json of BLIP-2's first stage."""
+    q = sizes["qformer"]
+    return Blip2(Frames(), build_qformer(sizes), q["vocab"], q["max_positions"], sizes["embed_dim"], floor)
+
+
+def check_stage1(folder: Path, name: str) -> Iterator[Check]:
+    sizes, tensors, arrays = read_model(folder, name)
+    model = build_blip2(sizes)
+    heads = sizes["qformer"]["heads"]
+    params = jax.tree.map(jnp.asarray, weight_map.from_torch(blip2.rows(model), tensors, heads))
+    frames, ids, mask = (jnp.asarray(arrays[key]) for key in ("frames", "ids", "mask"))
+    negatives = Negatives(*(jnp.asarray(arrays[f"neg_{kind}"]) for kind in ("image", "text")))
+    weight, real = jnp.ones(len(ids)), arrays["mask"] > 0
+
+    def run(model: Blip2) -> dict:
+        features = model.features(frames, ids, mask)
+        to_text, to_image = model.similarities(features.pair)
+        states = model.writing_states(features.queries, ids, mask)
+        picture, text = features.pair
+        return {
+            "ln": features.visual,
+            "query_output": features.queries.tokens,
+            "text_output": features.text.tokens,
+            "image_feats": picture,
+            "text_feat": text,
+            "sim_i2t": to_text,
+            "sim_t2i": to_image,
+            "itm_logits": model.match(features.visual, ids, mask, negatives).swapaxes(0, 1).reshape(-1, 2),
+            "lm_output": states,
+            "lm_logits": model.logits(states),
+        }
+
+    options = dict(capture_intermediates=lambda module, _: is_query_layer(module), mutable="intermediates")
+    outputs = jax.jit(lambda params: model.apply({"params": params}, method=run, **options))
+    found, inner = outputs(params)
+    # The Q-Former runs four times: over pictures, captions, the caption to write, and pairs.
+    calls = inner["intermediates"]["connector"]
+    found["query_layers"], found["text_layers"] = (layer_outputs(calls, call) for call in (0, 1))
+    found["itm_output"] = by_kind(layer_outputs(calls, 3)[-1])
+    queries = np.ones((len(found["itm_output"]), sizes["qformer"]["queries"]), bool)
+    texts = np.concatenate([mask, mask, mask[arrays["neg_text"]]]) > 0
+    counted = dict(itm_output=np.concatenate([queries, texts], 1))
+    counted |= dict.fromkeys(("text_output", "lm_output", "lm_logits"), real)
+    for key, ours in found.items():
+        where = (slice(None), real) if key == "text_layers" else counted.get(key, slice(None))
+        yield key, relative(np.asarray(ours)[where], arrays[key][where]) / TOLERANCE
+    for suffix, floor in (("", False), ("_old", True)):
+        for kind, similarity in (("t2i", "sim_t2i"), ("i2t", "sim_i2t")):
+            wanted = arrays[f"weights_{kind}{suffix}"]
+            ours = jax.nn.softmax(negative_logits(jnp.asarray(arrays[similarity]), weight, floor))
+            yield f"weights_{kind}{suffix}", relative(ours, wanted / wanted.sum(1, keepdims=True)) / TOLERANCE
+
+    counts = {"itc": len(ids), "itm": PAIRS * len(ids), "lm": (arrays["lm_targets"] >= 0).sum()}
+
+    def means(params: dict) -> dict[str, jax.Array]:
+        arguments = (frames, ids, mask, weight, jax.random.key(0), negatives)
+        losses = model.apply({"params": params}, *arguments, method="losses")
+        return {key: x.sum() / counts[key] for key, x in losses.items()}
+
+    values, pull_back = jax.vjp(jax.jit(means), params)
+    for key, value in values.items():
+        yield f"loss_{key}", relative(value, arrays[f"loss_{key}"]) / TOLERANCE
+    yield "loss", relative(sum(values.values()), arrays["loss"]) / TOLERANCE
+    for prefix, chosen in (("grad/", tuple(counts)), *((f"grad_{key}/", (key,)) for key in counts)):
+        gradients = pull_back({key: jnp.float32(key in chosen) for key in values})[0]
+        ours = {prefix + key: x for key, x in weight_map.to_torch(blip2.rows(model), gradients).items()}
+        theirs = {key: x for key, x in arrays.items() if key.startswith(prefix)}
+        absent = [x for key, x in ours.items() if key not in theirs]
+        yield f"{prefix} of {len(theirs)} names", exact(set(theirs) <= set(ours) and not any(map(np.any, absent)))
+        yield from compare_gradients(ours, theirs, True)
+
+
+def by_kind(x: np.ndarray) -> np.ndarray:
+    """Returns pairs whose examples are neighbours (B PAIRS, ...) in the order of their kinds, as published."""
+    return np.asarray(x).reshape(-1, PAIRS, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+
+def is_query_layer(module: nn.Module) -> bool:
+    """Returns whether a module is a layer of the Q-Former, or the norm before the first one."""
+    return isinstance(module.parent, QFormer) and (module.name == "norm" or module.name.startswith("layer_"))
+
+
+def layer_outputs(inner: dict, call: int = 0) -> jax.Array:
+    """Returns what a call of the Q-Former gave after its norm and each layer, (1 + L, B, S, D)."""
+    layers = (inner[f"layer_{i}"]["__call__"][call][0] for i in range(len(inner) - 1))
+    return jnp.stack([inner["norm"]["__call__"][call], *layers])
+
+
+def compare_gradients(ours: dict, theirs: dict, of_qformer: bool) -> Iterator[Check]:
+    """Compares gradients by name. In those of the Q-Former, key biases hold rounding noise below 1e-7 of the norm."""
+    norm = np.sqrt(sum(np.sum(x.astype(np.float64) ** 2) for x in theirs.values()))
+    for key in sorted(set(ours) & set(theirs)):
+        floor = 1e-7 / TOLERANCE if of_qformer and key.endswith("key.bias") else 1e-6
+        yield key, relative(ours[key], theirs[key], floor * norm) / TOLERANCE
 
 
 def decode(model: SimVLG, params: dict, sizes: dict, prefix: jax.Array, options: dict) -> np.ndarray:
@@ -163,25 +286,67 @@ def same_ids(ours: np.ndarray, theirs: np.ndarray, sizes: dict) -> bool:
     return np.array_equal(ours[:, :width], theirs[:, 1:]) and bool((ours[:, width:] == sizes["pad_token_id"]).all())
 
 
-def check_keys(path: Path) -> Iterator[Check]:
-    """Checks names, shapes and the trained part of a full-size model without making its arrays."""
-    _, kind, llm_name = path.stem.split("_")
+def full_size(kind: str, llm_name: str) -> tuple[SimVLG, dict]:
+    """Returns a published model and its parameters as ShapeDtypeStructs."""
     size = FULL_SIZE[llm_name]
     family = families.of_size(size)
     connector = TomeFormer(**BERT_SIZES["base"], merges=token_merging.merge_schedule(12, 19))
+    if kind == "blip2":
+        connector = QFormer(**BERT_SIZES["base"])
     model = SimVLG(ViT(**VIT_SIZES["eva_g"], temporal=kind == "video"), connector, family.module(**family.sizes[size]))
     image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = jax.eval_shape(
         lambda *x: model.init(jax.random.key(0), *x, method="caption_losses"), image, token, token, token
     )
-    params = nn.unbox(init)["params"]
+    return model, nn.unbox(init)["params"]
+
+
+def shapes_of(tensors: dict) -> dict[str, list[int]]:
+    return {name: list(x.shape) for name, x in tensors.items()}
+
+
+def check_names(model: SimVLG, params: dict, wanted: dict) -> Iterator[Check]:
+    """Checks the names and shapes of a full-size model, and which of them are trained."""
     tensors = jax.eval_shape(lambda p: evlgen.to_evlgen(model, p), params)
     trained = partition.split(params, is_trained)[0]
-    wanted = json.loads(path.read_text())
-    shapes = {name: list(x.shape) for name, x in tensors.items()}
-    yield f"{len(wanted['parameters'])} names and shapes", exact(shapes == wanted["parameters"])
+    yield f"{len(wanted['parameters'])} names and shapes", exact(shapes_of(tensors) == wanted["parameters"])
     names = jax.eval_shape(lambda p: evlgen.to_evlgen(model, p), trained)
     yield f"{len(wanted['trainable'])} trained names", exact(set(names) == set(wanted["trainable"]))
+
+
+def check_keys(path: Path) -> Iterator[Check]:
+    """Checks names, shapes and the trained part of a full-size model without making its arrays."""
+    _, kind, llm_name = path.stem.split("_")
+    wanted = json.loads(path.read_text())
+    model, params = full_size(kind, llm_name)
+    if kind != "blip2":
+        yield from check_names(model, params, wanted)
+        return
+    yield from check_names(model, params, wanted["stage2"])
+    tensors = jax.eval_shape(lambda p: blip2_names.as_hugging_face(evlgen.to_evlgen(model, p), "opt"), params)
+    yield f"{len(wanted['stage2']['hf'])} of Hugging Face", exact(shapes_of(tensors) == wanted["stage2"]["hf"])
+    yield from check_stage1_names(model, wanted)
+
+
+def check_stage1_names(second: SimVLG, wanted: dict) -> Iterator[Check]:
+    """Checks the names and shapes of a full-size first stage, given the model of the second one."""
+    model = Blip2(second.vit, second.connector, 30523)
+    image, token = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def tensors_of(image: jax.Array, ids: jax.Array) -> tuple[dict, dict]:
+        key = jax.random.key(0)
+        params = nn.unbox(model.init(key, image, ids, ids, jnp.ones(1), key, method="losses"))["params"]
+        vision = encoders.of_model(model.vit).to_torch(model.vit, params["vit"])
+        trained = weight_map.to_torch(blip2.rows(model), params)
+        return {evlgen.VISION + name: x for name, x in vision.items()}, trained
+
+    vision, trained = jax.eval_shape(tensors_of, image, token)
+    tied = {name: trained[other] for name, other in wanted["tied"].items() if other in trained}
+    names, wanted = vision | trained | tied, wanted["stage1"]
+    yield f"stage 1: {len(wanted['parameters'])} names and shapes", exact(shapes_of(names) == wanted["parameters"])
+    yield f"stage 1: {len(wanted['trainable'])} trained names", exact(set(trained) == set(wanted["trainable"]))
+    found = jax.eval_shape(lambda x: blip2_names.as_hugging_face(x, "opt"), vision | trained)
+    yield f"stage 1: {len(wanted['hf'])} of Hugging Face", exact(shapes_of(found) == wanted["hf"])
 
 
 def check_tome(path: Path) -> Iterator[Check]:
@@ -248,7 +413,8 @@ def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
         missing = [f for f in (f"{name}{s}" for s in (".json", ".safetensors", ".npz")) if not (folder / f).exists()]
         if missing:
             raise UserError(f"the model {name} lacks {', '.join(missing)}")
-        found.append((name, check_model(folder, name)))
+        check = check_stage1 if name == "qformer_stage1" else check_model
+        found.append((name, check(folder, name)))
     known = {
         "tome.npz": check_tome,
         "schedules.json": check_schedules,

@@ -210,7 +210,10 @@ def test_a_bert_is_no_perceiver(tmp_path):
         (["connector.type=pool"], "needs connector.tokens"),
         ([*POOL, "connector.tokens=7"], r"no rectangle of cells in 4 x 4 patches; near ones are 6 and 8"),
         ([*MLP, "connector.size=huge"], "connector.size is 'huge'"),
-        (["connector.type=cnn"], "connector.type is 'cnn'; it takes 'tomeformer', 'mlp', 'pool', 'perceiver'"),
+        (
+            ["connector.type=cnn"],
+            "connector.type is 'cnn'; it takes 'tomeformer', 'qformer', 'mlp', 'pool', 'perceiver'",
+        ),
     ],
 )
 def test_keys_that_a_connector_does_not_have_are_refused(flags, message):

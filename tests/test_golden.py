@@ -14,7 +14,7 @@ from simvlg_jax.convert import evlgen, stacking
 from simvlg_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = ["image_llama", "image_opt", "video_opt"]
+MODELS = ["image_llama", "image_opt", "qformer_llama", "qformer_opt", "video_opt"]
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def test_every_golden_number(capsys):
     assert check_golden.main([str(GOLDEN)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("worst: ")
-    for name in (*MODELS, "keys_image_opt2.7b", "keys_video_opt2.7b", "tome.npz", "schedules.json"):
+    keys = ("keys_blip2_opt2.7b", "keys_image_opt2.7b", "keys_video_opt2.7b")
+    for name in (*MODELS, *keys, "qformer_stage1", "tome.npz", "schedules.json"):
         assert any(line.startswith(name) for line in lines), name
 
 

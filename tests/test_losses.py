@@ -6,23 +6,28 @@ import numpy as np
 import pytest
 import torch
 
+from simvlg_jax.models import losses as losses_module
 from simvlg_jax.models.losses import token_cross_entropy, token_losses
 
 
-def test_equals_torch():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("most_logits", [3 * 11 * 2, 2**24])  # two tokens at a time, or all
+def test_equals_torch(smoothing, most_logits, monkeypatch):
+    monkeypatch.setattr(losses_module, "MOST_LOGITS", most_logits)
     rng = np.random.default_rng(0)
     hidden, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 5, 8), (8, 11)))
     targets = rng.integers(0, 11, (3, 5))
     targets[0, 2:] = targets[1] = -100
 
     def total(hidden):
-        losses, counts = token_cross_entropy(hidden, lambda x: x @ kernel, jnp.asarray(targets))
+        losses, counts = token_cross_entropy(hidden, lambda x: x @ kernel, jnp.asarray(targets), smoothing=smoothing)
         return losses.sum(), (losses, counts)
 
     (_, (losses, counts)), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(hidden))
     theirs = torch.from_numpy(hidden).requires_grad_()
     logits = (theirs @ torch.from_numpy(kernel)).transpose(1, 2)
-    each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets), reduction="none").sum(1)
+    options = dict(reduction="none", label_smoothing=smoothing)
+    each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets), **options).sum(1)
     each.sum().backward()
     np.testing.assert_allclose(losses, each.detach(), rtol=1e-5)
     np.testing.assert_array_equal(counts, [2, 0, 5])

@@ -54,7 +54,7 @@ def pictures(tmp_path):
         ([*TINY, "--config.train.steps=many"], 2, "train.steps=many"),
         ([*TINY, "--config.train.steps=0"], 2, "train.steps is 0; it must be at least 1"),
         ([*TINY, "--steps=3"], 2, "overrides look like --config.train.steps=100"),
-        (["--config", "configs/tony.py"], 2, "no config file configs/tony.py; the package has configs/openmoji.py"),
+        (["--config", "configs/tony.py"], 2, "no config file configs/tony.py; the package has configs/blip2.py"),
         (["--config", "configs/tiny.py:huge"], 2, "'overfit'"),
         ([*TINY, "--config.vit.size=giant"], 2, "vit.size is 'giant'; it takes 'eva_g'"),
         ([*TINY, "--config.mesh.data=64"], 2, "needs 64 devices and 8 are here"),

@@ -193,5 +193,7 @@ class Parts:
 
 def _merging_layers(connector: Connector) -> list[tuple[Name, Name, int]]:
     """Returns of each layer that merges: the calls that give keys and tokens, and how many tokens it may remove."""
-    merges, modules = getattr(connector, "merges", ()), ("key", "attention_norm")
-    return [(*((f"connector/layer_{i}/{name}", "__call__") for name in modules), r) for i, r in enumerate(merges) if r]
+    merging = [(i, r) for i, r in enumerate(connector.merges) if r]
+    return [
+        (*((f"connector/layer_{i}/{name}", "__call__") for name in ("key", "attention_norm")), r) for i, r in merging
+    ]

@@ -19,10 +19,10 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "vit.max_frames": ZERO_UP,
     "vit.r": ZERO_UP,
     "vit.tokens": ZERO_UP,
+    "connector.queries": ONE_UP,
     "connector.r": ZERO_UP,
     "connector.inflect": (-1, 1),
     "connector.tokens": ZERO_UP,
-    "connector.queries": ONE_UP,
     "connector.width": ZERO_UP,
     "connector.dropout": SHARE,
     "llm.dropout": SHARE,
@@ -82,6 +82,7 @@ CHOICES = {
     "data.shuffle": ("global", "blocks"),
     "optimizer.schedule": ("cosine", "staircase"),
     "sentence_encoder.pooling": ("mean", "pooler"),
+    "train.negatives": ("softmax", "floored_softmax"),
 }
 
 
@@ -141,8 +142,8 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     for key in ("r", "tokens"):
         if config.vit[key] and config.vit.temporal:
             raise UserError(f"vit.{key} is for pictures, and vit.temporal=True for clips: set vit.{key}=0", 2)
-        if config.vit[key] and config.task == "contrastive":
-            raise UserError(f"vit.{key} is for the caption task: the contrastive task needs vit.{key}=0", 2)
+        if config.vit[key] and config.task != "caption":
+            raise UserError(f"vit.{key} is for the caption task: the task {config.task} needs vit.{key}=0", 2)
     if config.data.frames and not config.vit.temporal:
         raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
     if 0 < config.vit.max_frames < config.data.frames:

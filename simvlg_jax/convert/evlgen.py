@@ -1,10 +1,14 @@
-"""Converts between published checkpoints (EVLGen: image or video, OPT or LLaMA) and our SimVLG parameters."""
+"""Converts between published checkpoints and our SimVLG parameters.
+
+Published are EVLGen's (image or video, OPT or LLaMA), and those of BLIP-2, in LAVIS's names or Hugging Face's. EVLGen's
+program is a copy of LAVIS, so only the names of the connector differ.
+"""
 
 from collections.abc import Mapping
 
 from flax import traverse_util
 
-from simvlg_jax.convert import connectors, encoders, families, stacking, weight_map
+from simvlg_jax.convert import blip2_names, connectors, encoders, families, stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
@@ -44,9 +48,11 @@ def from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
       UserError: names are missing, or belong to no module. The message lists both.
     """
     family = families.of_model(model.llm)
+    tensors = blip2_names.as_lavis(tensors, family.evlgen)
     llm = f"{family.evlgen}_model."
     within = {prefix: weight_map.within(tensors, prefix) for prefix in (VISION, llm)}
-    rest = weight_map.View(tensors, {name: name for name in tensors if not name.startswith(tuple(within))})
+    dropped = [name for name in tensors if name.startswith(tuple(within)) or name.endswith("position_ids")]
+    rest = weight_map.View(tensors, {name: name for name in tensors if name not in set(dropped)})
     params = weight_map.from_torch(trained_rows(model), rest, getattr(model.connector, "num_heads", 1))
     if vit := vision_from_evlgen(model, within[VISION]):
         params["vit"] = vit
@@ -63,7 +69,6 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     Raises:
       UserError: the file holds temporal merging and the model is an image model.
     """
-    depth = model.vit.depth
     temporal, image = (
         weight_map.View(tensors, {name: name for name in tensors if (".temporal_merge." in name) == wanted})
         for wanted in (True, False)
@@ -74,7 +79,7 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     if image:
         parts = encoders.of_model(model.vit).from_torch(model.vit, image)
     if temporal:
-        rows = weight_map.numbered(TEMPORAL, depth)
+        rows = weight_map.numbered(TEMPORAL, model.vit.depth)
         merged = stacking.stack_layers(weight_map.from_torch(rows, temporal, 1))
         flat = {**traverse_util.flatten_dict(parts), **traverse_util.flatten_dict(merged)}
         parts = traverse_util.unflatten_dict(flat)

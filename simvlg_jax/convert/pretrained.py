@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import bert, encoders, evlgen, families, stacking
+from simvlg_jax.convert import bert, blip2_names, encoders, evlgen, families, stacking
 from simvlg_jax.convert.own_files import own_tree
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.models.bert import BERT_SIZES
@@ -52,9 +52,20 @@ def load_llm(name: str, llm: nn.Module) -> dict:
 
 
 def load_published(name: str, model: SimVLG) -> dict:
-    """Returns all parameters that a checkpoint holds: a published SimVLG/EVLGen one, an exported file or "example"."""
+    """Returns all parameters that a checkpoint holds.
+
+    It is a published one of SimVLG/EVLGen or BLIP-2, an exported file or "example".
+    """
     tensors = open_tensors(example_weights() if name == "example" else resolve(name))
     params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
+    if blip2_names.is_hugging_face(tensors) and "llm" in params:
+        llm, size = (
+            params["llm"],
+            model.llm.vocab_size,
+        )  # newer files have more rows, since a token stands for a picture
+        llm["embedding"] = llm["embedding"][:size]
+        if "lm_head" in llm:
+            llm["lm_head"] = llm["lm_head"][:, :size]
     for module in ("vit", "llm"):
         if module in params and not getattr(model, module).scan:
             params[module] = stacking.unstack_layers(params[module])

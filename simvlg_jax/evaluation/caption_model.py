@@ -156,6 +156,8 @@ class CaptionModel:
         Raises:
           UserError: the schedule does not fit the model, or its connector has no such key.
         """
+        if merges and not self.task.model.connector.merges:
+            raise UserError(f"the connector of this model ({self.config.connector.type}) merges no tokens", 2)
         schedule = dict(tokens=tokens, r=r, inflect=float(inflect), merges=tuple(merges), budgets=())
         config = override(self.config, [f"--config.connector.{key}={value}" for key, value in schedule.items()])
         task = dataclasses.replace(build_task(config), batch=self.task.batch)  # the tokenizer is not read again

@@ -15,7 +15,7 @@ class Explanation(NamedTuple):
     """Attributes:
     caption: the text that is explained.
     layers: for each layer of the connector the source map after it, (N,) int32: which token each of the N visual tokens
-      is part of. A class token is the first of them.
+      is part of. A class token is the first of them. Empty for a connector that merges nothing.
     tokens: [text, nats] of each token of the caption, its end included. The nats are low for tokens that the model
       expects.
     """

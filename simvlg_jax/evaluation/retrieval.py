@@ -17,15 +17,16 @@ class Retrieval:
     """Ranks all sentences for each picture; the score is R@1."""
 
     def __init__(self, name: str, entry: ConfigDict, task: Task, config: ConfigDict, mesh: Mesh):
-        if task.contrast is None:
+        ranking = task.ranking or task.contrast
+        if ranking is None:
             raise UserError(f"evals.{name}: this task has no contrastive loss; set another type", 2)
         self.name, self.every = name, entry.every
         self.data = EvalData(entry, task, config, mesh)
         self._batch_size = config.evaluate.batch_size
         if not all(info.references for info in self.data.infos()):
             raise UserError(f"evals.{name}: a record of this split has no caption, and retrieval needs one of each", 2)
-        self._embed = jax.jit(lambda params, batch: task.contrast.embed(params, batch, None))
-        self._losses = jax.jit(task.contrast.losses)
+        self._embed = jax.jit(lambda params, batch: ranking.embed(params, batch, None))
+        self._losses = jax.jit(ranking.losses)
 
     def __call__(self, params: dict, announce: Announcer = SILENT, partial: Partial | None = None) -> Result:
         """Scores a split. The loss is computed in groups of evaluate.batch_size, in the order of the source.
@@ -44,12 +45,12 @@ class Retrieval:
             sentences.append(sentence[real])
             unreadable |= dict(zip(index[skipped > 0].tolist(), skipped[skipped > 0].tolist(), strict=True))
         left_out = self.data.report_unreadable(unreadable)
-        picture, sentence = np.concatenate(pictures), np.concatenate(sentences)  # (N, S)
+        picture, sentence = np.concatenate(pictures), np.concatenate(sentences)  # (N, [Q,] S), (N, S)
         groups = [slice(start, start + self._batch_size) for start in range(0, len(picture), self._batch_size)]
         weight = np.ones(len(picture), np.float32)
         losses = [self._losses(params, picture[rows], sentence[rows], weight[rows]).sum() for rows in groups]
         loss = float(sum(losses)) / len(picture)
-        numbers = {"loss": loss, **recall(picture @ sentence.T, (1, 5))}
+        numbers = {"loss": loss, **recall(similarities(picture, sentence), (1, 5))}
         details = {
             "type": "retrieval",
             "headline": "R@1",
@@ -59,6 +60,12 @@ class Retrieval:
             "unreadable": left_out,
         }
         return Result(numbers["R@1"], {**numbers, **unreadable_metric(left_out)}, lambda: details)
+
+
+def similarities(picture: np.ndarray, sentence: np.ndarray) -> np.ndarray:
+    """Returns (N, N) of pictures (N, S) and sentences (N, S). Of pictures (N, Q, S) the nearest embedding counts."""
+    several = picture.reshape(len(picture), -1, picture.shape[-1])
+    return np.stack([(own @ sentence.T).max(0) for own in several])
 
 
 def recall(similarity: np.ndarray, ranks: tuple[int, ...]) -> dict[str, float]:

@@ -19,7 +19,7 @@ VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
     *("key_bias", "patch_bias", "input_norm", "temporal"),
 )
-LINEN = ("parent", "name", "dtype")  # fields of a module that PyTorch's has not
+LEFT_OUT = ("parent", "name", "dtype", "remat")  # fields of a module that PyTorch's has not
 DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")  # of Decoding
 
 
@@ -33,7 +33,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         vision={name: getattr(model.vit, name) for name in VISION}
         | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
         connector={"type": type(connector).__name__}
-        | {field.name: getattr(connector, field.name) for field in fields(connector) if field.name not in LINEN},
+        | {field.name: getattr(connector, field.name) for field in fields(connector) if field.name not in LEFT_OUT},
         text_config={"model_type": family.hf_type} | family.hf_config(model.llm),
         start_token_id=text.prefix[0],
         prompt_ids=list(text.prefix[1:]),
@@ -69,7 +69,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
       params: host arrays of a scanned model, all of them.
 
     Raises:
-      UserError: a model that the PyTorch code does not know (temporal positions, no class token).
+      UserError: a model that the PyTorch code does not know (temporal positions, no class token, and so on).
     """
     if any(getattr(model.connector, name, False) for name in ("weighted_mean", "proportional_attention")):
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")

@@ -1,6 +1,7 @@
 """BERT's embeddings and its layer, which has LayerNorm after each residual."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,13 @@ class LayerOutput:
 
     tokens: jax.Array
     slots: jax.Array | None
+
+
+class KeyValue(NamedTuple):
+    """The keys and values of one attention, (B, T, N, H) each."""
+
+    key: jax.Array
+    value: jax.Array
 
 
 class BertEmbeddings(nn.Module):
@@ -102,24 +110,58 @@ class BertLayer(nn.Module):
           mask: (B, S), 1 for real tokens; None for visual tokens, which are all real.
           sizes: (B, S) float32, how many inputs each token is made of; read by the two options of merging.
         """
-        width = x.shape[-1]
         drop = Dropout(self.dropout)
-        heads, dtype = (width, self.num_heads, width // self.num_heads), self.dtype
-        query = layers.split_heads(*heads, dtype=dtype, name="query")(x)
-        key = layers.split_heads(*heads, bias_grad=False, dtype=dtype, name="key")(x)
-        value = layers.split_heads(*heads, dtype=dtype, name="value")(x)
-        context = attend(
-            query,
-            key,
-            value,
-            mask=None if mask is None else mask[:, None] > 0,
-            bias=jnp.log(sizes)[:, None] if self.proportional_attention else None,
-            dropout=drop,
-        )  # (B, S, N, H)
-        x = x + drop(layers.merge_heads(*heads, dtype=dtype, name="attention_out")(context))
-        x = layers.LayerNorm(self.epsilon, name="attention_norm")(x)
-
+        norms = dict(epsilon=self.epsilon, dtype=self.dtype)
+        bias = jnp.log(sizes)[:, None] if self.proportional_attention else None
+        seen = None if mask is None else mask[:, None] > 0
+        x, own = attention(x, num_heads=self.num_heads, drop=drop, mask=seen, bias=bias, **norms)
         shares = sizes if self.weighted_mean else None
-        x, slots = token_merging.merge_by_keys(x, key, self.merge_r, self.class_token, shares)
-        x = x + drop(layers.Mlp(4 * width, dtype=self.dtype, name="mlp")(x))
-        return LayerOutput(layers.split_batch(layers.LayerNorm(self.epsilon, name="mlp_norm")(x)), slots)
+        x, slots = token_merging.merge_by_keys(x, own.key, self.merge_r, self.class_token, shares)
+        return LayerOutput(feed_forward(x, 4 * x.shape[-1], drop=drop, **norms), slots)
+
+
+# The two halves of a layer. They are called in the compact method of a module, which gets their parameters.
+
+
+def attention(
+    x: jax.Array,
+    source: jax.Array | None = None,
+    *,
+    num_heads: int,
+    drop: Dropout,
+    epsilon: float,
+    dtype: DTypeLike,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    past: KeyValue | None = None,
+    prefix: str = "",
+) -> tuple[jax.Array, KeyValue]:
+    """Returns LayerNorm(x + attention), (B, S, D), and the keys and values of `source`.
+
+    Args:
+      x: (B, S, D).
+      source: (B, T, C), what x attends to; None: x itself.
+      drop: on attention weights and on the residual branch.
+      mask, bias: as in `attention.attend`.
+      past: keys and values (B, P, N, H) that x attends to besides those of `source`. They come first.
+      prefix: of the names of the parameters.
+    """
+    source = x if source is None else source
+    heads = (num_heads, x.shape[-1] // num_heads)
+    query = layers.split_heads(x.shape[-1], *heads, dtype=dtype, name=f"{prefix}query")(x)
+    key = layers.split_heads(source.shape[-1], *heads, bias_grad=False, dtype=dtype, name=f"{prefix}key")(source)
+    value = layers.split_heads(source.shape[-1], *heads, dtype=dtype, name=f"{prefix}value")(source)
+    own = KeyValue(key, value)
+    if past is not None:
+        key, value = (jnp.concatenate(pair, 1) for pair in zip(past, own, strict=True))
+    context = attend(query, key, value, mask=mask, bias=bias, dropout=drop)  # (B, S, N, H)
+    out = layers.merge_heads(x.shape[-1], *heads, dtype=dtype, name=f"{prefix}attention_out")
+    return layers.LayerNorm(epsilon, name=f"{prefix}attention_norm")(x + drop(out(context))), own
+
+
+def feed_forward(
+    x: jax.Array, hidden: int, *, drop: Dropout, epsilon: float, dtype: DTypeLike, prefix: str = ""
+) -> jax.Array:
+    """Returns LayerNorm(x + MLP) of x (B, S, D). `hidden` is the width inside the MLP, the rest as in `attention`."""
+    x = x + drop(layers.Mlp(hidden, dtype=dtype, name=f"{prefix}mlp")(x))
+    return layers.split_batch(layers.LayerNorm(epsilon, name=f"{prefix}mlp_norm")(x))

@@ -74,18 +74,23 @@ def matching_losses(
       temperature: (), divides the similarities. It is clipped to 0.001..0.5, as published.
       weight: (B,) float32, 1 or 0; default: all 1.
     """
-    size = picture.shape[0]
-    weight = jnp.ones(size) if weight is None else weight
+    weight = jnp.ones(picture.shape[0]) if weight is None else weight
     temperature = jnp.clip(temperature, 0.001, 0.5)
     similarity = jnp.einsum("IS,JS->IJ", picture, text, precision="highest") / temperature
+    return jnp.where(weight > 0, (cross_entropies(similarity, weight) + cross_entropies(similarity.T, weight)) / 2, 0.0)
+
+
+def cross_entropies(similarity: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns how surprising it is that each row's own column is its match, (B,) float32 nats, with label smoothing.
+
+    Args:
+      similarity: (B, B) logits, row b's match in column b.
+      weight: (B,) float32, 1 or 0. Columns of weight 0 are not compared with; rows of weight 0 have any value.
+    """
     counts = (weight[:, None] * weight[None, :]) > 0
-
-    def cross_entropy(axis: int) -> jax.Array:
-        total = jax.nn.logsumexp(jnp.where(counts, similarity, LEFT_OUT), axis)
-        mean = jnp.sum(jnp.where(counts, similarity, 0.0), axis) / jnp.maximum(weight.sum(), 1.0)
-        return total - (1 - SMOOTHING) * jnp.diagonal(similarity) - SMOOTHING * mean
-
-    return jnp.where(weight > 0, (cross_entropy(1) + cross_entropy(0)) / 2, 0.0)
+    total = jax.nn.logsumexp(jnp.where(counts, similarity, LEFT_OUT), 1)
+    mean = jnp.sum(jnp.where(counts, similarity, 0.0), 1) / jnp.maximum(weight.sum(), 1.0)
+    return total - (1 - SMOOTHING) * jnp.diagonal(similarity) - SMOOTHING * mean
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ MOST_LOGITS = 2**24  # of a device at a time: 64 MiB in float32
 
 @jax.named_scope("head_and_loss")
 def token_cross_entropy(
-    hidden: jax.Array, logits: Logits, targets: jax.Array, *, trains_head: bool = True
+    hidden: jax.Array, logits: Logits, targets: jax.Array, *, trains_head: bool = True, smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each row's cross-entropy summed over its targets, and how many targets it has.
 
@@ -22,16 +22,18 @@ def token_cross_entropy(
       hidden: (B, S, D), the language model's states.
       logits: maps states (B, S, D) to logits (B, S, V) float32.
       targets: (B, S) int32, the token that each state should predict; negative where no loss is taken.
-      trains_head: see `token_losses`.
+      trains_head, smoothing: see `token_losses`.
 
     Returns:
       ((B,) nats, (B,) counts), float32.
     """
-    losses = token_losses(hidden, logits, targets, trains_head=trains_head)
+    losses = token_losses(hidden, logits, targets, trains_head=trains_head, smoothing=smoothing)
     return jnp.sum(losses, 1), jnp.sum(targets >= 0, 1, dtype=jnp.float32)
 
 
-def token_losses(hidden: jax.Array, logits: Logits, targets: jax.Array, *, trains_head: bool = True) -> jax.Array:
+def token_losses(
+    hidden: jax.Array, logits: Logits, targets: jax.Array, *, trains_head: bool = True, smoothing: float = 0.0
+) -> jax.Array:
     """Returns the nats (B, S) of each target, float32, 0 where no loss is taken; arguments as `token_cross_entropy`.
 
     Logits exist for a chunk of S at a time, so that memory does not grow with S and V.
@@ -40,16 +42,17 @@ def token_losses(hidden: jax.Array, logits: Logits, targets: jax.Array, *, train
       trains_head: whether the parameters inside `logits` need a gradient. If not, the gradient for the states is
         computed in the forward pass, so that no logits are kept or computed twice: a target's loss depends on its own
         state alone, and the backward pass only has to scale that gradient.
+      smoothing: share of each target that is spread evenly over the vocabulary.
     """
     size = _chunk(hidden, logits, targets.shape)
     if size >= targets.shape[1]:
-        return _losses(hidden, logits, targets)
+        return _losses(hidden, logits, targets, smoothing)
     lost = -targets.shape[1] % size
     states = _chunks(jnp.pad(hidden, ((0, 0), (0, lost), (0, 0))), size)
     wanted = _chunks(jnp.pad(targets, ((0, 0), (0, lost)), constant_values=-1), size)
 
     def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _losses(layers.split_batch(chunk[0]), logits, chunk[1])
+        return _losses(layers.split_batch(chunk[0]), logits, chunk[1], smoothing)
 
     if trains_head:
         losses = jax.lax.map(jax.checkpoint(of_chunk), (states, wanted))
@@ -58,8 +61,11 @@ def token_losses(hidden: jax.Array, logits: Logits, targets: jax.Array, *, train
     return losses.swapaxes(0, 1).reshape(len(targets), -1)[:, : targets.shape[1]]
 
 
-def _losses(hidden: jax.Array, logits: Logits, targets: jax.Array) -> jax.Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden), jnp.maximum(targets, 0))
+def _losses(hidden: jax.Array, logits: Logits, targets: jax.Array, smoothing: float) -> jax.Array:
+    scores, wanted = logits(hidden), jnp.maximum(targets, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)
+    if smoothing:
+        losses += smoothing * (jnp.take_along_axis(scores, wanted[..., None], -1)[..., 0] - scores.mean(-1))
     return jnp.where(targets >= 0, losses, 0.0)
 
 

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
+from simvlg_jax.models.encoders.vit import visual_tokens
 from simvlg_jax.models.losses import token_cross_entropy, token_losses
 from simvlg_jax.models.packing import make_packing
 
@@ -95,16 +96,8 @@ class SimVLG(nn.Module):
 
     def _connect(self, images: jax.Array) -> ConnectorOutput:
         """Runs `encode_image` up to the connector."""
-        if images.dtype == jnp.uint8:
-            images = self.vit.normalize(images)
-        if self.vit.temporal and images.ndim == 4:
-            images = images[:, None]  # a picture is a clip of one frame
-        seen = self.vit.encode(images)
-        tokens = seen.tokens  # (B, T, C), of clips (B, F, T, C)
-        if not self.vit_grad:
-            tokens = jax.lax.stop_gradient(tokens)
-        tokens = tokens.mean(1) if images.ndim == 5 else tokens
-        return self.connector(self.ln_vision(tokens), seen.source_map)
+        seen = visual_tokens(self.vit, images, self.vit_grad)
+        return self.connector(self.ln_vision(seen.tokens), seen.source_map)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, L, E) of ids (B, L) int32."""

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from simvlg_jax.config.check import lookup
+from simvlg_jax.tasks.blip2_stage1 import blip2_stage1_task
 from simvlg_jax.tasks.caption import caption_task
 from simvlg_jax.tasks.contrastive import contrastive_task
 from simvlg_jax.tasks.task import Task
@@ -10,6 +11,7 @@ from simvlg_jax.tasks.task import Task
 TASKS = {
     "caption": caption_task,
     "contrastive": contrastive_task,
+    "blip2_stage1": blip2_stage1_task,
 }
 
 

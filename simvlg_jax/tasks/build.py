@@ -72,13 +72,11 @@ def build_sentence_encoder(config: ConfigDict) -> SentenceEncoder:
     return SentenceEncoder(**size, pooling=sentence.pooling, dtype=dtype)
 
 
-def build_sentence_text(config: ConfigDict) -> text.TextEncoder:
-    """Captions as the sentence encoder's tokens."""
-    if not config.sentence_encoder.weights:
+def build_sentence_text(config: ConfigDict, tokenizer: str) -> text.TextEncoder:
+    """Captions as the tokens of a BERT, which a name tells; without a name, as the language model's."""
+    if not tokenizer:
         return build_text_encoder(config)
-    return text.SentenceText(
-        tokenizers.load_sentence_tokenizer(config.sentence_encoder.weights), config.llm.max_text_tokens
-    )
+    return text.SentenceText(tokenizers.load_sentence_tokenizer(tokenizer), config.llm.max_text_tokens)
 
 
 def caption_spec(config: ConfigDict) -> TextSpec:
@@ -86,9 +84,9 @@ def caption_spec(config: ConfigDict) -> TextSpec:
     return TextSpec(config.llm.max_text_tokens, True, lambda: build_text_encoder(config))
 
 
-def sentence_spec(config: ConfigDict) -> TextSpec:
-    """The captions that the sentence encoder reads."""
-    return TextSpec(config.llm.max_text_tokens, False, lambda: build_sentence_text(config))
+def sentence_spec(config: ConfigDict, tokenizer: str) -> TextSpec:
+    """The captions that a BERT reads, see `build_sentence_text`."""
+    return TextSpec(config.llm.max_text_tokens, False, lambda: build_sentence_text(config, tokenizer))
 
 
 def check_shapes(loaded: dict[str, dict], abstract: dict, absent: Collection[str] = ()) -> None:

@@ -59,7 +59,9 @@ def caption_task(config: ConfigDict) -> Task:
         method = "losses_and_pair" if beta else "caption_losses"
         return model.init(key, *(batch[name] for name in names), method=method)["params"]
 
-    texts = {"caption": build.caption_spec(config)} | ({"sentence": build.sentence_spec(config)} if beta else {})
+    texts = {"caption": build.caption_spec(config)}
+    if beta:
+        texts["sentence"] = build.sentence_spec(config, config.sentence_encoder.weights)
     frozen = [name for name in ("vit", "llm") if not config[name].train] + ["sentence_encoder"] * bool(beta)
     return Task(
         model=model,
@@ -111,7 +113,7 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
 
 
 def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Params:
-    """{top-level name: arrays} of every part whose weights the config names; an EVLGen checkpoint replaces the parts.
+    """{top-level name: arrays} of every part whose weights the config names; a published checkpoint replaces them.
 
     Raises:
       UserError: weights that cannot be read, or are of another architecture.

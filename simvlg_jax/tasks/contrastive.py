@@ -48,7 +48,7 @@ def contrastive_task(config: ConfigDict) -> Task:
     ]
     return Task(
         model=model,
-        batch=BatchSpec(Pictures(vit.image_size), {"sentence": build.sentence_spec(config)}),
+        batch=BatchSpec(Pictures(vit.image_size), {"sentence": build.sentence_spec(config, named)}),
         rules=(
             *trained,
             Rule("log_temperature", trained=True, lr=lr.get("temperature", 1.0)),

@@ -12,7 +12,7 @@ from simvlg_jax.utils.errors import UserError
 # Biases, LayerNorm scales and the two scalars are not decayed. The published code goes by the number of dimensions,
 # which decays the scalars.
 NOT_DECAYED = "bias|scale|temperature|log_temperature|alpha"
-DECAYED = "kernel|latents|position|token_type|temporal_position|cls|word|embedding|lm_head"
+DECAYED = "kernel|latents|query_tokens|position|token_type|temporal_position|cls|word|embedding|lm_head"
 TEMPORAL = {"temporal_merge", "temporal_position"}  # parts of a frozen ViT that video trains
 
 

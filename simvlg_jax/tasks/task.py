@@ -62,6 +62,8 @@ class Task:
       sources: top-level name -> where its frozen weights come from, in words.
       evaluator: the type of evaluation that a config need not name, see `evaluation.EVALUATORS`.
       contrast: the loss across examples, if there is one.
+      ranking: what the evaluation "retrieval" embeds and reports, if that is no `contrast`: a picture may have several
+        embeddings (B, Q, S), the nearest of which counts.
       captions: whether the model writes captions.
       elastic: this task with each of the numbers of visual tokens that training draws from, the smallest first; empty
         if it draws none.
@@ -79,6 +81,7 @@ class Task:
     sources: Mapping[str, str]
     evaluator: str
     contrast: Contrast | None = None
+    ranking: Contrast | None = None
     captions: bool = False
     elastic: Sequence["Task"] = ()
     after_run: Callable[[Params, Path], None] | None = None

@@ -25,6 +25,7 @@ class TomeFormer(nn.Module):
       merges: tokens to remove in each layer, from `token_merging.merge_schedule`.
       class_token: whether the first visual token is a class token. A class token is never merged.
       dropout: rate at BERT's usual places.
+      remat: whether the backward pass recomputes each layer's activations.
       weighted_mean, proportional_attention: what ToMe does with the sizes of tokens and SimVLG does not; see
         `bert.BertLayer`.
     """
@@ -35,6 +36,7 @@ class TomeFormer(nn.Module):
     merges: tuple[int, ...]
     class_token: bool = True
     dropout: float = 0.1
+    remat: bool = False
     weighted_mean: bool = False
     proportional_attention: bool = False
     dtype: DTypeLike = jnp.float32
@@ -48,8 +50,9 @@ class TomeFormer(nn.Module):
         if source_map is None:
             source_map = token_merging.unmerged(x)
         maps = []
+        block = nn.remat(bert.BertLayer) if self.remat else bert.BertLayer
         for i, r in enumerate(self.merges):
-            layer = bert.BertLayer(
+            layer = block(
                 self.num_heads,
                 r,
                 self.class_token,
@@ -90,6 +93,7 @@ def build_tomeformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> TomeForm
         merges=merges,
         class_token=vit.class_token,
         dropout=connector.dropout,
+        remat=connector.remat,
         weighted_mean=connector.weighted_mean,
         proportional_attention=connector.proportional_attention,
         dtype=dtype,

@@ -160,6 +160,24 @@ class ViT(nn.Module):
         return VisionOutput(x, source_map)
 
 
+def visual_tokens(vit: ViT, images: jax.Array, trained: bool = False) -> VisionOutput:
+    """Returns the tokens (B, T, D) of pictures or clips, of a clip the means over its frames.
+
+    Args:
+      images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or normalised floats.
+      trained: whether gradients flow into the ViT.
+    """
+    if images.dtype == jnp.uint8:
+        images = vit.normalize(images)
+    if vit.temporal and images.ndim == 4:
+        images = images[:, None]  # a picture is a clip of one frame
+    seen = vit.encode(images)
+    tokens = seen.tokens  # (B, T, D), of clips (B, F, T, D)
+    if not trained:
+        tokens = jax.lax.stop_gradient(tokens)
+    return VisionOutput(tokens.mean(1) if images.ndim == 5 else tokens, seen.source_map)
+
+
 def _nth(block: Block, stacked: dict, i: int) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
     """Returns a block with row i of stacked parameters."""
     return functools.partial(block.apply, {"params": jax.tree.map(lambda x: x[i], stacked)})
