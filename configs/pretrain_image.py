@@ -52,7 +52,7 @@ INT8 = {
     "opt2.7b": dict(accumulate=2, tensor=1),
     "opt6.7b": dict(accumulate=5, tensor=1),
     "vicuna7b": dict(accumulate=1, tensor=1),
-    "vicuna13b": dict(accumulate=2, tensor=2),
+    "vicuna13b": dict(accumulate=1, tensor=2),
 }
 FROZEN = {"bfloat16": ("bfloat16", ""), "int8": ("int8", ""), "int8_compute": ("int8", "int8")}
 MIXTURES = {  # examples of each of the published data sets

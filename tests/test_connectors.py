@@ -212,7 +212,7 @@ def test_a_bert_is_no_perceiver(tmp_path):
         ([*MLP, "connector.size=huge"], "connector.size is 'huge'"),
         (
             ["connector.type=cnn"],
-            "connector.type is 'cnn'; it takes 'tomeformer', 'qformer', 'mlp', 'pool', 'perceiver'",
+            "connector.type is 'cnn'; it takes 'tomeformer', 'qformer', 'mlp', 'pool'",
         ),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_run_shows_pictures_without_a_merge_map(run):
     assert shown[0]["source_map"] is None and shown[0]["layers"] == []
     with pytest.raises(UserError, match="merges no tokens"):
         model.with_merging(merges=[6])
-    with pytest.raises(UserError, match="connector.tokens is for tomeformer, pool"):
+    with pytest.raises(UserError, match=r"connector\.tokens is for tomeformer, pool"):
         model.with_merging(tokens=6)
     looks = Looks(model)
     assert not looks.merges and looks.own == looks.least == looks.most == model.config.connector.queries
