@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config, tiny = defaults(), argument == "tiny"
     config.base = "configs/tiny.py" if tiny else "configs/openmoji.py"
     config.settings = ("train.steps=400", "train.save_every=100", "evals.val.every=50", "evals.val.max_examples=128")
+    config.settings += ("vit.weights=example",)
     if tiny:
         config.settings = ("train.steps=10", "train.log_every=5", "evals.val.every=5")
     config.splits = ("test",) if tiny else ("test", "novel")

@@ -42,7 +42,9 @@ def get_config() -> ConfigDict:
 
     config.vit = ConfigDict()
     config.vit.size = "small_64px"  # a size of convert.encoders.ENCODERS
-    config.vit.weights = ""  # a file of ours, LAVIS's or Hugging Face's, or a name on its Hub; "" for random weights
+    # A file of ours (of a vision encoder or a whole model), LAVIS's or Hugging Face's, a name on its Hub, or "example";
+    # "": random weights.
+    config.vit.weights = ""
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
     config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
     config.vit.max_frames = 0  # number of frames with learned temporal positions; published: 0

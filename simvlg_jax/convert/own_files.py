@@ -31,11 +31,16 @@ def current_name(name: str) -> str:
     return f"connector/{name}" if name.startswith("vl_proj/") else name
 
 
-def own_tree(tensors: Mapping[str, np.ndarray]) -> dict | None:
-    """Returns the nested tree of a file of `write_tree`; None for other files, whose names have no "/"."""
+def own_tree(tensors: Mapping[str, np.ndarray], part: str = "") -> dict | None:
+    """Returns the nested tree of a file of `write_tree`; None for other files, whose names have no "/".
+
+    Args:
+      part: such as "vit", which is returned alone if the file is of a whole model that has it.
+    """
     if not any("/" in name for name in tensors):
         return None
-    return traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
+    tree = traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
+    return tree.get(part, tree)
 
 
 def read_flat(path: Path) -> dict[str, np.ndarray]:

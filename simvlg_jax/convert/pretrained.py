@@ -15,13 +15,13 @@ from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
-from simvlg_jax.utils.packages import example_weights, minilm_folder, smollm2_path
+from simvlg_jax.utils.packages import minilm_folder, smollm2_path
 
 
 def load_vit(name: str, model: ViT) -> dict:
-    """Returns a vision encoder's parameters from a file of `configs/openmoji.py:vit`, or from a published one."""
+    """Returns a vision encoder's parameters from a file of ours, of it alone or a whole model, or a published one."""
     tensors = open_tensors(resolve(name))
-    params = own_tree(tensors) or encoders.of_model(model).from_torch(model, tensors)
+    params = own_tree(tensors, "vit") or encoders.of_model(model).from_torch(model, tensors)
     return params if model.scan else stacking.unstack_layers(params)
 
 
@@ -56,7 +56,7 @@ def load_published(name: str, model: SimVLG) -> dict:
 
     It is a published one of SimVLG/EVLGen or BLIP-2, an exported file or "example".
     """
-    tensors = open_tensors(example_weights() if name == "example" else resolve(name))
+    tensors = open_tensors(resolve(name))
     params = own_tree(tensors) or evlgen.from_evlgen(model, tensors)
     if blip2_names.is_hugging_face(tensors) and "llm" in params:
         llm, size = (

@@ -1,7 +1,5 @@
 """Weights of the MLP and of the perceiver: their names in PyTorch, which are ours, and reading them from our files."""
 
-from flax import traverse_util
-
 from simvlg_jax.convert import weight_map
 from simvlg_jax.convert.own_files import own_tree
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
@@ -40,11 +38,10 @@ def load(name: str, connector: Connector) -> dict:
     Raises:
       UserError: the file is not ours.
     """
-    tensors = open_tensors(resolve(name))
-    if own_tree(tensors) is None:
+    tree = own_tree(open_tensors(resolve(name)), "connector")
+    if tree is None:
         raise UserError(
             f'connector.weights={name}: this connector starts from a file of ours or from random weights (""); '
             "a BERT is for the TomeFormer"
         )
-    own = weight_map.within(tensors, "connector/") or tensors
-    return {"connector": traverse_util.unflatten_dict({name: own[name] for name in own}, sep="/")}
+    return {"connector": tree}

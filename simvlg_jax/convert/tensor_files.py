@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from simvlg_jax.parallel.lazy import Lazy
 from simvlg_jax.utils.errors import UserError
+from simvlg_jax.utils.packages import example_weights
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of the files that are needed of a model on the Hub
@@ -25,10 +26,12 @@ DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8
 def resolve(name: str) -> Path:
     """Returns the path of a local file or folder, or of a model on the Hugging Face Hub after downloading it.
 
+    "example" is the trained example, a file of a whole model.
+
     Raises:
       UserError: there is no such file or folder, and the Hub does not give the model.
     """
-    path = Path(name)
+    path = example_weights() if name == "example" else Path(name)
     if path.exists():
         return path
     if not HUB_NAME.fullmatch(name) or name.endswith(SUFFIXES):

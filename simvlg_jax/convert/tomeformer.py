@@ -18,5 +18,7 @@ def rows(connector: TomeFormer) -> list[Row]:
 def load(name: str, connector: TomeFormer) -> dict:
     """Returns {"connector": the parameters that a BERT has}, from a file of ours or a published one."""
     path = minilm_folder() if name == "minilm" else resolve(name)
-    tree = own_tree(open_tensors(path)) or bert.load_bert(path, connector.depth, connector.num_heads, words=False)
+    tree = own_tree(open_tensors(path), "connector") or bert.load_bert(
+        path, connector.depth, connector.num_heads, words=False
+    )
     return {"connector": tree}
