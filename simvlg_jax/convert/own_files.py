@@ -35,12 +35,14 @@ def own_tree(tensors: Mapping[str, np.ndarray], part: str = "") -> dict | None:
     """Returns the nested tree of a file of `write_tree`; None for other files, whose names have no "/".
 
     Args:
-      part: such as "vit", which is returned alone if the file is of a whole model that has it.
+      part: such as "vit", whose tree is returned. The file is of this part alone, or of a whole model.
     """
     if not any("/" in name for name in tensors):
         return None
+    if part and not any(name.startswith(f"{part}/") for name in tensors):
+        return traverse_util.unflatten_dict(dict(tensors), sep="/")
     tree = traverse_util.unflatten_dict({current_name(name): tensors[name] for name in tensors}, sep="/")
-    return tree.get(part, tree)
+    return tree[part] if part else tree
 
 
 def read_flat(path: Path) -> dict[str, np.ndarray]:
