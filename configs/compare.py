@@ -7,8 +7,9 @@ All methods see the same pictures, captions and frozen parts, in the same order,
 model. They give it 8 tokens of each picture, except for `mlp` and `unmerged`, which give it all. `two_stages` is
 BLIP-2: its first stage trains the Q-Former without the language model before that.
 
-The argument `tokens` trains the TomeFormer with several numbers of tokens and, as `elastic`, one model for all of them.
-`tiny` takes random weights and drawn shapes, to try the program in minutes; its scores mean nothing.
+The argument `tokens` trains the TomeFormer with several numbers of tokens and, as `elastic`, one model for all of them;
+`tenth` trains three methods with a tenth of the pictures. `tiny` takes random weights and drawn shapes, to try the
+program in minutes; its scores mean nothing.
 
 Other data: `--config.settings="('data.name=prepared', 'data.path=DIR', ...)"` replaces all common settings. Some of the
 methods or seeds alone: `--config.only="('tomeformer', 'two_stages')"`, `--config.seeds="(0,)"`.
@@ -27,8 +28,8 @@ UNPACKED = ("data.pack=0", "data.pack_window=1", "data.pad_multiple=0")
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    if argument not in ("", "tokens", "tiny"):
-        raise ValueError(f"configs/compare.py takes 'tokens' and 'tiny', not {argument!r}")
+    if argument not in ("", "tokens", "tenth", "tiny"):
+        raise ValueError(f"configs/compare.py takes 'tokens', 'tenth' and 'tiny', not {argument!r}")
     config, tiny = defaults(), argument == "tiny"
     config.base = "configs/tiny.py" if tiny else "configs/openmoji.py"
     config.settings = ("train.steps=400", "train.save_every=100", "evals.val.every=50", "evals.val.max_examples=128")
@@ -46,11 +47,14 @@ def get_config(argument: str = "") -> ConfigDict:
         return config.lock()
     first = ("task=blip2_stage1", *QFORMER, *UNPACKED)
     config.arms.tomeformer = get_arm(("connector.tokens=8",))
-    config.arms.unmerged = get_arm(("connector.merges=()",))
+    config.baseline = "two_stages"
     config.arms.qformer = get_arm(QFORMER)
     config.arms.two_stages = get_arm(first, (*QFORMER, "connector.weights={previous}/qformer.safetensors"))
+    if argument == "tenth":
+        config.settings += ("data.share=0.1",)
+        return config.lock()
+    config.arms.unmerged = get_arm(("connector.merges=()",))
     config.arms.mlp = get_arm(("connector.type=mlp", *RANDOM))
     config.arms.pool = get_arm(("connector.type=pool", "connector.tokens=8", *RANDOM))
     config.arms.perceiver = get_arm(("connector.type=perceiver", "connector.queries=8", *RANDOM))
-    config.baseline = "two_stages"
     return config.lock()

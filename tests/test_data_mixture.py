@@ -12,6 +12,8 @@ from simvlg_jax.config import saved
 from simvlg_jax.config.load import fill, load_config
 from simvlg_jax.data.mixture import Mixture, Part, load_training
 from simvlg_jax.data.skipped import Skipped
+from simvlg_jax.data.sources import load_source
+from simvlg_jax.data.sources.share import Share
 from simvlg_jax.utils.errors import UserError
 
 SIZES = {"laion": 300, "ccs": 90, "coco": 30}
@@ -199,3 +201,28 @@ def test_recipes_have_the_published_mixtures(llm, weights):
     assert {name: entry["path"] for name, entry in entries.items()} == paths
     assert config.evals.val.data.path == "data/coco" and config.data.clean == "blip_caption"
     assert not load_config(f"configs/pretrain_image.py:llm={llm},data=own").data.mixture
+
+
+@pytest.mark.parametrize(("count", "share", "expected"), [(10, 0.3, [0, 3, 6]), (4, 0.01, [0]), (3, 0.999, [0, 1, 2])])
+def test_a_share_takes_records_at_even_distances(count, share, expected):
+    asked = []
+    source = Numbered(count)
+    source.prefetch = lambda start, stop: asked.append((start, stop))
+    some = Share(source, share)
+    assert [int(some[index]["caption"]) for index in range(len(some))] == expected
+    with pytest.raises(IndexError):
+        some[len(some)]
+    some.prefetch(0, len(some))
+    assert asked == [(0, expected[-1] + 1)]
+    assert Share(Numbered(count), share).prefetch is None
+
+
+def test_training_takes_the_share_of_every_part_and_evaluation_all():
+    synthetic = {"name": "synthetic", "synthetic_size": {"train": 20, "val": 4, "test": 4}, "share": 0.25}
+    alone = ConfigDict(synthetic)
+    assert len(load_training(alone)) == 5 and len(load_source(alone, "val")) == 4
+    entries = {"few": {"weight": 1}, "all": {"weight": 1, "share": 1.0}}
+    parts = load_training(ConfigDict(synthetic | {"mixture": entries})).parts
+    assert {part.name: len(part.source) for part in parts} == {"few": 5, "all": 20}
+    with pytest.raises(UserError, match=r"data\.share"):
+        load_config("configs/tiny.py", ["--config.data.share=0.0"])

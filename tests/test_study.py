@@ -13,6 +13,7 @@ from simvlg_jax.study import plan, runs
 from simvlg_jax.study.costs import Point, reached, read_points
 from simvlg_jax.study.page import write_results
 from simvlg_jax.study.summary import spread
+from simvlg_jax.tasks import build_task
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import write_json
 
@@ -198,3 +199,12 @@ def test_a_failed_command_ends_with_its_status():
     with pytest.raises(UserError, match="ended with status 2") as error:
         runs.run_command("train", ["--config", "configs/none.py", "--workdir", "unused"])
     assert error.value.status == 2
+
+
+@pytest.mark.parametrize(("argument", "count"), [("", 7), (":tokens", 5), (":tenth", 3), (":tiny", 7)])
+def test_the_recipes_arms_can_be_built(argument, count):
+    study = plan.read_study(f"configs/compare.py{argument}", [])
+    assert len(study.arms) == count
+    for arm in study.arms:
+        for stage in range(len(arm.stages)):
+            build_task(study.config(arm, stage))

@@ -29,6 +29,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "llm.max_text_tokens": ONE_UP,
     "data.synthetic_size.*": ONE_UP,
     "data.max_skipped": (0, 1),
+    "data.share": (POSITIVE, 1),
     "data.frames": ZERO_UP,
     "data.block_size": ONE_UP,
     "data.window_blocks": ONE_UP,

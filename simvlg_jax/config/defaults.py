@@ -110,6 +110,8 @@ def get_config() -> ConfigDict:
     # Several training sources by name: dict(weight=4, name="folder", path="a", split="train", ...). Weights count
     # examples. A key of config.data that an entry does not name has its value here. Empty: one source, as named above.
     config.data.mixture = ConfigDict()
+    # Training: share of the records of each source that is used, at even distances; to see what less data give.
+    config.data.share = 1.0
     # A key of data.captions.CLEANERS: "" or "blip_caption" (published). It cleans the captions of the loss and the
     # questions, in training and in evaluation. Answers and the references of the scores are not cleaned.
     config.data.clean = ""

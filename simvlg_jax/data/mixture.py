@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.data.batch import BatchSpec
 from simvlg_jax.data.examples import examples
 from simvlg_jax.data.sources import Record, RecordInfo, Source, load_source
+from simvlg_jax.data.sources.share import Share
 from simvlg_jax.utils.errors import UserError
 
 OWN = ("weight", "split")  # keys of an entry that are none of config.data
@@ -59,6 +60,8 @@ class Mixture:
 def load_training(data_config: ConfigDict) -> Source:
     """Opens the training data: the split "train" of one source, or the sources of `data_config.mixture`.
 
+    Of each source, `data.share` of the records are taken.
+
     An entry of the mixture takes the keys that it does not name from `data_config`.
 
     Raises:
@@ -66,17 +69,22 @@ def load_training(data_config: ConfigDict) -> Source:
     """
     entries = data_config.get("mixture", {})
     if not entries:
-        return load_source(data_config, "train", training=True)
+        return _share(data_config, "train")
     parts = []
     for name, entry in entries.items():
         config = ConfigDict({key: value for key, value in data_config.items() if key != "mixture"})
         config.update({key: value for key, value in entry.items() if key not in OWN})
         try:
-            source = load_source(config, entry.get("split", "train"), training=True)
+            source = _share(config, entry.get("split", "train"))
         except UserError as error:
             raise UserError(f"data.mixture.{name}: {error}", error.status) from error
         parts.append(Part(name, entry.get("weight", 1.0), source, config))
     return Mixture(parts)
+
+
+def _share(data_config: ConfigDict, split: str) -> Source:
+    source, share = load_source(data_config, split, training=True), data_config.get("share", 1.0)
+    return source if share == 1 else Share(source, share)
 
 
 def parts_of(data_config: ConfigDict, source: Source) -> Sequence[Part]:
