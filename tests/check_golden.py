@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
-from simvlg_jax.convert import blip2, blip2_names, encoders, evlgen, families, weight_map
+from simvlg_jax.convert import blip2, blip2_names, encoders, evlgen, families, opt, pformer, weight_map
 from simvlg_jax.data import captions
 from simvlg_jax.decoding.generate import generate
 from simvlg_jax.decoding.settings import Decoding
@@ -38,7 +38,8 @@ from simvlg_jax.models.connectors.tomeformer import TomeFormer
 from simvlg_jax.models.encoders.vit import VIT_SIZES, VisionOutput, ViT
 from simvlg_jax.models.llms.llama import Llama
 from simvlg_jax.models.llms.opt import POSITION_OFFSET, Opt
-from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.pformer import PFormer, PromptLearner, Texts
+from simvlg_jax.models.simvlg import SimVLG, read_after_prompt
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.utils.errors import UserError
 
@@ -245,6 +246,78 @@ def check_stage1(folder: Path, name: str) -> Iterator[Check]:
         yield from compare_gradients(ours, theirs, True)
 
 
+def build_pformer(sizes: dict) -> PFormer:
+    p = sizes["pformer"]
+    return PFormer(
+        p["dim"],
+        p["layers"],
+        p["heads"],
+        sizes["lm"]["dim"],
+        sizes["qformer"]["queries"],
+        p["vocab"],
+        hidden=p["ffn"],
+        max_positions=p["max_positions"],
+    )
+
+
+def check_pformer(folder: Path, name: str) -> Iterator[Check]:
+    """Checks the P-Former as it learns from text alone ("stage0/")."""
+    sizes, tensors, every = read_model(folder, name)
+    arrays = {key.removeprefix("stage0/"): x for key, x in every.items() if key.startswith("stage0/")}
+    ids, mask, drawn = (jnp.asarray(every[key]) for key in ("ids", "mask", "draw"))
+    texts = Texts(*map(jnp.asarray, (every["lm_ids"], every["lm_mask"], arrays["lm_targets"])))
+    lm = sizes["lm"]
+    positions = len(tensors["opt_model.model.decoder.embed_positions.weight"]) - POSITION_OFFSET
+    llm = Opt(lm["dim"], lm["layers"], lm["heads"], lm["ffn"], lm["vocab"], positions)
+    model = PromptLearner(build_pformer(sizes), llm, sizes["mask_token_id"], sizes["embed_dim"])
+    trained = jax.tree.map(jnp.asarray, pformer.of_blitext(model.pformer, tensors))
+    frozen = {"llm": jax.tree.map(jnp.asarray, opt.from_hf(llm, tensors, "opt_model."))}
+    last = f"layer_{sizes['pformer']['layers'] - 1}"
+
+    def run(model: PromptLearner) -> dict:
+        masked = model.masked(ids, mask, drawn)
+        sentence = model.embed(masked, mask)
+        prompts = model.pformer(masked, mask)
+        hidden = read_after_prompt(model.llm, prompts, texts.ids, texts.mask, False)
+        return {
+            "masked_ids": masked,
+            "text_feat": sentence,
+            "sim_t2t": sentence @ sentence.T / model.temperature,
+            "prompts": prompts,
+            "nearest": model.nearest(prompts),
+            "lm_logits": model.llm.logits(hidden),
+        }
+
+    options = dict(capture_intermediates=lambda module, _: module.name == last, mutable="intermediates")
+    found, inner = jax.jit(lambda params: model.apply({"params": params}, method=run, **options))(trained | frozen)
+    found["text_output"] = inner["intermediates"]["pformer"]["encoder"][last]["__call__"][0].tokens
+    real = np.concatenate([np.ones(found["prompts"].shape[:2], bool), every["lm_mask"] > 0], 1)
+    counted = {"lm_logits": real, "text_output": every["mask"] > 0}
+    for key, ours in found.items():
+        where, whole = counted.get(key, slice(None)), arrays[key].dtype.kind == "i"
+        ours, theirs = np.asarray(ours)[where], arrays[key][where]
+        yield key, exact(np.array_equal(ours, theirs)) if whole else relative(ours, theirs) / TOLERANCE
+
+    def means(trained: dict) -> dict[str, jax.Array]:
+        variables = {"params": trained | frozen}
+        losses, own = model.apply(variables, ids, mask, drawn, texts, method="losses")
+        contrast = model.apply(variables, own, own, jnp.ones(len(own)), method="contrastive_losses")
+        return {"c": contrast.mean(), "vq": losses["vq"].mean(), "lm": losses["lm"].sum() / (texts.targets >= 0).sum()}
+
+    values, pull_back = jax.vjp(jax.jit(means), trained)
+    for key, value in values.items():
+        yield f"loss_{key}", relative(value, arrays[f"loss_{key}"]) / TOLERANCE
+    yield "loss", relative(sum(values.values()), arrays["loss"]) / TOLERANCE
+    for prefix, chosen in (("grad/", tuple(values)), *((f"grad_{key}/", (key,)) for key in values)):
+        gradients = pull_back({key: jnp.float32(key in chosen) for key in values})[0]
+        named = weight_map.to_torch(pformer.rows(model.pformer), gradients)
+        ours = {f"{prefix}Pformer.{key}": x for key, x in named.items()}
+        theirs = {key: x for key, x in arrays.items() if key.startswith(prefix)}
+        absent = [x for key, x in ours.items() if key not in theirs]
+        yield f"{prefix} of {len(theirs)} names", exact(set(theirs) <= set(ours) and not any(map(np.any, absent)))
+        yield from compare_gradients(ours, theirs, True)
+
+
 def by_kind(x: np.ndarray) -> np.ndarray:
     """Returns pairs whose examples are neighbours (B PAIRS, ...) in the order of their kinds, as published."""
     return np.asarray(x).reshape(-1, PAIRS, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
@@ -413,7 +486,7 @@ def checks_of(folder: Path) -> list[tuple[str, Iterator[Check]]]:
         missing = [f for f in (f"{name}{s}" for s in (".json", ".safetensors", ".npz")) if not (folder / f).exists()]
         if missing:
             raise UserError(f"the model {name} lacks {', '.join(missing)}")
-        check = check_stage1 if name == "qformer_stage1" else check_model
+        check = {"qformer_stage1": check_stage1, "pformer": check_pformer}.get(name, check_model)
         found.append((name, check(folder, name)))
     known = {
         "tome.npz": check_tome,

@@ -25,6 +25,8 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "connector.tokens": ZERO_UP,
     "connector.width": ZERO_UP,
     "connector.dropout": SHARE,
+    "pformer.queries": ONE_UP,
+    "pformer.dropout": SHARE,
     "llm.dropout": SHARE,
     "llm.max_text_tokens": ONE_UP,
     "data.synthetic_size.*": ONE_UP,

@@ -26,8 +26,9 @@ def choose(argument: str, **allowed: Collection[str]) -> list[str]:
 def get_config() -> ConfigDict:
     """Returns a new, unlocked config with every key at its default."""
     config = ConfigDict()
-    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences) or
-    # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model).
+    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences),
+    # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model) or "pformer" (BLIText's
+    # P-Former, which learns from captions alone).
     config.task = "caption"
     config.seed = 42
     config.dtype = "float32"  # compute: "float32" or "bfloat16"
@@ -99,6 +100,15 @@ def get_config() -> ConfigDict:
     config.sentence_encoder.size = "minilm_l6"  # a row of models.bert.BERT_SIZES; published: "base"
     config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or Hub name, "" for a small random one
     config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
+
+    config.pformer = ConfigDict()  # used by the pformer task
+    config.pformer.size = "base"  # a row of models.bert.BERT_SIZES
+    # A BERT's folder or Hub name, "minilm", a stage-0 checkpoint of BLIText, or what a run of the task left
+    # (WORKDIR/pformer.safetensors). "": random weights.
+    config.pformer.weights = ""
+    config.pformer.tokenizer = ""  # a BERT's folder or Hub name, or "minilm"; "": it is next to the weights
+    config.pformer.queries = 32  # number of soft prompts, as many as the connector's tokens
+    config.pformer.dropout = 0.1
 
     config.data = ConfigDict()
     config.data.name = "openmoji"  # a key of data.sources.SOURCES

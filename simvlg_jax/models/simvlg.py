@@ -105,9 +105,8 @@ class SimVLG(nn.Module):
 
     @nn.nowrap
     def prompted(self, prefix: jax.Array, start: jax.Array) -> jax.Array:
-        """Joins prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
-        prefix = prefix.astype(start.dtype)
-        return jnp.concatenate([start, prefix] if self.start_first else [prefix, start], 1)
+        """Returns `prompted` in this model's order: (B, P + 1, E)."""
+        return prompted(prefix, start, self.start_first)
 
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> SimVLGOutput:
         """Runs the language model over the soft prompt and the text.
@@ -120,13 +119,8 @@ class SimVLG(nn.Module):
         return SimVLGOutput(visual, self._read(visual.prefix, ids, mask))
 
     def _read(self, prefix: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the language model's states (B, P + L, E) over soft prompts (B, P, E) and texts (B, L)."""
-        text = self.llm.embed(ids)
-        parts = self.prompted(prefix, text[:, :1]), text[:, 1:]
-        embeddings = jnp.concatenate(parts, 1)  # (B, P + L, E)
-        mask = jnp.concatenate([jnp.ones(prefix.shape[:2], mask.dtype), mask], 1)
-        positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-        return self.llm(embeddings, mask, positions).hidden
+        """Returns `read_after_prompt`: (B, P + L, E)."""
+        return read_after_prompt(self.llm, prefix, ids, mask, self.start_first)
 
     def caption_losses(
         self,
@@ -154,7 +148,7 @@ class SimVLG(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `caption_losses` after soft prompts (B, P, E)."""
         if lengths is None:
-            states = _before_targets(self._read(prefix, ids, mask), targets)
+            states = before_targets(self._read(prefix, ids, mask), targets)
         else:
             states = self._read_packed(prefix, ids, lengths)
         return token_cross_entropy(states, self.llm.logits, targets, trains_head=self.llm_grad)
@@ -180,7 +174,7 @@ class SimVLG(nn.Module):
         Returns:
           ((B,) log-likelihood of the targets, nats in float32; (B,) bool, whether each of them is the likeliest token).
         """
-        logits = self.llm.logits(_before_targets(self._read(prefix, ids, mask), targets))
+        logits = self.llm.logits(before_targets(self._read(prefix, ids, mask), targets))
         losses = token_losses(logits, lambda logits: logits, targets)
         return -jnp.sum(losses, 1), jnp.all((jnp.argmax(logits, -1) == targets) | (targets < 0), 1)
 
@@ -196,7 +190,7 @@ class SimVLG(nn.Module):
           (what the pictures became; (B, L) float32, the nats of each target, 0 where no loss is taken).
         """
         out = self(images, ids, mask)
-        return out.visual, token_losses(_before_targets(out.hidden, targets), self.llm.logits, targets)
+        return out.visual, token_losses(before_targets(out.hidden, targets), self.llm.logits, targets)
 
     def losses_and_pair(
         self,
@@ -235,7 +229,24 @@ class SimVLG(nn.Module):
         return contrastive.matching_losses(picture, text, self.temperature, weight)
 
 
-def _before_targets(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+def prompted(prefix: jax.Array, start: jax.Array, start_first: bool) -> jax.Array:
+    """Joins prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
+    prefix = prefix.astype(start.dtype)
+    return jnp.concatenate([start, prefix] if start_first else [prefix, start], 1)
+
+
+def read_after_prompt(
+    llm: nn.Module, prefix: jax.Array, ids: jax.Array, mask: jax.Array, start_first: bool
+) -> jax.Array:
+    """Returns a language model's states (B, P + L, E) over soft prompts (B, P, E) and texts (B, L)."""
+    text = llm.embed(ids)
+    embeddings = jnp.concatenate([prompted(prefix, text[:, :1], start_first), text[:, 1:]], 1)  # (B, P + L, E)
+    mask = jnp.concatenate([jnp.ones(prefix.shape[:2], mask.dtype), mask], 1)
+    positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+    return llm(embeddings, mask, positions).hidden
+
+
+def before_targets(hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the states (B, L, E) of (B, P + L, E) that predict the targets (B, L).
 
     Text token i is predicted from the position before it, the first one from the last prefix token.
