@@ -173,10 +173,11 @@ def check_model(folder: Path, name: str, **options) -> Iterator[Check]:
         yield name, exact(same_ids(ids, arrays[name], sizes))
 
 
-def build_blip2(sizes: dict, floor: bool = False) -> Blip2:
+def build_blip2(sizes: dict, prompts: PFormer | None = None) -> Blip2:
     """Returns the model of a NAME.json of BLIP-2's first stage."""
     q = sizes["qformer"]
-    return Blip2(Frames(), build_qformer(sizes), q["vocab"], q["max_positions"], sizes["embed_dim"], floor)
+    fields = (q["vocab"], q["max_positions"], sizes["embed_dim"])
+    return Blip2(Frames(), build_qformer(sizes), *fields, pformer=prompts)
 
 
 def check_stage1(folder: Path, name: str) -> Iterator[Check]:
@@ -261,14 +262,29 @@ def build_pformer(sizes: dict) -> PFormer:
 
 
 def check_pformer(folder: Path, name: str) -> Iterator[Check]:
-    """Checks the P-Former as it learns from text alone ("stage0/")."""
+    """Checks the P-Former as it learns from text alone (stage0/), and as pictures' prompts resemble its own."""
     sizes, tensors, every = read_model(folder, name)
-    arrays = {key.removeprefix("stage0/"): x for key, x in every.items() if key.startswith("stage0/")}
-    ids, mask, drawn = (jnp.asarray(every[key]) for key in ("ids", "mask", "draw"))
-    texts = Texts(*map(jnp.asarray, (every["lm_ids"], every["lm_mask"], arrays["lm_targets"])))
+    for stage, checks in (
+        ("stage0", check_learner),
+        ("stage1", check_aligned_stage1),
+        ("stage2", check_aligned_stage2),
+    ):
+        arrays = {key.removeprefix(f"{stage}/"): x for key, x in every.items() if not key.startswith("stage")}
+        arrays |= {key.removeprefix(f"{stage}/"): x for key, x in every.items() if key.startswith(f"{stage}/")}
+        for what, error in checks(sizes, tensors, arrays):
+            yield f"{stage}/{what}", error
+
+
+def build_opt(sizes: dict, tensors: dict) -> Opt:
     lm = sizes["lm"]
     positions = len(tensors["opt_model.model.decoder.embed_positions.weight"]) - POSITION_OFFSET
-    llm = Opt(lm["dim"], lm["layers"], lm["heads"], lm["ffn"], lm["vocab"], positions)
+    return Opt(lm["dim"], lm["layers"], lm["heads"], lm["ffn"], lm["vocab"], positions)
+
+
+def check_learner(sizes: dict, tensors: dict, arrays: dict) -> Iterator[Check]:
+    ids, mask, drawn = (jnp.asarray(arrays[key]) for key in ("ids", "mask", "draw"))
+    texts = Texts(*map(jnp.asarray, (arrays[f"lm_{key}"] for key in ("ids", "mask", "targets"))))
+    llm = build_opt(sizes, tensors)
     model = PromptLearner(build_pformer(sizes), llm, sizes["mask_token_id"], sizes["embed_dim"])
     trained = jax.tree.map(jnp.asarray, pformer.of_blitext(model.pformer, tensors))
     frozen = {"llm": jax.tree.map(jnp.asarray, opt.from_hf(llm, tensors, "opt_model."))}
@@ -291,8 +307,8 @@ def check_pformer(folder: Path, name: str) -> Iterator[Check]:
     options = dict(capture_intermediates=lambda module, _: module.name == last, mutable="intermediates")
     found, inner = jax.jit(lambda params: model.apply({"params": params}, method=run, **options))(trained | frozen)
     found["text_output"] = inner["intermediates"]["pformer"]["encoder"][last]["__call__"][0].tokens
-    real = np.concatenate([np.ones(found["prompts"].shape[:2], bool), every["lm_mask"] > 0], 1)
-    counted = {"lm_logits": real, "text_output": every["mask"] > 0}
+    real = np.concatenate([np.ones(found["prompts"].shape[:2], bool), arrays["lm_mask"] > 0], 1)
+    counted = {"lm_logits": real, "text_output": arrays["mask"] > 0}
     for key, ours in found.items():
         where, whole = counted.get(key, slice(None)), arrays[key].dtype.kind == "i"
         ours, theirs = np.asarray(ours)[where], arrays[key][where]
@@ -316,6 +332,82 @@ def check_pformer(folder: Path, name: str) -> Iterator[Check]:
         absent = [x for key, x in ours.items() if key not in theirs]
         yield f"{prefix} of {len(theirs)} names", exact(set(theirs) <= set(ours) and not any(map(np.any, absent)))
         yield from compare_gradients(ours, theirs, True)
+
+
+def check_aligned_stage1(sizes: dict, tensors: dict, arrays: dict) -> Iterator[Check]:
+    model = build_blip2(sizes, build_pformer(sizes))
+    table = [*blip2.rows(model), *weight_map.linear("llm_proj", "opt_proj")]
+    wanted = {row.torch for row in table}
+    own = {key: x for key, x in tensors.items() if key in wanted}
+    trained = jax.tree.map(jnp.asarray, weight_map.from_torch(table, own, sizes["qformer"]["heads"]))
+    frozen = {"pformer": jax.tree.map(jnp.asarray, pformer.of_blitext(model.pformer, tensors))["pformer"]}
+    frames, ids, mask = (jnp.asarray(arrays[key]) for key in ("frames", "ids", "mask"))
+    negatives = Negatives(*(jnp.asarray(arrays[f"neg_{kind}"]) for kind in ("image", "text")))
+
+    def run(model: Blip2) -> dict:
+        queries = model.features(frames, ids, mask).queries.tokens
+        return {"query_output": queries, "prefix": model.llm_proj(queries), "reference": model.pformer(ids, mask)}
+
+    found = jax.jit(lambda params: model.apply({"params": params}, method=run))(trained | frozen)
+    for key, ours in found.items():
+        yield key, relative(ours, arrays[key]) / TOLERANCE
+    counts = {"itc": len(ids), "itm": PAIRS * len(ids), "lm": jnp.maximum(mask.sum(1) - 1, 0).sum(), "align": len(ids)}
+
+    def total(trained: dict) -> tuple[jax.Array, dict]:
+        arguments = (frames, ids, mask, jnp.ones(len(ids)), jax.random.key(0), negatives, (ids, mask))
+        losses = model.apply({"params": trained | frozen}, *arguments, method="losses")
+        means = {key: x.sum() / counts[key] for key, x in losses.items()}
+        means["align"] *= sizes["omega1"]
+        return sum(means.values()), means
+
+    (value, means), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(trained)
+    for key, mean in means.items():
+        yield f"loss_{key}", relative(mean, arrays[f"loss_{key}"]) / TOLERANCE
+    yield "loss", relative(value, arrays["loss"]) / TOLERANCE
+    yield from check_every_gradient(table, gradients, arrays)
+
+
+def check_aligned_stage2(sizes: dict, tensors: dict, arrays: dict) -> Iterator[Check]:
+    model = SimVLG(Frames(), build_qformer(sizes), build_opt(sizes, tensors), pformer=build_pformer(sizes))
+    table, heads = evlgen.trained_rows(model), sizes["qformer"]["heads"]
+    trained = jax.tree.map(jnp.asarray, weight_map.from_torch(table, tensors, heads, list(tensors)))
+    frozen = {
+        "llm": jax.tree.map(jnp.asarray, opt.from_hf(model.llm, tensors, "opt_model.")),
+        "pformer": jax.tree.map(jnp.asarray, pformer.of_blitext(model.pformer, tensors))["pformer"],
+    }
+    frames, *sentence = (jnp.asarray(arrays[key]) for key in ("frames", "ids", "mask"))
+    targets = np.where(arrays["lm_mask"] > 0, arrays["lm_ids"], -100)
+    text = [jnp.asarray(x) for x in (arrays["lm_ids"], arrays["lm_mask"], targets)]
+
+    def run(model: SimVLG) -> dict:
+        out = model(frames, *text[:2])
+        found = {"query_output": out.visual.connector, "prefix": out.visual.prefix}
+        return found | {"reference": model.pformer(*sentence), "logits": model.llm.logits(out.hidden)}
+
+    found = jax.jit(lambda params: model.apply({"params": params}, method=run))(trained | frozen)
+    real = np.concatenate([np.ones(found["prefix"].shape[:2], bool), arrays["lm_mask"] > 0], 1)
+    for key, ours in found.items():
+        where = real if key == "logits" else slice(None)
+        yield key, relative(np.asarray(ours)[where], arrays[key][where]) / TOLERANCE
+
+    def total(trained: dict) -> tuple[jax.Array, dict]:
+        variables = {"params": trained | frozen}
+        losses, written, apart = model.apply(variables, frames, *sentence, *text, method="aligned_losses")
+        means = {"lm": losses.sum() / written.sum(), "align": sizes["omega2"] * apart.mean()}
+        return sum(means.values()), means
+
+    (value, means), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(trained)
+    for key, mean in means.items():
+        yield f"loss_{key}", relative(mean, arrays[f"loss_{key}"]) / TOLERANCE
+    yield "loss", relative(value, arrays["loss"]) / TOLERANCE
+    yield from check_every_gradient(table, gradients, arrays)
+
+
+def check_every_gradient(table: list[weight_map.Row], gradients: dict, arrays: dict) -> Iterator[Check]:
+    ours = {f"grad/{key}": x for key, x in weight_map.to_torch(table, gradients).items()}
+    theirs = {key: x for key, x in arrays.items() if key.startswith("grad/")}
+    yield "names of the gradients", exact(set(ours) == set(theirs))
+    yield from compare_gradients(ours, theirs, True)
 
 
 def by_kind(x: np.ndarray) -> np.ndarray:

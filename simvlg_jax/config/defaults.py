@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or Hub name, "" for a small random one
     config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
 
-    config.pformer = ConfigDict()  # used by the pformer task
+    config.pformer = ConfigDict()  # used by the task pformer, and by the tasks with train.align
     config.pformer.size = "base"  # a row of models.bert.BERT_SIZES
     # A BERT's folder or Hub name, "minilm", a stage-0 checkpoint of BLIText, or what a run of the task left
     # (WORKDIR/pformer.safetensors). "": random weights.
@@ -161,6 +161,10 @@ def get_config() -> ConfigDict:
     # captions of a micro-batch alone.
     config.train.accumulate = 1
     config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
+    # caption and blip2_stage1: weight of the mean squared difference between the soft prompts and those that a frozen
+    # P-Former (`pformer.weights`) makes of the caption; published: 100, and 10 in the first stage. If the numbers of
+    # prompts differ, the first ones are compared.
+    config.train.align = 0.0
     # blip2_stage1: the probabilities of what does not match, made of similarities: "softmax" (LAVIS since July 2023) or
     # "floored_softmax" (before, and so presumably for the published models; 1e-4 is added).
     config.train.negatives = "softmax"

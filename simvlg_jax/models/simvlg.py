@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders.vit import visual_tokens
-from simvlg_jax.models.losses import token_cross_entropy, token_losses
+from simvlg_jax.models.losses import prompt_distances, token_cross_entropy, token_losses
 from simvlg_jax.models.packing import make_packing
 
 
@@ -50,7 +50,7 @@ class SimVLG(nn.Module):
     """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
 
     A sentence encoder adds the auxiliary contrastive loss and its parameters: sentence_encoder, vision_proj, text_proj,
-    temperature.
+    temperature. A P-Former, whose prompts are those to resemble, adds pformer.
 
     Attributes:
       vit: a `ViT`.
@@ -64,6 +64,7 @@ class SimVLG(nn.Module):
       longest_text: the most tokens that a text of a pack has.
       sentence_encoder: a `SentenceEncoder`, or None (published recipes). The contrastive loss compares its embedding of
         a caption with the connector's class token, or with the mean token if it has no class token.
+      pformer: a frozen `PFormer`, or None.
     """
 
     vit: nn.Module
@@ -75,6 +76,7 @@ class SimVLG(nn.Module):
     llm_grad: bool = False
     longest_text: int = 32
     sentence_encoder: nn.Module | None = None
+    pformer: nn.Module | None = None
 
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
@@ -210,6 +212,25 @@ class SimVLG(nn.Module):
         visual = self.encode_image(images)
         pair = self._pair(visual.connector, sentence_ids, sentence_mask)
         return *self._text_losses(visual.prefix, ids, mask, targets, lengths), pair
+
+    def aligned_losses(
+        self,
+        images: jax.Array,
+        sentence_ids: jax.Array,
+        sentence_mask: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        targets: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns `caption_losses`, and `prompt_distances` (B,) of the soft prompts and the P-Former's.
+
+        Args:
+          sentence_ids, sentence_mask: (B, L') int32, the captions for the P-Former.
+        """
+        prefix = self.encode_image(images).prefix
+        distances = prompt_distances(prefix, self.pformer(sentence_ids, sentence_mask))
+        return *self._text_losses(prefix, ids, mask, targets, lengths), distances
 
     def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """Returns the pair of `losses_and_pair` without running the language model."""

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from simvlg_jax.config.check import lookup
 from simvlg_jax.convert import own_files, pformer, pretrained
-from simvlg_jax.convert.tensor_files import SUFFIXES
 from simvlg_jax.data.batch import BatchSpec
-from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.contrastive import Pair
-from simvlg_jax.models.pformer import MASKED, PFormer, PromptLearner, Texts
+from simvlg_jax.models.pformer import MASKED, PromptLearner, Texts
 from simvlg_jax.tasks import build, params
 from simvlg_jax.tasks.params import Rule
 from simvlg_jax.tasks.task import CONTRAST, Arrays, Contrast, Losses, Params, Task
@@ -21,7 +18,7 @@ from simvlg_jax.utils.errors import UserError
 SENTENCE = ("sentence_ids", "sentence_mask")
 CAPTION = ("caption_ids", "caption_mask", "caption_targets")
 FILE = "pformer.safetensors"  # what a run leaves
-BERT_VOCABULARY, MASK_ID = 30522, 103  # of bert-base-uncased, also MiniLM's
+MASK_ID = 103  # of bert-base-uncased, also MiniLM's
 
 
 def pformer_task(config: ConfigDict) -> Task:
@@ -31,21 +28,10 @@ def pformer_task(config: ConfigDict) -> Task:
     When a run ends, what it trained is written to pformer.safetensors.
     """
     check(config)
-    tokenizer = config.pformer.tokenizer or config.pformer.weights
+    tokenizer = build.pformer_tokenizer(config)
     llm, dtype = build.build_llm(config), jnp.dtype(config.dtype)
-    if tokenizer:
-        words, mask_id = BERT_VOCABULARY, MASK_ID
-    else:  # the language model's tokens, and one more for [MASK]
-        mask_id = build.build_text_encoder(config).tokenizer.get_vocab_size()
-        words = mask_id + 1
-    own = PFormer(
-        **lookup(BERT_SIZES, "pformer.size", config.pformer.size),
-        prompt_width=llm.width,
-        queries=config.pformer.queries,
-        vocab_size=words,
-        dropout=config.pformer.dropout,
-        dtype=dtype,
-    )
+    own = build.build_pformer(config, llm.width, config.pformer.dropout)
+    mask_id = MASK_ID if tokenizer else own.vocab_size - 1
     model = PromptLearner(own, llm, mask_id, start_first=config.llm.start_first, dtype=dtype)
 
     def apply(method: str, params: Params, key: jax.Array | None, *arrays):
@@ -122,9 +108,7 @@ def write(trained: Params, workdir: Path) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError (status 2) for what this task does not have, and if no tokenizer is named."""
-    if config.pformer.weights.endswith(SUFFIXES) and not config.pformer.tokenizer:
-        raise UserError("pformer.weights is a file without a tokenizer: set pformer.tokenizer to a BERT's folder", 2)
+    """Raises UserError (status 2) for what this task does not have."""
     for key in ("llm.train", "vit.train", "vit.temporal", "data.pack", "data.frames", "train.beta", "train.init_from"):
         group, name = key.split(".")
         if config[group][name]:
