@@ -40,7 +40,8 @@ def main() -> None:
     dtype = np.float32 if arguments.dtype == "float32" else ml_dtypes.bfloat16
     # The trained part of a published checkpoint goes into one file, as in the checkpoint. So does what a connector's
     # weights hold besides the connector: BLIP-2's have the norm before it, and in the first stage words and heads.
-    trained = {name: params for name, params in loaded.items() if name not in ("vit", "llm", "sentence_encoder")}
+    frozen = ("vit", "llm", "sentence_encoder", "pformer")
+    trained = {name: params for name, params in loaded.items() if name not in frozen}
     if set(trained) == {"connector"} and not config.train.init_from:
         trained = trained["connector"]
     files = {name: loaded[name] for name in ("vit", "llm") if name in loaded}

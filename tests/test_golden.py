@@ -29,7 +29,7 @@ def test_every_golden_number(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("worst: ")
     keys = ("keys_blip2_opt2.7b", "keys_image_opt2.7b", "keys_video_opt2.7b")
-    for name in (*MODELS, *keys, "qformer_stage1", "tome.npz", "schedules.json"):
+    for name in (*MODELS, *keys, "qformer_stage1", "pformer", "tome.npz", "schedules.json"):
         assert any(line.startswith(name) for line in lines), name
 
 

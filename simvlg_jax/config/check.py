@@ -25,6 +25,8 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "connector.tokens": ZERO_UP,
     "connector.width": ZERO_UP,
     "connector.dropout": SHARE,
+    "pformer.queries": ONE_UP,
+    "pformer.dropout": SHARE,
     "llm.dropout": SHARE,
     "llm.max_text_tokens": ONE_UP,
     "data.synthetic_size.*": ONE_UP,
@@ -42,6 +44,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "train.batch_size": ONE_UP,
     "train.accumulate": ONE_UP,
     "train.beta": ZERO_UP,
+    "train.align": ZERO_UP,
     "train.steps": ONE_UP,
     "train.max_minutes": ZERO_UP,
     "train.log_every": ONE_UP,
@@ -136,6 +139,10 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         _check_evaluation(name, entry, config.data, config.evaluate)
     for name, entry in config.data.mixture.items():
         _check_part(f"data.mixture.{name}", entry, config.data)
+    if config.train.align and config.task not in ("caption", "blip2_stage1"):
+        raise UserError(f"train.align is for the tasks caption and blip2_stage1: with {config.task} set it to 0", 2)
+    if config.train.align and config.train.beta:
+        raise UserError("train.align and train.beta cannot be combined: set one of them to 0", 2)
     if config.frozen_compute == "int8" and config.frozen_dtype != "int8":
         raise UserError("frozen_compute=int8 multiplies weights that are stored as int8: set frozen_dtype=int8 too", 2)
     if config.vit.max_frames and not config.vit.temporal:

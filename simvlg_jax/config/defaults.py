@@ -26,8 +26,9 @@ def choose(argument: str, **allowed: Collection[str]) -> list[str]:
 def get_config() -> ConfigDict:
     """Returns a new, unlocked config with every key at its default."""
     config = ConfigDict()
-    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences) or
-    # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model).
+    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences),
+    # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model) or "pformer" (BLIText's
+    # P-Former, which learns from captions alone).
     config.task = "caption"
     config.seed = 42
     config.dtype = "float32"  # compute: "float32" or "bfloat16"
@@ -100,6 +101,15 @@ def get_config() -> ConfigDict:
     config.sentence_encoder.weights = "minilm"  # "minilm", a BERT's folder or Hub name, "" for a small random one
     config.sentence_encoder.pooling = "mean"  # "mean" (MiniLM) or "pooler" (SimCSE, published)
 
+    config.pformer = ConfigDict()  # used by the task pformer, and by the tasks with train.align
+    config.pformer.size = "base"  # a row of models.bert.BERT_SIZES
+    # A BERT's folder or Hub name, "minilm", a stage-0 checkpoint of BLIText, or what a run of the task left
+    # (WORKDIR/pformer.safetensors). "": random weights.
+    config.pformer.weights = ""
+    config.pformer.tokenizer = ""  # a BERT's folder or Hub name, or "minilm"; "": it is next to the weights
+    config.pformer.queries = 32  # number of soft prompts, as many as the connector's tokens
+    config.pformer.dropout = 0.1
+
     config.data = ConfigDict()
     config.data.name = "openmoji"  # a key of data.sources.SOURCES
     config.data.dir = "data"  # "openmoji" and "tfds": the folder with the data sets, `data_dir` of TFDS
@@ -151,6 +161,10 @@ def get_config() -> ConfigDict:
     # captions of a micro-batch alone.
     config.train.accumulate = 1
     config.train.beta = 0.0  # weight of an auxiliary contrastive loss between connector and sentences; published: 0
+    # caption and blip2_stage1: weight of the mean squared difference between the soft prompts and those that a frozen
+    # P-Former (`pformer.weights`) makes of the caption; published: 100, and 10 in the first stage. If the numbers of
+    # prompts differ, the first ones are compared.
+    config.train.align = 0.0
     # blip2_stage1: the probabilities of what does not match, made of similarities: "softmax" (LAVIS since July 2023) or
     # "floored_softmax" (before, and so presumably for the published models; 1e-4 is added).
     config.train.negatives = "softmax"

@@ -38,13 +38,16 @@ def rows(connector: QFormer, text: bool = False) -> list[Row]:
 def load(name: str, connector: QFormer) -> dict:
     """Returns {"connector": parameters, "ln_vision": those of the norm before it, if the file has them}.
 
+    Of an aligned first stage of ours come also "llm_proj".
+
     The file is of BLIP-2 (either stage: LAVIS's, Hugging Face's or ours) or a BERT. A text branch, which a captioner
     lacks, is left out, and a warning says so. Of a BERT come the LayerNorm and the self-attention, as published; the
     queries, their MLPs and the cross-attention then start from random numbers.
     """
     tensors = open_tensors(minilm_folder() if name == "minilm" else resolve(name))
     if own := own_tree(tensors):
-        loaded = {part: own[part] for part in ("connector", "ln_vision") if part in own} or {"connector": own}
+        parts = ("connector", "ln_vision", *["llm_proj"] * ("word" in own))  # a whole model's is of its own LLM
+        loaded = {part: own[part] for part in parts if part in own} or {"connector": own}
     else:
         tensors = blip2_names.as_lavis(tensors)
         loaded = _of_blip2(tensors, connector) if "query_tokens" in tensors else _of_bert(tensors, connector)

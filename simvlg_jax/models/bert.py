@@ -90,6 +90,7 @@ class BertLayer(nn.Module):
       weighted_mean: whether a merge weights each token by the number of inputs it is made of. Published: no.
       proportional_attention: whether a merged token draws as much attention as all the inputs it is made of.
       dropout: rate on attention weights and on both residual branches.
+      hidden: width inside the MLP; None for 4 times that of the tokens.
     """
 
     num_heads: int
@@ -98,6 +99,7 @@ class BertLayer(nn.Module):
     dropout: float = 0.1
     weighted_mean: bool = False
     proportional_attention: bool = False
+    hidden: int | None = None
     epsilon: float = 1e-12
     dtype: DTypeLike = jnp.float32
 
@@ -117,7 +119,7 @@ class BertLayer(nn.Module):
         x, own = attention(x, num_heads=self.num_heads, drop=drop, mask=seen, bias=bias, **norms)
         shares = sizes if self.weighted_mean else None
         x, slots = token_merging.merge_by_keys(x, own.key, self.merge_r, self.class_token, shares)
-        return LayerOutput(feed_forward(x, 4 * x.shape[-1], drop=drop, **norms), slots)
+        return LayerOutput(feed_forward(x, self.hidden or 4 * x.shape[-1], drop=drop, **norms), slots)
 
 
 # The two halves of a layer. They are called in the compact method of a module, which gets their parameters.

@@ -17,7 +17,7 @@ from simvlg_jax.models.bert import MAX_POSITIONS
 from simvlg_jax.models.connectors.qformer import QFormerStates
 from simvlg_jax.models.contrastive import LEFT_OUT, Pair
 from simvlg_jax.models.encoders.vit import visual_tokens
-from simvlg_jax.models.losses import token_cross_entropy
+from simvlg_jax.models.losses import prompt_distances, token_cross_entropy
 
 LABELS = np.array([1, 0, 0])  # of the pairs that ITM classifies: its own, with another picture, with another caption
 PAIRS = len(LABELS)
@@ -71,7 +71,8 @@ class Blip2(nn.Module):
     """Frozen ViT -> ln_vision -> Q-Former, through which captions go too, and the heads of three losses.
 
     Parameters: vit, ln_vision, connector, word, position, vision_proj, text_proj, itm_head, lm_head, temperature. Those
-    of ln_vision and connector are the ones of a captioner (`SimVLG`), which lacks the text's MLPs in each layer.
+    of ln_vision and connector are the ones of a captioner (`SimVLG`), which lacks the text's MLPs in each layer. With a
+    P-Former, whose prompts the projected queries are to resemble, there are also pformer and llm_proj.
 
     Attributes:
       vit: a `ViT`.
@@ -80,6 +81,7 @@ class Blip2(nn.Module):
       max_positions: of a caption.
       shared_width: S, the width of the embeddings that ITC compares.
       floor: whether negatives are drawn as before July 2023, see `negative_logits`.
+      pformer: a frozen `PFormer`, or None.
     """
 
     vit: nn.Module
@@ -89,6 +91,7 @@ class Blip2(nn.Module):
     shared_width: int = 256
     floor: bool = False
     dtype: DTypeLike = jnp.float32
+    pformer: nn.Module | None = None
 
     def setup(self) -> None:
         width, axes, dtype = self.connector.width, ("embed", "mlp"), self.dtype
@@ -101,6 +104,8 @@ class Blip2(nn.Module):
         self.text_proj = layers.torch_dense(width, self.shared_width, axes, dtype=dtype)
         self.itm_head = layers.torch_dense(width, 2, ("embed", None), dtype=dtype)
         self.lm_head = LmHead(self.vocab_size, dtype)
+        if self.pformer is not None:
+            self.llm_proj = layers.torch_dense(width, self.pformer.prompt_width, axes, dtype=dtype)
         self.temperature = self.param("temperature", nn.initializers.constant(0.07), ())
 
     def losses(
@@ -111,8 +116,9 @@ class Blip2(nn.Module):
         weight: jax.Array,
         key: jax.Array,
         negatives: Negatives | None = None,
+        sentence: tuple[jax.Array, jax.Array] | None = None,
     ) -> dict[str, jax.Array]:
-        """Returns {"itc", "itm", "lm"}: the losses of each example, (B,) float32 nats.
+        """Returns {"itc", "itm", "lm"}: the losses of each example, (B,) float32 nats; with a P-Former also "align".
 
         B is the whole batch on all devices: every row may be the negative of any other.
 
@@ -122,9 +128,11 @@ class Blip2(nn.Module):
           weight: (B,) float32, 1 or 0. A row of weight 0 has no loss and is no negative of others.
           key: of the draw of negatives.
           negatives: given instead of drawn.
+          sentence: ids and mask (B, L') int32 of the captions for the P-Former.
 
         Returns:
-          "itc" of one pair, "itm" summed over `PAIRS` pairs, "lm" summed over the tokens after [CLS].
+          "itc" of one pair, "itm" summed over `PAIRS` pairs, "lm" summed over the tokens after [CLS]; "align", the
+          `prompt_distances` of the projected queries and the P-Former's prompts.
         """
         features = self.features(images, ids, mask)
         to_text, to_image = self.similarities(features.pair)
@@ -137,7 +145,11 @@ class Blip2(nn.Module):
             itm = jnp.where(weight > 0, itm[:, 0] + jnp.where(alone, 0.0, itm[:, 1:].sum(1)), 0.0)
         with jax.named_scope("lm"):
             lm = self.writing_losses(features.queries, ids, mask, weight)
-        return {"itc": _itc(to_text, to_image, weight), "itm": itm, "lm": lm}
+        losses = {"itc": _itc(to_text, to_image, weight), "itm": itm, "lm": lm}
+        if self.pformer is not None:
+            distances = prompt_distances(self.llm_proj(features.queries.tokens), self.pformer(*sentence))
+            losses["align"] = jnp.where(weight > 0, distances, 0.0)
+        return losses
 
     def features(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> Features:
         """Returns what pictures and captions are on their own; arguments as for `losses`."""

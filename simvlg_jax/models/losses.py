@@ -61,6 +61,17 @@ def token_losses(
     return losses.swapaxes(0, 1).reshape(len(targets), -1)[:, : targets.shape[1]]
 
 
+def prompt_distances(prefix: jax.Array, reference: jax.Array) -> jax.Array:
+    """Returns the mean squared difference (B,) float32 of soft prompts (B, P, E) and their references (B, Q, E).
+
+    They are compared one by one in their order (BLIText, arXiv 2307.07063). If P and Q differ, only the first are. No
+    gradient flows to the references.
+    """
+    count = min(prefix.shape[1], reference.shape[1])
+    apart = prefix[:, :count].astype(jnp.float32) - jax.lax.stop_gradient(reference[:, :count]).astype(jnp.float32)
+    return jnp.mean(jnp.square(apart), (1, 2))
+
+
 def _losses(hidden: jax.Array, logits: Logits, targets: jax.Array, smoothing: float) -> jax.Array:
     scores, wanted = logits(hidden), jnp.maximum(targets, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)

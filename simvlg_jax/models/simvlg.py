@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders.vit import visual_tokens
-from simvlg_jax.models.losses import token_cross_entropy, token_losses
+from simvlg_jax.models.losses import prompt_distances, token_cross_entropy, token_losses
 from simvlg_jax.models.packing import make_packing
 
 
@@ -50,7 +50,7 @@ class SimVLG(nn.Module):
     """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
 
     A sentence encoder adds the auxiliary contrastive loss and its parameters: sentence_encoder, vision_proj, text_proj,
-    temperature.
+    temperature. A P-Former, whose prompts are those to resemble, adds pformer.
 
     Attributes:
       vit: a `ViT`.
@@ -64,6 +64,7 @@ class SimVLG(nn.Module):
       longest_text: the most tokens that a text of a pack has.
       sentence_encoder: a `SentenceEncoder`, or None (published recipes). The contrastive loss compares its embedding of
         a caption with the connector's class token, or with the mean token if it has no class token.
+      pformer: a frozen `PFormer`, or None.
     """
 
     vit: nn.Module
@@ -75,6 +76,7 @@ class SimVLG(nn.Module):
     llm_grad: bool = False
     longest_text: int = 32
     sentence_encoder: nn.Module | None = None
+    pformer: nn.Module | None = None
 
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
@@ -105,9 +107,8 @@ class SimVLG(nn.Module):
 
     @nn.nowrap
     def prompted(self, prefix: jax.Array, start: jax.Array) -> jax.Array:
-        """Joins prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
-        prefix = prefix.astype(start.dtype)
-        return jnp.concatenate([start, prefix] if self.start_first else [prefix, start], 1)
+        """Returns `prompted` in this model's order: (B, P + 1, E)."""
+        return prompted(prefix, start, self.start_first)
 
     def __call__(self, images: jax.Array, ids: jax.Array, mask: jax.Array) -> SimVLGOutput:
         """Runs the language model over the soft prompt and the text.
@@ -120,13 +121,8 @@ class SimVLG(nn.Module):
         return SimVLGOutput(visual, self._read(visual.prefix, ids, mask))
 
     def _read(self, prefix: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the language model's states (B, P + L, E) over soft prompts (B, P, E) and texts (B, L)."""
-        text = self.llm.embed(ids)
-        parts = self.prompted(prefix, text[:, :1]), text[:, 1:]
-        embeddings = jnp.concatenate(parts, 1)  # (B, P + L, E)
-        mask = jnp.concatenate([jnp.ones(prefix.shape[:2], mask.dtype), mask], 1)
-        positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-        return self.llm(embeddings, mask, positions).hidden
+        """Returns `read_after_prompt`: (B, P + L, E)."""
+        return read_after_prompt(self.llm, prefix, ids, mask, self.start_first)
 
     def caption_losses(
         self,
@@ -154,7 +150,7 @@ class SimVLG(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `caption_losses` after soft prompts (B, P, E)."""
         if lengths is None:
-            states = _before_targets(self._read(prefix, ids, mask), targets)
+            states = before_targets(self._read(prefix, ids, mask), targets)
         else:
             states = self._read_packed(prefix, ids, lengths)
         return token_cross_entropy(states, self.llm.logits, targets, trains_head=self.llm_grad)
@@ -180,7 +176,7 @@ class SimVLG(nn.Module):
         Returns:
           ((B,) log-likelihood of the targets, nats in float32; (B,) bool, whether each of them is the likeliest token).
         """
-        logits = self.llm.logits(_before_targets(self._read(prefix, ids, mask), targets))
+        logits = self.llm.logits(before_targets(self._read(prefix, ids, mask), targets))
         losses = token_losses(logits, lambda logits: logits, targets)
         return -jnp.sum(losses, 1), jnp.all((jnp.argmax(logits, -1) == targets) | (targets < 0), 1)
 
@@ -196,7 +192,7 @@ class SimVLG(nn.Module):
           (what the pictures became; (B, L) float32, the nats of each target, 0 where no loss is taken).
         """
         out = self(images, ids, mask)
-        return out.visual, token_losses(_before_targets(out.hidden, targets), self.llm.logits, targets)
+        return out.visual, token_losses(before_targets(out.hidden, targets), self.llm.logits, targets)
 
     def losses_and_pair(
         self,
@@ -217,6 +213,25 @@ class SimVLG(nn.Module):
         pair = self._pair(visual.connector, sentence_ids, sentence_mask)
         return *self._text_losses(visual.prefix, ids, mask, targets, lengths), pair
 
+    def aligned_losses(
+        self,
+        images: jax.Array,
+        sentence_ids: jax.Array,
+        sentence_mask: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        targets: jax.Array,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns `caption_losses`, and `prompt_distances` (B,) of the soft prompts and the P-Former's.
+
+        Args:
+          sentence_ids, sentence_mask: (B, L') int32, the captions for the P-Former.
+        """
+        prefix = self.encode_image(images).prefix
+        distances = prompt_distances(prefix, self.pformer(sentence_ids, sentence_mask))
+        return *self._text_losses(prefix, ids, mask, targets, lengths), distances
+
     def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """Returns the pair of `losses_and_pair` without running the language model."""
         return self._pair(self._connect(images).tokens, sentence_ids, sentence_mask)
@@ -235,7 +250,24 @@ class SimVLG(nn.Module):
         return contrastive.matching_losses(picture, text, self.temperature, weight)
 
 
-def _before_targets(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+def prompted(prefix: jax.Array, start: jax.Array, start_first: bool) -> jax.Array:
+    """Joins prefix (B, P, E) and the start token's embedding (B, 1, E) in their order: (B, P + 1, E)."""
+    prefix = prefix.astype(start.dtype)
+    return jnp.concatenate([start, prefix] if start_first else [prefix, start], 1)
+
+
+def read_after_prompt(
+    llm: nn.Module, prefix: jax.Array, ids: jax.Array, mask: jax.Array, start_first: bool
+) -> jax.Array:
+    """Returns a language model's states (B, P + L, E) over soft prompts (B, P, E) and texts (B, L)."""
+    text = llm.embed(ids)
+    embeddings = jnp.concatenate([prompted(prefix, text[:, :1], start_first), text[:, 1:]], 1)  # (B, P + L, E)
+    mask = jnp.concatenate([jnp.ones(prefix.shape[:2], mask.dtype), mask], 1)
+    positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+    return llm(embeddings, mask, positions).hidden
+
+
+def before_targets(hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the states (B, L, E) of (B, P + L, E) that predict the targets (B, L).
 
     Text token i is predicted from the position before it, the first one from the last prefix token.

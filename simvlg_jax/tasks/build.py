@@ -12,14 +12,18 @@ from simvlg_jax.config import defaults
 from simvlg_jax.config.check import lookup
 from simvlg_jax.convert import encoders, families, tokenizers
 from simvlg_jax.convert.connectors import CONNECTORS
+from simvlg_jax.convert.tensor_files import SUFFIXES
 from simvlg_jax.data import text
 from simvlg_jax.data.batch import TextSpec
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors.connector import Connector
 from simvlg_jax.models.encoders.vit import ViT
+from simvlg_jax.models.pformer import PFormer
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
 from simvlg_jax.tasks import params
 from simvlg_jax.utils.errors import UserError
+
+BERT_VOCABULARY = 30522  # of bert-base-uncased, also MiniLM's
 
 
 def build_vit(config: ConfigDict) -> ViT:
@@ -70,6 +74,31 @@ def build_sentence_encoder(config: ConfigDict) -> SentenceEncoder:
         return SentenceEncoder(**BERT_SIZES["tiny"], vocab_size=vocab_size, dtype=dtype)
     size = lookup(BERT_SIZES, "sentence_encoder.size", sentence.size)
     return SentenceEncoder(**size, pooling=sentence.pooling, dtype=dtype)
+
+
+def build_pformer(config: ConfigDict, prompt_width: int, dropout: float = 0.0) -> PFormer:
+    """The P-Former for a language model of a width; without a tokenizer, over that model's tokens and a [MASK].
+
+    Raises:
+      UserError (status 2): no such size, or no tokenizer is named.
+    """
+    own = config.pformer
+    if own.weights.endswith(SUFFIXES) and not own.tokenizer:
+        raise UserError("pformer.weights is a file without a tokenizer: set pformer.tokenizer to a BERT's folder", 2)
+    of_llm = not pformer_tokenizer(config)
+    return PFormer(
+        **lookup(BERT_SIZES, "pformer.size", own.size),
+        prompt_width=prompt_width,
+        queries=own.queries,
+        vocab_size=build_text_encoder(config).tokenizer.get_vocab_size() + 1 if of_llm else BERT_VOCABULARY,
+        dropout=dropout,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def pformer_tokenizer(config: ConfigDict) -> str:
+    """The name of the P-Former's tokenizer; "" for the language model's."""
+    return config.pformer.tokenizer or config.pformer.weights
 
 
 def build_sentence_text(config: ConfigDict, tokenizer: str) -> text.TextEncoder:

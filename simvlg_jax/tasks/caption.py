@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import pretrained
+from simvlg_jax.convert import pformer, pretrained
 from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data.batch import BatchSpec, Pictures
 from simvlg_jax.models.contrastive import Pair
@@ -16,22 +16,28 @@ from simvlg_jax.tasks.task import CONTRAST, Arrays, Contrast, Losses, Params, Ta
 PICTURE_AND_SENTENCE = ("image", "sentence_ids", "sentence_mask")
 CAPTION = ("caption_ids", "caption_mask", "caption_targets")
 PICTURE_AND_CAPTION = ("image", *CAPTION)
+PICTURE_AND_PROMPTED = ("image", "pformer_ids", "pformer_mask")
 
 
 def caption_task(config: ConfigDict) -> Task:
-    """Next-token cross-entropy of the captions; with `train.beta` also the auxiliary contrastive loss."""
-    beta = config.train.beta
-    vit = build.build_vit(config)
+    """Next-token cross-entropy of the captions; with `train.beta` also the auxiliary contrastive loss.
+
+    With `train.align` the soft prompts also learn to resemble those that a frozen P-Former makes of the caption
+    (BLIText, arXiv 2307.07063), one by one. If they are not as many, the first ones are compared.
+    """
+    beta, align = config.train.beta, config.train.align
+    vit, llm = build.build_vit(config), build.build_llm(config)
     model = SimVLG(
         vit,
         build.build_connector(config, vit),
-        build.build_llm(config),
+        llm,
         jnp.dtype(config.dtype),
         start_first=config.llm.start_first,
         vit_grad=config.vit.train or config.vit.temporal,
         llm_grad=config.llm.train,
         longest_text=config.llm.max_text_tokens,
         sentence_encoder=build.build_sentence_encoder(config) if beta else None,
+        pformer=build.build_pformer(config, llm.width) if align else None,
     )
 
     def apply(method: str, params: Params, batch: Arrays, names: tuple[str, ...], key: jax.Array | None):
@@ -40,6 +46,9 @@ def caption_task(config: ConfigDict) -> Task:
 
     def losses(params: Params, batch: Arrays, key: jax.Array | None) -> Losses:
         caption = (*CAPTION, "caption_lengths") if "caption_lengths" in batch else CAPTION
+        if align and key is not None:
+            values, _, distances = apply("aligned_losses", params, batch, (*PICTURE_AND_PROMPTED, *caption), key)
+            return Losses({"caption": values, "align": distances * batch["weight"]})
         if key is None or not beta:
             return Losses({"caption": apply("caption_losses", params, batch, ("image", *caption), key)[0]})
         values, _, pair = apply("losses_and_pair", params, batch, (*PICTURE_AND_SENTENCE, *caption), key)
@@ -52,17 +61,24 @@ def caption_task(config: ConfigDict) -> Task:
         return model.apply({"params": params}, picture, text, weight, method="contrastive_losses")
 
     def counts(batch: Arrays) -> dict[str, jax.Array]:
-        return {"caption": jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)}
+        written = jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)
+        return {"caption": written} | ({"align": batch["weight"]} if align else {})
 
     def initialize(key: jax.Array, batch: Arrays) -> Params:
-        names = (*(PICTURE_AND_SENTENCE if beta else ("image",)), *CAPTION)
-        method = "losses_and_pair" if beta else "caption_losses"
-        return model.init(key, *(batch[name] for name in names), method=method)["params"]
+        method, first = "caption_losses", ("image",)
+        if beta:
+            method, first = "losses_and_pair", PICTURE_AND_SENTENCE
+        elif align:
+            method, first = "aligned_losses", PICTURE_AND_PROMPTED
+        return model.init(key, *(batch[name] for name in (*first, *CAPTION)), method=method)["params"]
 
     texts = {"caption": build.caption_spec(config)}
     if beta:
         texts["sentence"] = build.sentence_spec(config, config.sentence_encoder.weights)
-    frozen = [name for name in ("vit", "llm") if not config[name].train] + ["sentence_encoder"] * bool(beta)
+    if align:
+        texts["pformer"] = build.sentence_spec(config, build.pformer_tokenizer(config))
+    frozen = [name for name in ("vit", "llm") if not config[name].train]
+    frozen += ["sentence_encoder"] * bool(beta) + ["pformer"] * bool(align)
     return Task(
         model=model,
         batch=BatchSpec(Pictures(vit.image_size, config.data.frames), texts),
@@ -70,7 +86,7 @@ def caption_task(config: ConfigDict) -> Task:
         initialize=initialize,
         losses=losses,
         counts=counts,
-        weights={"caption": 1.0} | ({CONTRAST: beta} if beta else {}),
+        weights={"caption": 1.0} | ({CONTRAST: beta} if beta else {}) | ({"align": align} if align else {}),
         load_pretrained=lambda abstract: load_pretrained(config, model, abstract),
         sources={name: config[name].weights or config.train.init_from or "random" for name in frozen},
         evaluator="captioning",
@@ -109,6 +125,8 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
             rules += params.trained(name, lr.get(name, 1.0))
         rules += [Rule("temperature", trained=True, lr=lr.get("temperature", 1.0))]
         rules += params.frozen("sentence_encoder/.*")
+    if config.train.align:
+        rules += params.frozen("pformer/.*")
     return tuple(rules)
 
 
@@ -127,6 +145,8 @@ def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Para
         loaded["llm"] = pretrained.load_llm(config.llm.weights, model.llm)
     if config.train.beta and config.sentence_encoder.weights:
         loaded["sentence_encoder"] = pretrained.load_sentence_encoder(config.sentence_encoder)
+    if config.train.align and config.pformer.weights:
+        loaded["pformer"] = pformer.load(config.pformer.weights, model.pformer)["pformer"]
     if config.train.init_from:
         loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
     absent = kind.absent if config.connector.weights and not config.train.init_from else ()
