@@ -5,8 +5,9 @@
 
 import json
 
-import check_golden
 import flax.linen as nn
+import golden_blip2
+import golden_numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,11 +112,11 @@ def test_retrieval_model_of_hugging_face_gives_the_same_numbers(tmp_path):
     texts = [torch.from_numpy(x).long() for x in (ids, mask)]
     with torch.no_grad():
         found = theirs(pixels, *texts).logits_per_image
-        assert check_golden.relative(similarity, found.numpy()) < 1e-5
+        assert golden_numbers.relative(similarity, found.numpy()) < 1e-5
         pairs = (pixels, *texts), (pixels[others], *texts), (pixels, *(x[others] for x in texts))
         for kind, pair in enumerate(pairs):
             wanted = theirs(*pair, use_image_text_matching_head=True).logits_per_image
-            assert check_golden.relative(logits[:, kind], wanted.numpy()) < 1e-5
+            assert golden_numbers.relative(logits[:, kind], wanted.numpy()) < 1e-5
 
 
 def test_bert_gives_the_text_branch_and_the_queries_a_copy_of_its_mlps(tmp_path):
@@ -142,7 +143,7 @@ def test_bert_gives_the_text_branch_and_the_queries_a_copy_of_its_mlps(tmp_path)
     found = model.apply({"params": params | {"temperature": rest["temperature"]}}, method=run)
     with torch.no_grad():
         wanted = bert(*(torch.from_numpy(x).long() for x in (ids, mask))).logits.numpy()
-    assert check_golden.relative(np.asarray(found)[mask > 0][:, :-1], wanted[mask > 0]) < 1e-5
+    assert golden_numbers.relative(np.asarray(found)[mask > 0][:, :-1], wanted[mask > 0]) < 1e-5
 
 
 @settings(max_examples=20, deadline=None)
@@ -253,7 +254,7 @@ def test_second_stage_starts_from_the_first(task, tmp_path, capsys):
 
 def test_first_stage_of_lavis_gives_the_connector_without_its_text_branch(capsys):
     path, sizes = GOLDEN / "qformer_stage1.safetensors", json.loads((GOLDEN / "qformer_stage1.json").read_text())
-    model = check_golden.build_blip2(sizes)
+    model = golden_blip2.build_blip2(sizes)
     whole = jax.tree.map(np.asarray, blip2.load(str(path), model))
     loaded = jax.tree.map(np.asarray, qformer.load(str(path), model.connector))
     for layer, tree in loaded["connector"].items():

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import check_golden
+import golden_numbers
 import jax
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_missing_and_unreadable_files_have_their_status(copy, capsys):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_go_out_as_they_came_in(name):
-    sizes, tensors, _ = check_golden.read_model(GOLDEN, name)
+    sizes, tensors, _ = golden_numbers.read_model(GOLDEN, name)
     model = check_golden.build(sizes)
     out = evlgen.to_evlgen(model, evlgen.from_evlgen(model, tensors))
     assert set(out) - set(tensors) <= {"opt_model.lm_head.weight"}
@@ -85,7 +86,7 @@ def test_weights_go_out_as_they_came_in(name):
 
 
 def test_published_files_hold_the_trained_part_and_leftovers(tmp_path):
-    sizes, tensors, _ = check_golden.read_model(GOLDEN, "video_opt")
+    sizes, tensors, _ = golden_numbers.read_model(GOLDEN, "video_opt")
     model = check_golden.build(sizes)
     kept = {n: x for n, x in tensors.items() if not n.startswith(("visual_encoder.", "opt_model."))}
     kept |= {n: x for n, x in tensors.items() if "temporal_merge" in n}
@@ -98,21 +99,21 @@ def test_published_files_hold_the_trained_part_and_leftovers(tmp_path):
 
 
 def test_files_of_another_model_are_refused_with_both_lists():
-    sizes, tensors, _ = check_golden.read_model(GOLDEN, "image_llama")
+    sizes, tensors, _ = golden_numbers.read_model(GOLDEN, "image_llama")
     model = check_golden.build(sizes)
     with pytest.raises(UserError, match=r"missing.*opt_proj\.bias.*\n.*not known.*llm_proj\.bias"):
-        evlgen.from_evlgen(check_golden.build(check_golden.read_model(GOLDEN, "image_opt")[0]), tensors)
+        evlgen.from_evlgen(check_golden.build(golden_numbers.read_model(GOLDEN, "image_opt")[0]), tensors)
     del tensors["VLconnector.encoder.layer.1.output.dense.bias"]
     with pytest.raises(UserError, match=r"missing.*layer\.1\.output\.dense\.bias"):
         evlgen.from_evlgen(model, tensors)
     video = load_file(GOLDEN / "video_opt.safetensors")
-    sizes = check_golden.read_model(GOLDEN, "image_opt")[0]
+    sizes = golden_numbers.read_model(GOLDEN, "image_opt")[0]
     with pytest.raises(UserError, match=r"set vit\.temporal=True"):
         evlgen.from_evlgen(check_golden.build(sizes), video)
 
 
 def test_video_model_starts_from_an_image_models_file(tmp_path):
-    sizes, _, _ = check_golden.read_model(GOLDEN, "video_opt")
+    sizes, _, _ = golden_numbers.read_model(GOLDEN, "video_opt")
     tensors = load_file(GOLDEN / "image_opt.safetensors")
     save_file(tensors, tmp_path / "image.safetensors")
     params = evlgen.from_evlgen(check_golden.build(sizes), load_file(tmp_path / "image.safetensors"))

@@ -3,8 +3,9 @@
 `test_golden.py` compares its losses and gradients with the published code.
 """
 
-import check_golden
 import flax.linen as nn
+import golden_blip2
+import golden_numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,8 +125,8 @@ def test_what_a_run_leaves_is_read_again(task, tmp_path):
 
 
 def test_names_of_the_logged_runs_and_their_codebook_are_understood(tmp_path):
-    sizes, tensors, _ = check_golden.read_model(GOLDEN, "pformer")
-    model = check_golden.build_pformer(sizes)
+    sizes, tensors, _ = golden_numbers.read_model(GOLDEN, "pformer")
+    model = golden_blip2.build_pformer(sizes)
     wanted = pformer.load(str(GOLDEN / "pformer.safetensors"), model)
     own = {n.replace("Pformer.", "Darkformer."): x for n, x in tensors.items() if n.startswith("Pformer.")}
     save_file(own | {"opt_vocab_embeddings": np.zeros((3, 2), np.float32)}, tmp_path / "old.safetensors")

@@ -4,6 +4,7 @@ import json
 
 import check_golden
 import flax.linen as nn
+import golden_numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,9 +124,9 @@ def test_blip2_of_hugging_face_captions_as_it_does_there(theirs, folder):
     with torch.no_grad():
         wanted = theirs(pixels, torch.from_numpy(np.concatenate([soft, ids], 1)))
     prefix = theirs.language_projection(wanted.qformer_outputs.last_hidden_state).detach().numpy()
-    assert check_golden.relative(out.visual.prefix, prefix) < 1e-5
+    assert golden_numbers.relative(out.visual.prefix, prefix) < 1e-5
     logits = model.llm.apply({"params": ours.params["llm"]}, out.hidden, method="logits")
-    assert check_golden.relative(logits, wanted.logits[..., :VOCABULARY].numpy()) < 1e-5
+    assert golden_numbers.relative(logits, wanted.logits[..., :VOCABULARY].numpy()) < 1e-5
     assert out.visual.source_map is None and out.visual.layers == ()
 
     generated = theirs.generate(pixels, max_new_tokens=16, do_sample=False, suppress_tokens=[*range(98, 104)])
@@ -175,7 +176,7 @@ def test_export_is_what_transformers_and_lavis_read(run, tmp_path):
     with torch.no_grad():
         features = with_our_epsilon(exported.eval()).get_image_features(pixels, return_dict=True)
     prefix = model.apply({"params": params}, PICTURES, method="encode_image").prefix
-    assert check_golden.relative(prefix, features.pooler_output.numpy()) < 1e-5
+    assert golden_numbers.relative(prefix, features.pooler_output.numpy()) < 1e-5
     text = trained.task.batch.texts["caption"].encoder
     captioner = Captioner(model, text, Decoding(max_new_tokens=12))
     ours = captioner.decode(np.asarray(captioner(params, jnp.asarray(PICTURES)).ids))
@@ -211,7 +212,7 @@ def test_what_blip2_cannot_be_says_so(tmp_path):
 def test_second_stage_of_lavis_gives_the_connector_and_the_norm_before_it(capsys):
     sizes = json.loads((GOLDEN / "qformer_opt.json").read_text())
     tensors = load_file(GOLDEN / "qformer_opt.safetensors")
-    connector = check_golden.build_qformer(sizes)
+    connector = golden_numbers.build_qformer(sizes)
     wanted = evlgen.from_evlgen(check_golden.build(sizes, 1), tensors)
     loaded = qformer.load(str(GOLDEN / "qformer_opt.safetensors"), connector)
     assert set(loaded) == {"connector", "ln_vision"}
@@ -242,7 +243,7 @@ def test_bert_gives_self_attention_and_leaves_the_rest_random(tmp_path):
     with torch.no_grad():
         wanted = source.encoder.layer[0].attention(torch.from_numpy(x))[0].numpy()
     found = SelfAttention().apply({"params": jax.tree.map(jnp.asarray, loaded["layer_0"])}, x)
-    assert check_golden.relative(found, wanted) < 1e-5
+    assert golden_numbers.relative(found, wanted) < 1e-5
 
 
 def test_merged_equal_tokens_draw_the_attention_of_all_their_patches():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import check_golden
 import flax.linen as nn
+import golden_numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def load_exported(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", ["image_llama", "image_opt", "video_opt"])
 def test_exported_model_gives_the_published_numbers(name, tmp_path):
-    sizes, tensors, arrays = check_golden.read_model(GOLDEN, name)
+    sizes, tensors, arrays = golden_numbers.read_model(GOLDEN, name)
     model = check_golden.build(sizes)
     special = (sizes["bos_token_id"], sizes["eos_token_id"], sizes["pad_token_id"])
     text = CaptionText(character_tokenizer(), *special, max_tokens=14, start_is_target=True)
@@ -53,9 +54,9 @@ def test_exported_model_gives_the_published_numbers(name, tmp_path):
     with torch.no_grad():
         prefix = exported.soft_prompt(inputs["image"]).numpy()
         out = exported(inputs["image"], ids, mask, targets)
-    assert check_golden.relative(prefix, arrays["prefix"]) < 1e-5
+    assert golden_numbers.relative(prefix, arrays["prefix"]) < 1e-5
     real = np.concatenate([np.ones(prefix.shape[:2], bool), arrays["mask"] > 0], 1)
-    assert check_golden.relative(out.logits.numpy()[real], arrays["logits"][real]) < 1e-5
+    assert golden_numbers.relative(out.logits.numpy()[real], arrays["logits"][real]) < 1e-5
     assert out.loss.item() == pytest.approx(float(arrays["loss"]), rel=1e-5)
     generated = exported.generate(inputs["image"]).numpy()
     assert np.array_equal(generated, arrays["gen/greedy"][:, 1:])
