@@ -20,9 +20,7 @@ from ml_collections import ConfigDict
 from simvlg_jax.study.plan import get_arm
 from simvlg_jax.study.plan import get_config as defaults
 
-# The connector's multiplier of the learning rate is low in the example because MiniLM's weights shall change little.
-NEW = "optimizer.lr_multipliers.connector=1.0"  # for connectors of random weights
-RANDOM = ("connector.weights=", NEW)
+RANDOM = ("connector.weights=",)
 QFORMER = ("connector.type=qformer", "connector.queries=8")
 UNPACKED = ("data.pack=0", "data.pack_window=1", "data.pad_multiple=0")
 
@@ -38,8 +36,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.settings = ("train.steps=10", "train.log_every=5", "evals.val.every=5")
     config.splits = ("test",) if tiny else ("test", "novel")
     config.seeds = (0, 1, 2)
-    config.rates = (0.5, 1.0, 2.0)
-    config.search_steps = 5 if tiny else 60
+    # Connectors differ most in how fast they may change: some start from MiniLM, others from random weights.
+    config.search.update(key="optimizer.lr_multipliers.connector", values=(0.1, 0.3, 1.0), steps=5 if tiny else 100)
     if argument == "tokens":
         for tokens in (4, 8, 16, 32):
             config.arms[f"tokens_{tokens}"] = get_arm((f"connector.tokens={tokens}",))

@@ -43,8 +43,7 @@ def get_config():
     )
     config.baseline = "pooled"
     config.seeds = (3,)
-    config.rates = (0.5, 1.0)
-    config.search_steps = 2
+    config.search.update(key="optimizer.lr", values=(0.0015, 0.003), steps=2)
     return config.lock()
 """
 
@@ -96,13 +95,13 @@ def results(study, workdir, call) -> tuple[str, dict]:
 
 
 def test_methods_of_one_and_two_stages_are_trained_and_scored(study, tmp_path):
-    study = dataclasses.replace(study, rates=(1.0,))
+    study = dataclasses.replace(study, search=plan.Search("optimizer.lr", (), 2))
     page, found = results(study, tmp_path / "work", verb)
     assert "not trained yet" not in page and (tmp_path / "work" / "score_by_tflop.svg").exists()
     merged, pooled = (found["arms"][name] for name in ("merged", "pooled"))
     assert list(merged["scores"]) == ["test", "test, 9 tokens"] and list(pooled["scores"]) == ["test"]
     (record,) = pooled["records"]
-    assert record["rates"] == [1.0, 1.0] and record["visual_tokens"] == 4
+    assert record["chosen"] == [None, None] and record["visual_tokens"] == 4
     first, last = record["stages"]
     assert first["images"] == 8 and last["images"] == 8 + 16 and [p["images"] for p in record["curve"]] == [16, 24]
     assert 0 < first["tflop"] < last["tflop"] and found["baseline_validation_score"] == record["curve"][-1]["score"]
@@ -150,10 +149,10 @@ def test_interrupted_and_undisturbed_comparisons_say_the_same(study, tmp_path):
     assert len(made) == count  # nothing is made again
 
 
-def test_each_stage_takes_the_rate_with_the_lowest_loss_and_costs_add_up(study, tmp_path):
+def test_each_stage_takes_the_value_with_the_lowest_loss_and_costs_add_up(study, tmp_path):
     _, found = results(study, tmp_path / "work", standin)
     (record,) = found["arms"]["pooled"]["records"]
-    assert record["rates"] == [0.5, 0.5]  # of the config's 0.003: the stand-in's loss is 0 with seed 3 and 0.0015
+    assert record["chosen"] == [0.0015, 0.0015]  # the stand-in's loss is 0 with seed 3 and this rate
     assert [stage["images"] for stage in record["stages"]] == [2 * 4, 6 * 4]
     assert record["stages"][-1]["seconds"] == 6 * 4 / 8 and record["stages"][-1]["tflop"] == 6 * 4 / 8 * 2
     assert found["baseline_validation_score"] == pytest.approx(0.0315 + 0.4)

@@ -28,10 +28,9 @@ def get_config() -> ConfigDict:
     config.baseline = ""  # the arm whose score the others are timed to
     config.only = ()  # names of the arms that are trained; (): all
     config.seeds = (0, 1, 2)
-    # Factors on `optimizer.lr`, among which each stage of each arm chooses by its validation loss after
-    # `search_steps` steps with the first seed. With one factor nothing is searched.
-    config.rates = (1.0,)
-    config.search_steps = 100
+    # Each stage of each arm takes the value of `key` with the lowest validation loss after `steps` steps with the first
+    # seed. Without values nothing is searched.
+    config.search = ConfigDict(dict(key="optimizer.lr", values=(), steps=100))
     config.splits = ("test",)  # scored at the end
     return config
 
@@ -56,6 +55,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Search:
+    """The key whose value each stage chooses for itself; fields as in `get_config`."""
+
+    key: str
+    values: tuple[float, ...]
+    steps: int
+
+    def flag(self, value: float) -> str:
+        """Returns the override that sets the key."""
+        return f"--config.{self.key}={value!r}"
+
+
+@dataclass(frozen=True)
 class Study:
     """A comparison; fields as in `get_config`, but for `only`."""
 
@@ -64,8 +76,7 @@ class Study:
     arms: tuple[Arm, ...]
     baseline: str
     seeds: tuple[int, ...]
-    rates: tuple[float, ...]
-    search_steps: int
+    search: Search
     splits: tuple[str, ...]
 
     def flags(self, arm: Arm, stage: int, previous: str = PREVIOUS) -> list[str]:
@@ -75,7 +86,7 @@ class Study:
 
     def config(self, arm: Arm, stage: int) -> ConfigDict:
         """Returns the config of a stage, with "{previous}" in it."""
-        return load_config(self.base, self.flags(arm, stage))
+        return load_config(self.base, [*self.flags(arm, stage), *map(self.search.flag, self.search.values[:1])])
 
 
 def read_study(spec: str, overrides: Sequence[str]) -> Study:
@@ -96,11 +107,11 @@ def read_study(spec: str, overrides: Sequence[str]) -> Study:
     missing = [name for name in (*chosen, *([config.baseline] if config.baseline else [])) if name not in config.arms]
     if missing or not chosen:
         raise UserError(f"config {spec}: there is no arm {', '.join(missing)}; it has {', '.join(config.arms)}", 2)
-    if not config.seeds or not config.rates or config.search_steps < 1:
-        raise UserError(f"config {spec}: seeds and rates need one entry or more, and search_steps is 1 or more", 2)
+    if not config.seeds or config.search.steps < 1:
+        raise UserError(f"config {spec}: seeds need one entry or more, and search.steps is 1 or more", 2)
     arms = tuple(Arm(name, config.arms[name].stages, config.arms[name].tokens) for name in chosen)
-    plain = {key: config[key] for key in ("base", "settings", "baseline", "seeds", "rates", "search_steps", "splits")}
-    study = Study(arms=arms, **plain)
+    plain = {key: config[key] for key in ("base", "settings", "baseline", "seeds", "splits")}
+    study = Study(arms=arms, search=Search(**config.search), **plain)
     for arm in arms:
         if not arm.stages or PREVIOUS in "".join(arm.stages[0]):
             raise UserError(f"config {spec}: arm {arm.name} needs a first stage, without {PREVIOUS}", 2)

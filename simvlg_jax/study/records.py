@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +53,7 @@ def write_record(
     study: Study,
     arm: Arm,
     seed: int,
-    rates: list[float],
+    chosen: list[float | None],
     ends: list[Point],
     curve: list[Point],
     scores: dict[str, Path],
@@ -60,7 +61,7 @@ def write_record(
     """Writes the record of a finished run.
 
     Args:
-      rates: of each stage, the chosen factor on the learning rate.
+      chosen: of each stage, the value of the searched key; None if nothing is searched.
       ends: the end of each stage, with the cost of the stages before it.
       curve: the evaluations of the last stage.
       scores: name -> results file.
@@ -75,7 +76,7 @@ def write_record(
             "plan": _plan(study, arm),
             "arm": arm.name,
             "seed": seed,
-            "rates": rates,
+            "chosen": chosen,
             "trained_parameters": sum(trained),
             "visual_tokens": visual_tokens(task, params),
             "stages": [point._asdict() for point in ends],
@@ -95,8 +96,7 @@ def _plan(study: Study, arm: Arm) -> dict:
         "settings": list(study.settings),
         "stages": [list(stage) for stage in arm.stages],
         "tokens": list(arm.tokens),
-        "rates": list(study.rates),
-        "search_steps": study.search_steps,
+        "search": asdict(study.search) | {"values": list(study.search.values)},
         "splits": list(study.splits),
     }
 

@@ -47,44 +47,41 @@ class Runs:
         return self._workdir / "records" / f"{arm.name}_{seed}.json"
 
     def _one(self, arm: Arm, seed: int) -> None:
-        folder, points, rates, previous = self._workdir / "runs" / arm.name / f"seed_{seed}", [], [], ""
+        folder, points, chosen, previous = self._workdir / "runs" / arm.name / f"seed_{seed}", [], [], ""
         ends: list[Point] = []
         for stage in range(len(arm.stages)):
             config = self._study.config(arm, stage)
-            rate = self._rate(arm, stage, previous)
+            value = self._choose(arm, stage, previous)
             workdir = folder / f"stage_{stage + 1}"
-            own = [f"--config.seed={seed}", f"--config.optimizer.lr={config.optimizer.lr * rate!r}"]
+            own = [f"--config.seed={seed}"] + ([] if value is None else [self._study.search.flag(value)])
             self._train(workdir, self._study.flags(arm, stage, previous), own)
             found = read_points(workdir, config.train.batch_size, config.train.best_by, ends[-1] if ends else None)
             if not found:
                 raise UserError(f"{workdir} has no evaluation {config.train.best_by!r}: set evals.val.every", 2)
             # Scores of an earlier stage are of another kind; only its cost counts.
             points, ends, previous = found, [*ends, found[-1]], str(workdir)
-            rates.append(rate)
+            chosen.append(value)
         scores = self._score(arm, Path(previous), folder)
-        write_record(self._record(arm, seed), self._study, arm, seed, rates, ends, points, scores)
+        write_record(self._record(arm, seed), self._study, arm, seed, chosen, ends, points, scores)
 
     def _train(self, workdir: Path, flags: list[str], own: list[str]) -> None:
         self._call("train", ["--config", self._study.base, "--workdir", str(workdir), *flags, *own])
 
-    def _rate(self, arm: Arm, stage: int, previous: str) -> float:
-        """Returns the factor on the learning rate with the lowest validation loss after a short run."""
-        if len(self._study.rates) == 1:
-            return self._study.rates[0]
+    def _choose(self, arm: Arm, stage: int, previous: str) -> float | None:
+        """Returns the value of the searched key with the lowest validation loss after a short run."""
+        search = self._study.search
+        if len(search.values) < 2:
+            return search.values[0] if search.values else None
         config, losses = self._study.config(arm, stage), {}
-        for rate in self._study.rates:
-            workdir = self._workdir / "search" / arm.name / f"stage_{stage + 1}" / f"{rate:g}"
-            own = [
-                f"--config.seed={self._study.seeds[0]}",
-                f"--config.optimizer.lr={config.optimizer.lr * rate!r}",
-                f"--config.train.steps={self._study.search_steps}",
-            ]
+        for value in search.values:
+            workdir = self._workdir / "search" / arm.name / f"stage_{stage + 1}" / f"{value:g}"
+            own = [f"--config.seed={self._study.seeds[0]}", search.flag(value), f"--config.train.steps={search.steps}"]
             records = _evaluations(workdir, config.train.best_by)
-            if not records or records[-1]["step"] < self._study.search_steps:
-                self._say(f"{arm.name}, stage {stage + 1}: {self._study.search_steps} steps with {rate:g} x lr")
+            if not records or records[-1]["step"] < search.steps:
+                self._say(f"{arm.name}, stage {stage + 1}: {search.steps} steps with {search.key}={value:g}")
                 self._train(workdir, self._study.flags(arm, stage, previous), own)
                 records = _evaluations(workdir, config.train.best_by)
-            losses[rate] = records[-1]["loss"]
+            losses[value] = records[-1]["loss"]
         return min(losses, key=losses.get)
 
     def _score(self, arm: Arm, workdir: Path, folder: Path) -> dict[str, Path]:
