@@ -8,8 +8,9 @@ model. They give it 8 tokens of each picture, except for `mlp` and `unmerged`, w
 BLIP-2: its first stage trains the Q-Former without the language model before that.
 
 The argument `tokens` trains the TomeFormer with several numbers of tokens and, as `elastic`, one model for all of them;
-`tenth` trains three methods with a tenth of the pictures. `tiny` takes random weights and drawn shapes, to try the
-program in minutes; its scores mean nothing.
+`tenth` trains three methods with a tenth of the pictures, and `signal` the TomeFormer with other means of the loss and
+with averaged weights. `tiny` takes random weights and drawn shapes, to try the program in minutes; its scores mean
+nothing.
 
 Other data: `--config.settings="('data.name=prepared', 'data.path=DIR', ...)"` replaces all common settings. Some of the
 methods or seeds alone: `--config.only="('tomeformer', 'two_stages')"`, `--config.seeds="(0,)"`.
@@ -26,8 +27,8 @@ UNPACKED = ("data.pack=0", "data.pack_window=1", "data.pad_multiple=0")
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    if argument not in ("", "tokens", "tenth", "tiny"):
-        raise ValueError(f"configs/compare.py takes 'tokens', 'tenth' and 'tiny', not {argument!r}")
+    if argument not in ("", "tokens", "tenth", "signal", "tiny"):
+        raise ValueError(f"configs/compare.py takes 'tokens', 'tenth', 'signal' and 'tiny', not {argument!r}")
     config, tiny = defaults(), argument == "tiny"
     config.base = "configs/tiny.py" if tiny else "configs/openmoji.py"
     config.settings = ("train.steps=400", "train.save_every=100", "evals.val.every=50", "evals.val.max_examples=128")
@@ -42,6 +43,12 @@ def get_config(argument: str = "") -> ConfigDict:
         for tokens in (4, 8, 16, 32):
             config.arms[f"tokens_{tokens}"] = get_arm((f"connector.tokens={tokens}",))
         config.arms.elastic = get_arm(("connector.budgets=(4, 8, 16, 32)",), tokens=(4, 8, 16))
+        return config.lock()
+    if argument == "signal":
+        config.arms.tomeformer = get_arm(("connector.tokens=8",))
+        config.arms.unguessed = get_arm(("connector.tokens=8", "train.unguessed=1"))
+        config.arms.mean_over_captions = get_arm(("connector.tokens=8", "train.mean_over=captions"))
+        config.arms.average = get_arm(("connector.tokens=8", "train.ema=0.98"))
         return config.lock()
     first = ("task=blip2_stage1", *QFORMER, *UNPACKED)
     config.arms.tomeformer = get_arm(("connector.tokens=8",))

@@ -24,7 +24,8 @@ def load(
       name: a folder or "example". With a config: an EVLGen checkpoint, as a file or a name on the Hugging Face Hub.
       config: only for a published checkpoint: the config of its training ("configs/X.py" or a ConfigDict). It names the
         weights of the vision encoder and of the language model, and the mesh.
-      checkpoint: only for a workdir: "best" by validation score, "latest", or a step such as "2000".
+      checkpoint: only for a workdir: "best" by validation score, "latest", a step such as "2000", or several
+        such as "1900,2000", whose mean is taken.
       overrides: changes to the config, such as "--config.evaluate.max_new_tokens=40".
 
     Raises:

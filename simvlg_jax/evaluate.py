@@ -121,7 +121,7 @@ def identity(config: ConfigDict, run, entry: ConfigDict, evaluator) -> dict:
     keys = {key: repr(value) for key, value in flat_keys(config).items() if not key.startswith(("mesh.", "train."))}
     size = {"examples": len(evaluator.data), "batch_size": evaluator.data.batch_size}
     return {
-        "step": run.step,
+        **run.origin,
         **size,
         **keys,
         **{f"entry.{key}": repr(value) for key, value in flat_keys(entry).items()},
@@ -157,7 +157,7 @@ def evaluate(config: ConfigDict, workdir: Path, output: Path, checkpoint: str, e
         result = evaluator(run.params, announce, partial)
         if jax.process_index() == 0:
             spent = cost(run.task, run.params, partial.batches)
-            results = {"split": evaluator.name, "step": run.step, **spent, **result.details()}
+            results = {"split": evaluator.name, **run.origin, **spent, **result.details()}
             write_json(output / "eval" / f"{evaluator.name}.json", results)
             for suffix in SUFFIXES:
                 path = output / "eval" / f"{evaluator.name}{suffix}"

@@ -17,13 +17,13 @@ POSITION = {"window": 1, "iterator": {"next_index": 7}}
 
 
 def state_of(step):
-    """Returns a tree of float32 and int32 arrays. One is large enough for a file of its own."""
+    """Returns a state of float32 and int32 arrays. One is large enough for a file of its own."""
     keys = jax.random.split(jax.random.key(step), 3)
-    return {
-        "params": {"kernel": jax.random.normal(keys[0], (64, 96)), "bias": jnp.full(5, 0.25)},
-        "moments": {"kernel": jax.random.normal(keys[1], (64, 96)), "bias": jax.random.normal(keys[2], (5,))},
-        "step": jnp.int32(step),
-    }
+    return TrainState(
+        step=jnp.int32(step),
+        params={"kernel": jax.random.normal(keys[0], (64, 96)), "bias": jnp.full(5, 0.25)},
+        opt_state={"kernel": jax.random.normal(keys[1], (64, 96)), "bias": jax.random.normal(keys[2], (5,))},
+    )
 
 
 ABSTRACT = state_of(0)
@@ -126,14 +126,14 @@ def test_nothing_is_renamed_when_no_checkpoint_is_whole(workdir):
 def test_parameters_alone_are_verified_too(workdir):
     checkpoints = Checkpoints(workdir, read_only=True)
     np.testing.assert_array_equal(
-        checkpoints.restore_params(3, ABSTRACT["params"])["kernel"], state_of(3)["params"]["kernel"]
+        checkpoints.restore_params(3, ABSTRACT.params)["kernel"], state_of(3).params["kernel"]
     )
     checks = workdir / "checkpoints" / "3" / "checks" / "metadata"
     checks.write_text(checks.read_text().replace("float32 (64, 96) [", "float32 (64, 96) [1"))
     with pytest.raises(
         UserError, match=r"params/kernel is not as it was saved.*the newest whole one is 2: use it with --checkpoint 2"
     ):
-        checkpoints.restore_params(3, ABSTRACT["params"])
+        checkpoints.restore_params(3, ABSTRACT.params)
 
 
 def test_checkpoint_of_an_older_version_is_read_with_a_warning(workdir, capsys):
@@ -182,7 +182,7 @@ def test_checkpoints_are_named_best_latest_or_by_step(workdir):
         '{"step": 2, "kind": "eval", "split": "val", "score": 0.5}\nnull\n{"step": 3, "kind": "ev'
     )
     checkpoints = Checkpoints(workdir, read_only=True)
-    assert [checkpoints.choose(which) for which in ("best", "latest", "1")] == [2, 3, 1]
+    assert [checkpoints.choose(which) for which in ("best", "latest", "1", "3, 1,latest")] == [(2,), (3,), (1,), (1, 3)]
     with pytest.raises(UserError, match=r"no checkpoint '7' in .*; there are 1, 2, 3"):
         checkpoints.choose("7")
 
@@ -237,6 +237,6 @@ def test_array_that_a_checkpoint_lacks_is_noticed_without_checksums_too(workdir)
         written = json.loads(metadata.read_text())
         del written["item_handlers"]["checks"]
         metadata.write_text(json.dumps(written))
-    params = {**ABSTRACT["params"], "gate": jnp.zeros(2)}
+    params = {**ABSTRACT.params, "gate": jnp.zeros(2)}
     with pytest.raises(UserError, match=r"checkpoint 3 .*it has no params/gate"):
         Checkpoints(workdir, read_only=True).restore_params(3, params)

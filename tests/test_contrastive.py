@@ -215,7 +215,7 @@ def test_both_passes_over_micro_batches_draw_the_same_dropout():
         parts = [task.losses(params, rows, jax.random.fold_in(step_key, i)) for i, rows in enumerate(micro)]
         picture, text = (jnp.concatenate(x) for x in zip(*[part.pair for part in parts], strict=True))
         matching = matching_losses(picture, text, params["temperature"])
-        captions = sum(part.values["caption"].sum() for part in parts) / task.counts(batch)["caption"].sum()
+        captions = sum(part.values["caption"].sum() for part in parts) / task.counts(batch, True)["caption"].sum()
         return captions + 0.5 * matching.mean()
 
     wanted, gradient = jax.jit(jax.value_and_grad(loss))(trained, drawn_batch())

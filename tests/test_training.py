@@ -21,6 +21,7 @@ from simvlg_jax.training import checkpoint, loop, restore
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.fingerprints import fingerprint
 from simvlg_jax.training.frozen import check_frozen
+from simvlg_jax.training.step import TrainState
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import read_metrics
 
@@ -176,7 +177,7 @@ def test_best_checkpoint_survives_and_is_the_one_used(tmp_path, monkeypatch):
 def test_checkpoint_without_its_last_file_does_not_count_and_is_written_anew(tmp_path):
     def save(step):
         checkpoints = Checkpoints(tmp_path, keep_last=2)
-        checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
+        checkpoints.save(step, TrainState(jnp.int32(step), {"x": jnp.full(3, step)}, {}), {"step": step})
         checkpoints.close()
 
     save(1)
@@ -184,8 +185,8 @@ def test_checkpoint_without_its_last_file_does_not_count_and_is_written_anew(tmp
     (tmp_path / "checkpoints" / "2" / "commit_success.txt").unlink()
     assert Checkpoints(tmp_path, read_only=True).latest() == 1
     save(2)
-    restored = Checkpoints(tmp_path).restore_newest({"x": jnp.zeros(3, jnp.int32)})
-    np.testing.assert_array_equal(restored.state["x"], 2)
+    restored = Checkpoints(tmp_path).restore_newest(TrainState(jnp.int32(0), {"x": jnp.zeros(3, jnp.int32)}, {}))
+    np.testing.assert_array_equal(restored.state.params["x"], 2)
     assert restored.step == 2 and restored.position == {"step": 2}
 
 

@@ -28,10 +28,10 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 def check(config: ConfigDict) -> None:
     """Raises UserError if the comparison is impossible: a library is missing, or PyTorch's step is another one."""
-    if config.train.beta or config.train.accumulate > 1:
+    if config.train.beta or config.train.accumulate > 1 or config.train.mean_over != "tokens":
         raise UserError(
-            "--against torch compares the captions' loss of a whole batch: set --config.train.beta=0 and "
-            "--config.train.accumulate=1",
+            "--against torch compares the mean loss over the tokens of a whole batch: set --config.train.beta=0, "
+            "--config.train.accumulate=1 and --config.train.mean_over=tokens",
             2,
         )
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
@@ -112,7 +112,7 @@ def our_gradients(setting: Setting, batch: dict[str, jax.Array]) -> tuple[float,
 
     def loss(trained: dict, frozen: dict, batch: dict) -> jax.Array:
         values = task.losses(partition.join(frozen, trained), batch, None).values["caption"]
-        return values.sum() / jnp.maximum(task.counts(batch)["caption"].sum(), 1.0)
+        return values.sum() / jnp.maximum(task.counts(batch, True)["caption"].sum(), 1.0)
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(setting.state.params, setting.frozen, batch)
     return float(value), gradients

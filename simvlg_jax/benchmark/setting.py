@@ -54,7 +54,7 @@ def prepare(config: ConfigDict, batches: int) -> Setting:
     """Builds the model and draws at least so many batches.
 
     Raises:
-      UserError: the task has no captions, or data, weights or mesh cannot be used.
+      UserError: the task has no captions, runs the language model twice, or data, weights or mesh cannot be used.
     """
     task = build_task(config)
     if not task.captions:
@@ -63,6 +63,8 @@ def prepare(config: ConfigDict, batches: int) -> Setting:
             "name a config of the task 'caption', such as configs/tiny.py",
             2,
         )
+    if config.train.unguessed:
+        raise UserError("the parts are of a step that runs the language model once: set --config.train.unguessed=0", 2)
     mesh = meshes.make_mesh(config.mesh)
     plan = Plan(task, config, mesh)
     drawn, seconds = draw(config, task, mesh, batches)  # before the weights, which may take minutes

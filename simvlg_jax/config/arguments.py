@@ -32,12 +32,12 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --checkpoint: best, latest or a step."""
+    """Adds --checkpoint: best, latest, a step, or several steps."""
     parser.add_argument(
         "--checkpoint",
         default="best",
         metavar="STEP",
-        help="best (highest validation score, the default), latest, or a step",
+        help="best (highest validation score, the default), latest, a step, or the mean of several: 1900,2000",
     )
 
 

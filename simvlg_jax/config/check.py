@@ -45,6 +45,8 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "train.accumulate": ONE_UP,
     "train.beta": ZERO_UP,
     "train.align": ZERO_UP,
+    "train.unguessed": ZERO_UP,
+    "train.ema": SHARE,
     "train.steps": ONE_UP,
     "train.max_minutes": ZERO_UP,
     "train.log_every": ONE_UP,
@@ -87,6 +89,7 @@ CHOICES = {
     "optimizer.schedule": ("cosine", "staircase"),
     "sentence_encoder.pooling": ("mean", "pooler"),
     "train.negatives": ("softmax", "floored_softmax"),
+    "train.mean_over": ("tokens", "captions"),
 }
 
 
@@ -141,6 +144,11 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
         _check_part(f"data.mixture.{name}", entry, config.data)
     if config.train.align and config.task not in ("caption", "blip2_stage1"):
         raise UserError(f"train.align is for the tasks caption and blip2_stage1: with {config.task} set it to 0", 2)
+    if config.task != "caption" and (config.train.unguessed or config.train.mean_over != "tokens"):
+        raise UserError(
+            f"train.unguessed and train.mean_over=captions are for the caption task: leave them out with {config.task}",
+            2,
+        )
     if config.train.align and config.train.beta:
         raise UserError("train.align and train.beta cannot be combined: set one of them to 0", 2)
     if config.frozen_compute == "int8" and config.frozen_dtype != "int8":

@@ -168,6 +168,14 @@ def get_config() -> ConfigDict:
     # blip2_stage1: the probabilities of what does not match, made of similarities: "softmax" (LAVIS since July 2023) or
     # "floored_softmax" (before, and so presumably for the published models; 1e-4 is added).
     config.train.negatives = "softmax"
+    # caption: above 0, a token counts (1 - p) ** unguessed in the loss. p is its probability in the language model
+    # without the picture, so what could be guessed counts less.
+    config.train.unguessed = 0.0
+    # caption: the loss is the mean over the "tokens" of the batch, or over its "captions" of the mean of each, so that
+    # short captions count as much as long ones.
+    config.train.mean_over = "tokens"
+    # Above 0: the decay of a moving average of the trained parameters, such as 0.99. It is evaluated and exported.
+    config.train.ema = 0.0
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # time limit; the run is saved and can be resumed; 0: no limit
     config.train.log_every = 10

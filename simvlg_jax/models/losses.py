@@ -14,7 +14,13 @@ MOST_LOGITS = 2**24  # of a device at a time: 64 MiB in float32
 
 @jax.named_scope("head_and_loss")
 def token_cross_entropy(
-    hidden: jax.Array, logits: Logits, targets: jax.Array, *, trains_head: bool = True, smoothing: float = 0.0
+    hidden: jax.Array,
+    logits: Logits,
+    targets: jax.Array,
+    *,
+    trains_head: bool = True,
+    smoothing: float = 0.0,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each row's cross-entropy summed over its targets, and how many targets it has.
 
@@ -23,11 +29,14 @@ def token_cross_entropy(
       logits: maps states (B, S, D) to logits (B, S, V) float32.
       targets: (B, S) int32, the token that each state should predict; negative where no loss is taken.
       trains_head, smoothing: see `token_losses`.
+      weights: (B, S) float32, what each target's loss is multiplied by; None: 1. No gradient flows to them.
 
     Returns:
       ((B,) nats, (B,) counts), float32.
     """
     losses = token_losses(hidden, logits, targets, trains_head=trains_head, smoothing=smoothing)
+    if weights is not None:
+        losses *= jax.lax.stop_gradient(weights)
     return jnp.sum(losses, 1), jnp.sum(targets >= 0, 1, dtype=jnp.float32)
 
 

@@ -10,7 +10,7 @@ from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.encoders.vit import visual_tokens
 from simvlg_jax.models.losses import prompt_distances, token_cross_entropy, token_losses
-from simvlg_jax.models.packing import make_packing
+from simvlg_jax.models.packing import Packing, make_packing
 
 
 @struct.dataclass
@@ -131,6 +131,7 @@ class SimVLG(nn.Module):
         mask: jax.Array,
         targets: jax.Array,
         lengths: jax.Array | None = None,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the next-token cross-entropy of each caption, summed over its targets, and their number.
 
@@ -139,30 +140,60 @@ class SimVLG(nn.Module):
           targets: (B, L) int32, the token to predict at each text position; -100 where no loss is taken.
           lengths: (G, B / G) int32, the tokens of each caption, if captions are packed: `ids`, `mask` and `targets` are
             then (G, C), with B / G captions after each other in each row; see `packing`.
+          weights: what each target counts, shaped like the targets, float32; None: 1.
 
         Returns:
           ((B,) summed negative log-likelihood in nats, float32; (B,) number of targets, float32); of packs (G,) each.
         """
-        return self._text_losses(self.encode_image(images).prefix, ids, mask, targets, lengths)
+        return self._text_losses(self.encode_image(images).prefix, ids, mask, targets, lengths, weights)
+
+    def blind_losses(
+        self, ids: jax.Array, mask: jax.Array, targets: jax.Array, lengths: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the nats of each target without a picture, shaped like the targets, float32.
+
+        They are infinite for the first token of a caption, before which there is nothing to guess it from. Arguments
+        as for `caption_losses`.
+        """
+        count = len(ids) if lengths is None else lengths.size
+        nothing = jnp.zeros((count, 0, self.llm.width), self.dtype)
+        if lengths is None:
+            hidden = self._read(nothing, ids, mask)  # (B, L, E)
+            states, first = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], 1), jnp.arange(ids.shape[1]) == 0
+        else:
+            states, packing = self._read_packed(nothing, ids, lengths)
+            first = packing.positions == 0
+        return jnp.where(first, jnp.inf, token_losses(states, self.llm.logits, targets, trains_head=self.llm_grad))
 
     def _text_losses(
-        self, prefix: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array, lengths: jax.Array | None
+        self,
+        prefix: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        targets: jax.Array,
+        lengths: jax.Array | None,
+        weights: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns `caption_losses` after soft prompts (B, P, E)."""
         if lengths is None:
             states = before_targets(self._read(prefix, ids, mask), targets)
         else:
-            states = self._read_packed(prefix, ids, lengths)
-        return token_cross_entropy(states, self.llm.logits, targets, trains_head=self.llm_grad)
+            states, _ = self._read_packed(prefix, ids, lengths)
+        return token_cross_entropy(states, self.llm.logits, targets, trains_head=self.llm_grad, weights=weights)
 
-    def _read_packed(self, prefix: jax.Array, ids: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Returns the states (G, C, E) that predict the tokens of packed texts (G, C) after soft prompts (B, P, E)."""
-        (packs, tokens), tokens_before = ids.shape, prefix.shape[1]
+    def _read_packed(self, prefix: jax.Array, ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Packing]:
+        """Reads packed texts (G, C) after soft prompts (B, P, E).
+
+        Returns:
+          (the states (G, C, E) that predict the tokens of the texts, where the tokens of the packs are).
+        """
+        (packs, tokens), (_, tokens_before, width) = ids.shape, prefix.shape
         packing = make_packing(lengths, tokens, tokens_before, self.longest_text, self.start_first)
         text = self.llm.embed(ids)
-        embeddings = jnp.concatenate([prefix.reshape(packs, -1, prefix.shape[2]).astype(text.dtype), text], 1)
+        prefixes = prefix.reshape(packs, lengths.shape[1] * tokens_before, width)
+        embeddings = jnp.concatenate([prefixes.astype(text.dtype), text], 1)
         hidden = self.llm(embeddings, packing, packing.positions).hidden  # (G, T, E)
-        return packing.before_text(hidden)
+        return packing.before_text(hidden), packing
 
     def likelihoods(
         self, prefix: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
@@ -203,6 +234,7 @@ class SimVLG(nn.Module):
         mask: jax.Array,
         targets: jax.Array,
         lengths: jax.Array | None = None,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, contrastive.Pair]:
         """Returns `caption_losses`, and the pair for `contrastive_losses` (section 3.2) from the same forward pass.
 
@@ -211,7 +243,7 @@ class SimVLG(nn.Module):
         """
         visual = self.encode_image(images)
         pair = self._pair(visual.connector, sentence_ids, sentence_mask)
-        return *self._text_losses(visual.prefix, ids, mask, targets, lengths), pair
+        return *self._text_losses(visual.prefix, ids, mask, targets, lengths, weights), pair
 
     def aligned_losses(
         self,
@@ -222,6 +254,7 @@ class SimVLG(nn.Module):
         mask: jax.Array,
         targets: jax.Array,
         lengths: jax.Array | None = None,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns `caption_losses`, and `prompt_distances` (B,) of the soft prompts and the P-Former's.
 
@@ -230,7 +263,7 @@ class SimVLG(nn.Module):
         """
         prefix = self.encode_image(images).prefix
         distances = prompt_distances(prefix, self.pformer(sentence_ids, sentence_mask))
-        return *self._text_losses(prefix, ids, mask, targets, lengths), distances
+        return *self._text_losses(prefix, ids, mask, targets, lengths, weights), distances
 
     def embed_pair(self, images: jax.Array, sentence_ids: jax.Array, sentence_mask: jax.Array) -> contrastive.Pair:
         """Returns the pair of `losses_and_pair` without running the language model."""

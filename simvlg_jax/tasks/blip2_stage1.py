@@ -58,7 +58,7 @@ def blip2_stage1_task(config: ConfigDict) -> Task:
         sentence = tuple(batch[name] for name in ALIGNED) if align else None
         return *(batch[name] for name in (*INPUTS, "weight")), draw, None, sentence
 
-    def counts(batch: Arrays) -> dict[str, jax.Array]:
+    def counts(batch: Arrays, training: bool) -> dict[str, jax.Array]:
         weight = batch["weight"]
         written = jnp.maximum(batch["sentence_mask"].sum(1) - 1, 0)
         return {"itc": weight, "itm": PAIRS * weight, "lm": written * weight} | ({"align": weight} if align else {})

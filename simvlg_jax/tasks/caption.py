@@ -9,6 +9,7 @@ from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data.batch import BatchSpec, Pictures
 from simvlg_jax.models.contrastive import Pair
 from simvlg_jax.models.simvlg import SimVLG
+from simvlg_jax.models.token_weights import number_of_captions, shares, unguessed
 from simvlg_jax.tasks import build, params
 from simvlg_jax.tasks.params import Rule
 from simvlg_jax.tasks.task import CONTRAST, Arrays, Contrast, Losses, Params, Task
@@ -25,7 +26,8 @@ def caption_task(config: ConfigDict) -> Task:
     With `train.align` the soft prompts also learn to resemble those that a frozen P-Former makes of the caption
     (BLIText, arXiv 2307.07063), one by one. If they are not as many, the first ones are compared.
     """
-    beta, align = config.train.beta, config.train.align
+    beta, align, power = config.train.beta, config.train.align, config.train.unguessed
+    by_caption = config.train.mean_over == "captions"
     vit, llm = build.build_vit(config), build.build_llm(config)
     model = SimVLG(
         vit,
@@ -40,19 +42,35 @@ def caption_task(config: ConfigDict) -> Task:
         pformer=build.build_pformer(config, llm.width) if align else None,
     )
 
-    def apply(method: str, params: Params, batch: Arrays, names: tuple[str, ...], key: jax.Array | None):
-        options = {} if key is None else dict(rngs={"dropout": key})
+    def apply(method: str, params: Params, batch: Arrays, names: tuple[str, ...], key: jax.Array | None, **options):
+        if key is not None:
+            options["rngs"] = {"dropout": key}
         return model.apply({"params": params}, *(batch[name] for name in names), method=method, **options)
+
+    def token_weights(params: Params, batch: Arrays, caption: tuple[str, ...]) -> jax.Array | None:
+        """What each target counts in training, shaped like them; None: 1."""
+        weights = None
+        if power:
+            weights = unguessed(apply("blind_losses", params, batch, caption, None), power)
+        if by_caption:
+            shared = shares(batch["caption_targets"], batch.get("caption_lengths"))
+            weights = shared if weights is None else weights * shared
+        return weights
 
     def losses(params: Params, batch: Arrays, key: jax.Array | None) -> Losses:
         caption = (*CAPTION, "caption_lengths") if "caption_lengths" in batch else CAPTION
-        if align and key is not None:
-            values, _, distances = apply("aligned_losses", params, batch, (*PICTURE_AND_PROMPTED, *caption), key)
+        if key is None:
+            return Losses({"caption": apply("caption_losses", params, batch, ("image", *caption), None)[0]})
+        options = dict(weights=token_weights(params, batch, caption))
+        if align:
+            names = (*PICTURE_AND_PROMPTED, *caption)
+            values, _, distances = apply("aligned_losses", params, batch, names, key, **options)
             return Losses({"caption": values, "align": distances * batch["weight"]})
-        if key is None or not beta:
-            return Losses({"caption": apply("caption_losses", params, batch, ("image", *caption), key)[0]})
-        values, _, pair = apply("losses_and_pair", params, batch, (*PICTURE_AND_SENTENCE, *caption), key)
-        return Losses({"caption": values}, pair)
+        if beta:
+            names = (*PICTURE_AND_SENTENCE, *caption)
+            values, _, pair = apply("losses_and_pair", params, batch, names, key, **options)
+            return Losses({"caption": values}, pair)
+        return Losses({"caption": apply("caption_losses", params, batch, ("image", *caption), key, **options)[0]})
 
     def embed(params: Params, batch: Arrays, key: jax.Array | None) -> Pair:
         return apply("embed_pair", params, batch, PICTURE_AND_SENTENCE, key)
@@ -60,8 +78,11 @@ def caption_task(config: ConfigDict) -> Task:
     def contrastive_losses(params: Params, picture: jax.Array, text: jax.Array, weight: jax.Array) -> jax.Array:
         return model.apply({"params": params}, picture, text, weight, method="contrastive_losses")
 
-    def counts(batch: Arrays) -> dict[str, jax.Array]:
-        written = jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)
+    def counts(batch: Arrays, training: bool) -> dict[str, jax.Array]:
+        if training and by_caption:
+            written = number_of_captions(batch["caption_targets"], batch.get("caption_lengths"))
+        else:
+            written = jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)
         return {"caption": written} | ({"align": batch["weight"]} if align else {})
 
     def initialize(key: jax.Array, batch: Arrays) -> Params:

@@ -56,7 +56,7 @@ def contrastive_task(config: ConfigDict) -> Task:
         ),
         initialize=lambda key, batch: model.init(key, *(batch[name] for name in INPUTS))["params"],
         losses=lambda params, batch, key: Losses({}, embed(params, batch, key)),
-        counts=lambda batch: {},
+        counts=lambda batch, training: {},
         weights={CONTRAST: 1.0},
         load_pretrained=load_pretrained,
         sources={"sentence_encoder": named or "random"},

@@ -64,7 +64,7 @@ def pformer_task(config: ConfigDict) -> Task:
     def contrastive_losses(params: Params, own: jax.Array, others: jax.Array, weight: jax.Array) -> jax.Array:
         return apply("contrastive_losses", params, None, own, others, weight)
 
-    def counts(batch: Arrays) -> dict[str, jax.Array]:
+    def counts(batch: Arrays, training: bool) -> dict[str, jax.Array]:
         written = jnp.sum(batch["caption_targets"] >= 0, 1, dtype=jnp.float32)
         return {"vq": batch["weight"], "lm": written}
 

@@ -55,7 +55,7 @@ class Task:
       rules: how each parameter is trained, see `params.Rule`.
       initialize: (key, batch of one example) -> parameters, boxed with their logical axes.
       losses: (params, batch, dropout key, or None in evaluation) -> `Losses`.
-      counts: batch -> name -> (B,), how many targets each value of `losses` is summed over.
+      counts: (batch, whether in training) -> name -> (B,), what each value of `losses` is divided by: its targets.
       weights: name -> weight of the mean of a loss, over the targets of the global batch, in the loss that is trained;
         CONTRAST names the mean of `contrast` over the examples of weight 1.
       load_pretrained: abstract parameters -> {top-level name: lazy or host arrays} of those with named weights.
@@ -75,7 +75,7 @@ class Task:
     rules: Sequence[Rule]
     initialize: Callable[[jax.Array, Arrays], Params]
     losses: Callable[[Params, Arrays, jax.Array | None], Losses]
-    counts: Callable[[Arrays], dict[str, jax.Array]]
+    counts: Callable[[Arrays, bool], dict[str, jax.Array]]
     weights: Mapping[str, float]
     load_pretrained: Callable[[Params], Params]
     sources: Mapping[str, str]
@@ -94,7 +94,7 @@ class Task:
     @cached_property
     def evaluation_losses(self) -> Callable[[Params, Arrays], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
         """(parameters, batch) -> (losses, counts) in evaluation, by name; jitted once for all evaluations."""
-        return jax.jit(lambda params, batch: (self.losses(params, batch, None).values, self.counts(batch)))
+        return jax.jit(lambda params, batch: (self.losses(params, batch, None).values, self.counts(batch, False)))
 
     def rule(self, path: tuple[str, ...]) -> Rule:
         """How the parameter at a path is trained. Raises UserError if not exactly one rule matches."""

@@ -112,12 +112,15 @@ class Checkpoints:
         scored = [(self._scores[step], step) for step in self.steps() if step in self._scores]
         return max(scored)[1] if scored else self.latest()
 
-    def choose(self, which: str) -> int:
-        """Returns the step that "best", "latest" or a number such as "2000" names.
+    def choose(self, which: str) -> tuple[int, ...]:
+        """Returns the steps that "best", "latest" or numbers such as "2000" or "1900,2000" name, the oldest first.
 
         Raises:
           UserError: there is no such checkpoint. The message lists the existing ones.
         """
+        return tuple(sorted({self._choose(one.strip()) for one in which.split(",")}))
+
+    def _choose(self, which: str) -> int:
         number = int(which) if which.isdecimal() else None
         step = {"best": self.best(), "latest": self.latest()}.get(which, number)
         if step not in self.steps():
@@ -136,7 +139,7 @@ class Checkpoints:
         """
         self._scores.pop(step, None)  # the score of an earlier checkpoint of this step
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(_present(state)),
             data=ocp.args.JsonSave(position),
             checks=ocp.args.JsonSave({"arrays": array_fingerprints(state), "data": _digest(position)}),
         )
@@ -182,7 +185,7 @@ class Checkpoints:
             del self._scores[later]
 
     def restore_params(self, step: int, abstract: dict) -> dict:
-        """Restores only the trained parameters, in the shardings of `abstract`.
+        """Restores only the trained parameters, or their moving average if the run has one, as `abstract` is sharded.
 
         Raises:
           UserError: the checkpoint is damaged. The message names the newest whole one.
@@ -191,15 +194,17 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         former = ("params", former_layout.NAME, "kernel") in self._saved_paths(step)
-        target = former_layout.to_former(abstract) if former else abstract
+        target = _present(former_layout.to_former(abstract) if former else abstract)
         read = self._read(step, state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
         self._verify(read)
-        return former_layout.to_current(read.state) if former else read.state, read.data
+        state = TrainState(**read.state)
+        return former_layout.to_current(state) if former else state, read.data
 
     def _restore_params(self, step: int, abstract: dict) -> dict:
         paths = self._saved_paths(step)
         former = ("params", former_layout.NAME, "kernel") in paths
-        tree = {"params": former_layout.to_former(abstract) if former else abstract}
+        name = "average" if any(path[0] == "average" for path in paths) else "params"
+        tree = {name: former_layout.to_former(abstract) if former else abstract}
         # Orbax would leave absent arrays as they are in `abstract`.
         if absent := ["/".join(path) for path in traverse_util.flatten_dict(tree) if paths and path not in paths]:
             raise Damaged(f"it has no {absent[0]}")
@@ -208,7 +213,7 @@ class Checkpoints:
         )
         read = self._read(step, state=arguments)
         self._verify(read)
-        return former_layout.to_current(read.state["params"]) if former else read.state["params"]
+        return former_layout.to_current(read.state[name]) if former else read.state[name]
 
     def _saved_paths(self, step: int) -> set[tuple[str, ...]]:
         """Returns the paths of the arrays of a checkpoint; none if its list of them cannot be read."""
@@ -300,6 +305,11 @@ class Checkpoints:
         with disk_errors(self._folder):
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+def _present(state: TrainState) -> dict:
+    """Returns the fields of a state that it has. Orbax would save None too, and ask for it when it restores."""
+    return {name: tree for name, tree in vars(state).items() if tree is not None}
 
 
 def _digest(position: dict) -> str:

@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 run = Run(trainer, checkpoints, log, announce, stop, check_lock, read_evaluated(workdir))
                 outcome, signal = run.steps(start, total)
         if trainer.task.after_run is not None and signal is None:
-            params = jax.tree.map(collectives.gather, trainer.state.params)
+            params = jax.tree.map(collectives.gather, trainer.state.final)
             if jax.process_index() == 0:
                 trainer.task.after_run(params, workdir)
     say(f"{outcome}; checkpoints in {workdir / 'checkpoints'}")

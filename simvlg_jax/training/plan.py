@@ -49,7 +49,7 @@ class Plan:
         self.task, self.mesh = task, mesh
         self.tasks = task.elastic or (task,)
         self._seed, self._steps, self._optimizer_config = config.seed, config.train.steps, config.optimizer
-        self._accumulate = micro
+        self._accumulate, self._ema = micro, config.train.ema
         boxed = jax.eval_shape(task.init, jax.random.key(0))
         partition.check_rules(task.rules, traverse_util.flatten_dict(boxed))
         self.shapes: dict = storage.stored(boxed, task, config, mesh)
@@ -103,6 +103,7 @@ class Plan:
             self.mesh,
             seed=self._seed,
             accumulate=self._accumulate,
+            ema=self._ema,
         )
         states, replicated = self._state_shardings, meshes.replicated(self.mesh)
         return jax.jit(
@@ -133,18 +134,19 @@ class Plan:
         return make_optimizer(self._optimizer_config, self._steps, self.task.rule)
 
     def _init_state(self, params: dict) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, self._optimizer.init(params))
+        average = jax.tree.map(jnp.copy, params) if self._ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, self._optimizer.init(params), average)
 
     @cached_property
     def _state_shardings(self) -> TrainState:
-        """Moments have the shardings of their parameters; counters are replicated."""
+        """Moments and averages have the shardings of their parameters; counters are replicated."""
         replicated = meshes.replicated(self.mesh)
         state = jax.eval_shape(self._init_state, self._split(self.shapes)[0])
         params = self._split(self.shardings)[0]
         opt_state = optax.tree.map_params(
             self._optimizer, lambda _, s: s, state.opt_state, params, transform_non_params=lambda _: replicated
         )
-        return TrainState(replicated, params, opt_state)
+        return TrainState(replicated, params, opt_state, params if self._ema else None)
 
     def _split(self, tree: dict) -> tuple[dict, dict]:
         return partition.split(tree, self.task.is_trained)

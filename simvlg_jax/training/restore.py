@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ class Run:
 
     Attributes:
       config: that the task was built from.
+      averaged: the steps of the checkpoints whose mean it is; empty if it is one alone.
       shapes: returns a ShapeDtypeStruct of each parameter, with its sharding.
     """
 
@@ -40,6 +42,12 @@ class Run:
     step: int
     shapes: Callable[[], dict]
     read: Callable[[], dict]
+    averaged: tuple[int, ...] = ()
+
+    @property
+    def origin(self) -> dict:
+        """Which checkpoint it is, or which ones it is the mean of, for files of results."""
+        return {"step": self.step} | ({"averaged": list(self.averaged)} if self.averaged else {})
 
     @functools.cached_property
     def params(self) -> dict:
@@ -53,7 +61,8 @@ def restore_run(
     """Returns a checkpoint of a workdir, or an exported model.
 
     Args:
-      which: "best", "latest" or a step.
+      which: "best", "latest", a step, or several with commas between them. Of several the trained parameters are the
+        mean of theirs, and the step is the last.
       captions: the model must be able to write captions.
       unquantized: read frozen weights that the run has as int8 as the floats that they were made of, for export.
 
@@ -81,7 +90,7 @@ def restore_run(
     from simvlg_jax.training.checkpoint import Checkpoints  # here, since exported models do not need Orbax
 
     with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
-        step = checkpoints.choose(which)
+        steps = checkpoints.choose(which)
 
     plan = functools.cache(lambda: Plan(task, config, mesh))
 
@@ -91,9 +100,18 @@ def restore_run(
         if floats:
             frozen = Plan(task, floats, mesh).init_params()[1]
         with contextlib.closing(Checkpoints(workdir, best_by=config.train.best_by, read_only=True)) as checkpoints:
-            return partition.join(frozen, checkpoints.restore_params(step, trained))
+            return partition.join(frozen, _mean(lambda step: checkpoints.restore_params(step, trained), steps))
 
-    return Run(config, task, mesh, step, lambda: plan().shapes, read)
+    averaged = steps if len(steps) > 1 else ()
+    return Run(config, task, mesh, steps[-1], lambda: plan().shapes, read, averaged)
+
+
+def _mean(restore: Callable[[int], dict], steps: Sequence[int]) -> dict:
+    """Returns the mean of the trees that `restore` gives for the steps, which are in memory one after the other."""
+    total = restore(steps[0])
+    for step in steps[1:]:
+        total = jax.tree.map(jnp.add, total, restore(step))
+    return jax.tree.map(lambda x: x / len(steps), total) if len(steps) > 1 else total
 
 
 def _with_floats(config: ConfigDict) -> ConfigDict:

@@ -22,11 +22,27 @@ class TrainState:
       step: () int32, number of optimizer steps done.
       params: float32 tree of the trained parameters.
       opt_state: state of the optimizer.
+      average: moving average of `params` over the steps, if there is one; see `moving_average`.
     """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    average: dict | None = None
+
+    @property
+    def final(self) -> dict:
+        """The trained parameters that are evaluated and exported."""
+        return self.params if self.average is None else self.average
+
+
+def moving_average(average: dict, params: dict, step: jax.Array, decay: float) -> dict:
+    """Returns decay * average + (1 - decay) * params, after `step` earlier steps.
+
+    At first the decay is (1 + step) / (10 + step), if that is less, so that initial weights are soon forgotten.
+    """
+    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return optax.tree.add(optax.tree.scale(kept, average), optax.tree.scale(1.0 - kept, params))
 
 
 Step = Callable[[TrainState, dict, dict], tuple[TrainState, dict[str, jax.Array]]]
@@ -40,6 +56,7 @@ def make_step(
     *,
     seed: int,
     accumulate: int,
+    ema: float = 0.0,
 ) -> Step:
     """Returns the step: (state, frozen, batch) -> (state, metrics).
 
@@ -54,6 +71,7 @@ def make_step(
     Args:
       seed: of the dropout. The numbers of the step and of the micro-batch are folded in.
       accumulate: micro-batches per step.
+      ema: decay of the average of the trained parameters, if the state has one.
     """
     contrast = task.contrast
 
@@ -115,7 +133,7 @@ def make_step(
         return losses, grads, pair_grads
 
     def loss_and_grads(params: dict, frozen: dict, batch: dict, key: jax.Array) -> tuple[dict[str, jax.Array], dict]:
-        counts = {name: jnp.maximum(count.sum(), 1.0) for name, count in task.counts(batch).items()}
+        counts = {name: jnp.maximum(count.sum(), 1.0) for name, count in task.counts(batch, True).items()}
         packs = min(map(len, batch.values()))  # each has its own row of text, and one or several pictures
         micro = jax.tree.map(lambda x: split(x, packs), batch)
 
@@ -149,6 +167,9 @@ def make_step(
         metrics = {"loss": weighted(losses), "grad_norm": optax.tree.norm(grads), "lr": lr(state.step)}
         if len(losses) > 1:
             metrics |= {f"loss/{name}": loss for name, loss in losses.items()}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        average = state.average
+        if average is not None:
+            average = moving_average(average, params, state.step, ema)
+        return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return run

@@ -91,7 +91,8 @@ class Trainer:
 
     @property
     def params(self) -> dict:
-        return partition.join(self.frozen, self.state.params)
+        """All parameters that are evaluated."""
+        return partition.join(self.frozen, self.state.final)
 
     @property
     def position(self) -> dict:

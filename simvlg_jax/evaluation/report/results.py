@@ -74,6 +74,7 @@ def _split(path: Path) -> dict:
         "type": kind,
         "answers": kind in ("questions", "choices"),
         "step": results.get("step"),
+        "averaged": results.get("averaged", []),
         "count": results.get("num_examples", len(examples)),
         "unreadable": len(results.get("unreadable", ())),
         "loss": results.get("loss"),
