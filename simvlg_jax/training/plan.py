@@ -50,7 +50,8 @@ class Plan:
         self.tasks = task.elastic or (task,)
         self._seed, self._steps, self._optimizer_config = config.seed, config.train.steps, config.optimizer
         self._accumulate, self._ema = micro, config.train.ema
-        boxed = jax.eval_shape(task.init, jax.random.key(0))
+        self._init = jax.jit(task.init)  # jitted, so that it is traced once for the shapes and the values
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
         partition.check_rules(task.rules, traverse_util.flatten_dict(boxed))
         self.shapes: dict = storage.stored(boxed, task, config, mesh)
         self.shardings: dict = storage.shardings(self.shapes)
@@ -71,7 +72,7 @@ class Plan:
         if missing:
 
             def init_missing(key: jax.Array) -> dict[Path, jax.Array]:
-                fresh = traverse_util.flatten_dict(nn.unbox(self.task.init(key)))
+                fresh = traverse_util.flatten_dict(nn.unbox(self._init(key)))
                 return {path: storage.fresh(fresh[path], x) for path, x in missing.items()}
 
             key = jax.random.key(self._seed)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 2000
 
@@ -15,6 +14,8 @@ def interval(values: Sequence[float], seed: int) -> tuple[float, float] | None:
     """
     if len(values) < 2:
         return None
+    from scipy import stats  # late: importing it takes a second, and a training without scores does not need it
+
     found = stats.bootstrap(
         (np.asarray(values, np.float64),), np.mean, n_resamples=RESAMPLES, batch=50, method="percentile", rng=seed
     ).confidence_interval
