@@ -1,5 +1,7 @@
 """Order accuracy: equal to a computation by hand, one half without a sense of order, and resumed as if undisturbed."""
 
+import json
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import traverse_util
 from preparing import run as run_prepare
 from preparing import write_json
+from test_processes import finish, start
 
 from simvlg_jax.config import defaults
 from simvlg_jax.config.load import load_config
@@ -233,3 +236,16 @@ def test_what_cannot_be_scored_is_refused(data, ordered):
     with pytest.raises(UserError, match="no record of this split has a caption of the reversed clip") as raised:
         evaluator_of(ordered, split="bare")
     assert raised.value.status == 2
+
+
+def test_two_processes_give_the_results_of_one(ordered, data, tmp_path):
+    evaluator, params = evaluator_of(ordered)
+    one = evaluator(params).details()
+    statuses, said = finish(start(2, 4, "tests/order_processes.py", str(data), str(tmp_path / "two.json")))
+    assert statuses == [0, 0], said
+    two = json.loads((tmp_path / "two.json").read_text())
+    margins = [
+        [margin for example in each["examples"] for margin in example.pop("margins") or ()] for each in (one, two)
+    ]
+    np.testing.assert_allclose(*margins, rtol=1e-4, atol=1e-4)
+    assert two == json.loads(json.dumps(one))
