@@ -21,6 +21,11 @@ names (contrastive, with frozen MiniLM sentence embeddings). The second freezes 
     python -m simvlg_jax.data.openmoji.clips
     python -m simvlg_jax.train --config configs/openmoji.py:clips --workdir runs/clips
     python -m simvlg_jax.evaluate --workdir runs/clips
+
+`:scst` goes on with the captioning example by self-critical sequence training (docs/scst.md):
+
+    python -m simvlg_jax.train --config configs/openmoji.py:scst --workdir runs/scst
+    python -m simvlg_jax.evaluate --workdir runs/scst
 """
 
 from ml_collections import ConfigDict
@@ -108,6 +113,21 @@ def get_config(mode: str = "") -> ConfigDict:
         ):
             config.evals[name] = defaults.get_eval()
             config.evals[name].update(type=kind, split=split, every=0)
+    elif mode == "scst":
+        config.task = "scst"
+        config.vit.weights = config.connector.weights = ""
+        config.train.init_from = "example"
+        config.data.pack = 0
+        config.data.pack_window = 1
+        config.data.pad_multiple = 0  # one program is compiled for all lengths
+        config.llm.max_text_tokens = 21  # the start and the longest caption that is written
+        config.train.batch_size = 8
+        config.train.steps = 400
+        config.train.log_every = 5
+        config.evals.val.every = 100
+        config.train.save_every = 50
+        config.optimizer.lr = 1e-5  # of the projection 1e-4, of the connector 1e-6
+        config.optimizer.min_lr = 1e-6
     elif mode:
-        raise ValueError(f"configs/openmoji.py takes 'vit', 'questions' and 'clips', not {mode!r}")
+        raise ValueError(f"configs/openmoji.py takes 'vit', 'questions', 'clips' and 'scst', not {mode!r}")
     return config.lock()

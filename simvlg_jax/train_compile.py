@@ -7,7 +7,8 @@
 No TPU is needed, and neither are weights or data. The real TPU compiler compiles the step that training runs, for
 packed captions of --text_tokens on average, or with data.pack=0 for the longest ones. The memory is the compiler's
 figure. The time is a roofline, a lower bound that no run reaches. On few cores a full-size recipe compiles for many
-minutes; with --effort O0 for one or two, with nearly the same memory.
+minutes; with --effort O0 for one or two, with nearly the same memory. Of the task scst it is the step alone, without
+the beam search before it.
 
 Exit status: 0 fits, 3 does not fit, 1 failed, 2 invalid arguments or config.
 """

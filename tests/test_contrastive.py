@@ -89,7 +89,7 @@ def test_loss_is_the_captions_plus_beta_times_the_contrast(tmp_path):
         project(visual.connector[:, 0], "vision_proj"), project(sentences, "text_proj"), params["temperature"]
     )
     wanted = losses.sum() / counts.sum() + 0.5 * matching.mean()
-    metrics = trainer.run_step(loop.meshes.put_batch(batch, trainer.mesh))
+    metrics = trainer.run_step(trainer.put(batch))
     assert float(metrics["loss"]) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_projections_and_temperature_are_trained_and_the_sentence_encoder_is_not
     assert set(trainer.frozen) == {"vit", "llm", "sentence_encoder"}
     before, frozen = jax.device_get(trainer.state.params), fingerprint(trainer.frozen)
     for _ in range(2):
-        trainer.run_step(loop.meshes.put_batch(next(trainer.iterator), trainer.mesh))
+        trainer.run_step(trainer.put(next(trainer.iterator)))
     after = jax.device_get(trainer.state.params)
     assert fingerprint(trainer.frozen) == frozen
     assert after["temperature"] != before["temperature"] == pytest.approx(0.07)
@@ -112,7 +112,7 @@ def test_contrast_is_over_the_batch_of_all_devices(tmp_path):
         (tmp_path / name).mkdir()
         trainer = loop.Trainer(tiny(*mesh), tmp_path / name)
         batches = [next(trainer.iterator) for _ in range(3)]
-        losses.append([float(trainer.run_step(loop.meshes.put_batch(b, trainer.mesh))["loss"]) for b in batches])
+        losses.append([float(trainer.run_step(trainer.put(b))["loss"]) for b in batches])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 

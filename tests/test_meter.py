@@ -10,8 +10,10 @@ from simvlg_jax.training.meter import Meter
 
 def line(skipped, timings):
     meter = Meter()
-    meter.add(1, jnp.float32(2.0), images=8, flops=100)
-    return meter.read({"lr": jnp.float32(0.5)}, skipped, timings)
+    for step in (1, 2):
+        metrics = {"loss": 0.5 + step, "reward": 1.0 + step, "lr": step / 4, "grad_norm": 0.1 * step}
+        meter.add(step, {name: jnp.float32(value) for name, value in metrics.items()}, images=8, flops=100)
+    return meter.read(skipped, timings)
 
 
 def test_skipped_records_are_logged_by_reason_and_in_total(capsys):
@@ -24,6 +26,7 @@ def test_skipped_records_are_logged_by_reason_and_in_total(capsys):
         "skipped/too large": 1,
     }
     assert values["unreadable"] == 6 and values["loss"] == 2 and values["lr"] == 0.5
+    assert values["reward"] == 2.5 and values["grad_norm"] == pytest.approx(0.2)
     said = capsys.readouterr().err
     assert "skipped record 7: too large (bomb)" in said and said.count("truncated") == 3
 

@@ -110,7 +110,7 @@ def test_a_packed_run_on_four_devices_with_micro_batches_learns_the_same(beta, t
     def trained(folder, **flags):
         trainer = loop.Trainer(tiny(train__beta=beta, **flags), tmp_path / folder)
         assert len(trainer._programs) == ("data__pack" in flags)  # compiled while the weights were initialised
-        metrics = [trainer.run_step(loop.meshes.put_batch(trainer.next_batch(), trainer.mesh)) for _ in range(3)]
+        metrics = [trainer.run_step(trainer.put(trainer.next_batch())) for _ in range(3)]
         return [float(each["loss"]) for each in metrics], jax.device_get(trainer.state.params), trainer
 
     losses_padded, params, _ = trained("padded", mesh__data=1)

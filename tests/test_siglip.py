@@ -150,7 +150,7 @@ def test_contrast_takes_the_mean_token_and_training_runs_from_the_config(tmp_pat
     tokens = model.apply({"params": params}, batch["image"], method="encode_image").connector
     head = params["vision_proj"]
     np.testing.assert_allclose(pair.picture, unit(tokens.mean(1) @ head["kernel"] + head["bias"]), rtol=1e-4, atol=1e-5)
-    metrics = trainer.run_step(loop.meshes.put_batch(batch, trainer.mesh))
+    metrics = trainer.run_step(trainer.put(batch))
     assert np.isfinite(float(metrics["loss"]))
 
 

@@ -97,7 +97,7 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
         batch = next(trainer.iterator)
         clips = np.repeat(batch["image"][:, None], 2, 1)
         clips[:, 1] = 255 - clips[:, 1]  # (B, 2, H, W, 3): the second frame is the negative
-        trainer.run_step(loop.meshes.put_batch({**batch, "image": clips}, trainer.mesh))
+        trainer.run_step(trainer.put({**batch, "image": clips}))
     after = jax.device_get(trainer.state.params)
     assert fingerprint(trainer.frozen) == frozen
     assert (after["vit"]["blocks"]["temporal_merge"]["alpha"] != 0).all()

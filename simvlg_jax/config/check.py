@@ -47,6 +47,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "train.align": ZERO_UP,
     "train.unguessed": ZERO_UP,
     "train.ema": SHARE,
+    "train.beams": (2, math.inf),
     "train.steps": ONE_UP,
     "train.max_minutes": ZERO_UP,
     "train.log_every": ONE_UP,
@@ -158,8 +159,8 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     for key in ("r", "tokens"):
         if config.vit[key] and config.vit.temporal:
             raise UserError(f"vit.{key} is for pictures, and vit.temporal=True for clips: set vit.{key}=0", 2)
-        if config.vit[key] and config.task != "caption":
-            raise UserError(f"vit.{key} is for the caption task: the task {config.task} needs vit.{key}=0", 2)
+        if config.vit[key] and config.task not in ("caption", "scst"):
+            raise UserError(f"vit.{key} is for the tasks caption and scst: the task {config.task} needs vit.{key}=0", 2)
     if config.data.frames and not config.vit.temporal:
         raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
     if 0 < config.vit.max_frames < config.data.frames:

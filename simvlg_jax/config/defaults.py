@@ -26,7 +26,8 @@ def choose(argument: str, **allowed: Collection[str]) -> list[str]:
 def get_config() -> ConfigDict:
     """Returns a new, unlocked config with every key at its default."""
     config = ConfigDict()
-    # "caption" (SimVLG itself, and BLIP-2's second stage), "contrastive" (pre-trains a ViT against sentences),
+    # "caption" (SimVLG itself, and BLIP-2's second stage), "scst" (after it: learns from its own captions, which are
+    # scored), "contrastive" (pre-trains a ViT against sentences),
     # "blip2_stage1" (BLIP-2's first stage, which trains a Q-Former without a language model) or "pformer" (BLIText's
     # P-Former, which learns from captions alone).
     config.task = "caption"
@@ -176,6 +177,7 @@ def get_config() -> ConfigDict:
     config.train.mean_over = "tokens"
     # Above 0: the decay of a moving average of the trained parameters, such as 0.99. It is evaluated and exported.
     config.train.ema = 0.0
+    config.train.beams = 5  # scst: captions that the model writes for each picture; published: 5
     config.train.steps = 1000
     config.train.max_minutes = 0.0  # time limit; the run is saved and can be resumed; 0: no limit
     config.train.log_every = 10

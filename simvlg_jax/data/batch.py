@@ -14,6 +14,15 @@ room:
     NAME_ids, NAME_mask, NAME_targets   int32 (B / b, C)
     NAME_lengths    int32 (B / b, b), the tokens of each caption
 
+If the model writes the main text itself (`BatchSpec.beams`), K times for each picture, the pipeline also gives
+
+    references      of each example all captions of its picture, a tuple of str; on the host alone
+
+and the step takes, in place of those and of the caption (`training.rollout`),
+
+    NAME_ids, NAME_mask, NAME_targets   int32 (B, K, L)
+    reward          float32 (B, K), of each text
+
 NAME is a text of the task: "caption", "sentence". A blank example stands in the place of a record that cannot be used.
 In evaluation it also fills up the last batch. Evaluation batches also have
 
@@ -91,10 +100,12 @@ class BatchSpec:
     Attributes:
       pictures: None for a task without pictures.
       texts: by name. Batches are padded to the length of the first, or packed by it.
+      beams: above 0: training takes so many texts that the model itself writes for each picture.
     """
 
     pictures: Pictures | None
     texts: Mapping[str, TextSpec]
+    beams: int = 0
 
     @property
     def main_text(self) -> str:
@@ -123,3 +134,13 @@ class BatchSpec:
                 shapes[f"{name}_lengths"] = ((shape[0], pack.examples), np.dtype(np.int32))
             shapes |= {f"{name}_{array}": (shape, np.dtype(np.int32)) for array in text.arrays}
         return shapes | {"weight": ((batch_size,), np.dtype(np.float32))}
+
+    def step_shapes(self, batch_size: int, pack: Pack | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """`shapes` of what a training step takes, with the longest texts: those of the model, if it writes them."""
+        shapes = self.shapes(batch_size, pack=pack)
+        if not self.beams:
+            return shapes
+        name, rows = self.main_text, (batch_size, self.beams)
+        text = self.texts[name]
+        written = {f"{name}_{array}": ((*rows, text.max_tokens), np.dtype(np.int32)) for array in text.arrays}
+        return shapes | written | {"reward": (rows, np.dtype(np.float32))}

@@ -22,6 +22,7 @@ class Example(NamedTuple):
       weight: 1, or 0 for a blank example.
       skip: the record in whose place a blank example stands.
       read_seconds, decode_seconds: of reading the record, and of making the example of it.
+      references: all captions of the picture; none of a blank example.
     """
 
     image: np.ndarray | None
@@ -30,6 +31,7 @@ class Example(NamedTuple):
     skip: Skip | None = None
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
+    references: tuple[str, ...] = ()
 
 
 class Report:
@@ -39,6 +41,7 @@ class Report:
       examples: their number.
       skips: the records that could not be used.
       read_seconds, decode_seconds: sums over the examples.
+      references: of each example, if the model writes the texts itself.
       cut: number of texts that lost tokens because their pack had no room.
       made: when the batch was whole, in seconds of `time.monotonic`.
     """
@@ -48,6 +51,7 @@ class Report:
         self.skips = [example.skip for example in examples if example.skip]
         self.read_seconds = sum(example.read_seconds for example in examples)
         self.decode_seconds = sum(example.decode_seconds for example in examples)
+        self.references: list[tuple[str, ...]] | None = None
         self.cut = 0
         self.made = time.monotonic()
 
@@ -61,6 +65,8 @@ def collate(examples: Sequence[Example], *, spec: BatchSpec, multiple: int, pack
       pack: the main text is packed like this instead.
     """
     report = Report(examples)
+    if spec.beams:
+        report.references = [example.references for example in examples]
     weight = np.array([example.weight for example in examples], np.float32)
     batch = {"weight": weight}
     if spec.pictures:

@@ -73,7 +73,7 @@ class Augment:
             # The view is drawn first, so that it is the same whatever the texts are.
             image = self.view and self.view.train(read.record, rng)
             texts = self.spec.encode(_draw_text(read.record, rng), read.record.get("prompt", ""))
-            example = Example(image, texts)
+            example = Example(image, texts, references=tuple(read.record["references"]))
         except transforms.UNREADABLE as error:
             example = blank(self.spec, Skip(reason(error), first_line(error), read.number, self.part))
         return example._replace(read_seconds=read.seconds, decode_seconds=time.perf_counter() - start)

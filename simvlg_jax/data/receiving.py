@@ -34,7 +34,7 @@ class Receive:
         self.timings.add(report.examples, report.read_seconds, report.decode_seconds, report.cut)
         self.skipped.add(report.skips, report.examples, self._name)
         self.skipped.check(self.max_share, self.enough)
-        return batch
+        return batch if report.references is None else batch | {"references": report.references}
 
     def _name(self, skip: Skip) -> str:
         source = next(part.source for part in self.parts if part.name == skip.part)

@@ -165,6 +165,24 @@ class SimVLG(nn.Module):
             first = packing.positions == 0
         return jnp.where(first, jnp.inf, token_losses(states, self.llm.logits, targets, trains_head=self.llm_grad))
 
+    def several_losses(
+        self, images: jax.Array, ids: jax.Array, mask: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `caption_losses` of K captions of each picture, whose soft prompt is computed once.
+
+        Args:
+          images: as for `__call__`.
+          ids, mask, targets: (B, K, L) int32, as for `caption_losses`.
+
+        Returns:
+          ((B, K) summed negative log-likelihood in nats, (B, K) number of targets), float32.
+        """
+        count = ids.shape[1]
+        prefix = jnp.repeat(self.encode_image(images).prefix, count, 0)  # (B * K, P, E)
+        texts = (x.reshape(-1, x.shape[2]) for x in (ids, mask, targets))
+        losses, written = self._text_losses(prefix, *texts, None, None)
+        return losses.reshape(-1, count), written.reshape(-1, count)
+
     def _text_losses(
         self,
         prefix: jax.Array,

@@ -7,10 +7,12 @@ from simvlg_jax.tasks.blip2_stage1 import blip2_stage1_task
 from simvlg_jax.tasks.caption import caption_task
 from simvlg_jax.tasks.contrastive import contrastive_task
 from simvlg_jax.tasks.pformer import pformer_task
+from simvlg_jax.tasks.scst import scst_task
 from simvlg_jax.tasks.task import Task
 
 TASKS = {
     "caption": caption_task,
+    "scst": scst_task,
     "contrastive": contrastive_task,
     "blip2_stage1": blip2_stage1_task,
     "pformer": pformer_task,

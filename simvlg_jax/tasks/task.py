@@ -57,7 +57,7 @@ class Task:
       losses: (params, batch, dropout key, or None in evaluation) -> `Losses`.
       counts: (batch, whether in training) -> name -> (B,), what each value of `losses` is divided by: its targets.
       weights: name -> weight of the mean of a loss, over the targets of the global batch, in the loss that is trained;
-        CONTRAST names the mean of `contrast` over the examples of weight 1.
+        CONTRAST names the mean of `contrast` over the examples of weight 1. Values of `losses` without one are logged.
       load_pretrained: abstract parameters -> {top-level name: lazy or host arrays} of those with named weights.
       sources: top-level name -> where its frozen weights come from, in words.
       evaluator: the type of evaluation that a config need not name, see `evaluation.EVALUATORS`.

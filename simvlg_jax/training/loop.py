@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from simvlg_jax.config import saved
 from simvlg_jax.parallel import collectives
-from simvlg_jax.parallel import mesh as meshes
 from simvlg_jax.training import run_lock
 from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.frozen import write_frozen
@@ -112,7 +111,7 @@ class Run:
                 loss = float(metrics["loss"])
                 say(f"first step of this start: {step}/{total}, loss {loss:.4g}, memory {memory_gb():.2f} GB")
             if step % config.log_every == 0:
-                values = self.meter.read(metrics, self.trainer.skipped, self.trainer.timings)
+                values = self.meter.read(self.trainer.skipped, self.trainer.timings)
                 self.check_lock()
                 self.log.write(step, "train", values)
 
@@ -120,10 +119,10 @@ class Run:
         """Draws a batch and takes the step that follows `step`."""
         with self.meter.waiting():
             local = self.trainer.next_batch()
-        batch = meshes.put_batch(local, self.trainer.mesh)
+        batch = self.trainer.put(local)
         flops = self.trainer.program(batch).flops
         metrics = self.trainer.run_step(batch)
-        self.meter.add(step + 1, metrics["loss"], len(next(iter(batch.values()))), flops)
+        self.meter.add(step + 1, metrics, len(next(iter(batch.values()))), flops)
         return metrics
 
     def save(self, step: int) -> None:

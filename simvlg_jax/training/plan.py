@@ -125,9 +125,9 @@ class Plan:
         return jax.tree.map(place, jax.eval_shape(self._init_state, params), self._state_shardings), frozen
 
     def abstract_batch(self, batch_size: int, pack: Pack | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns ShapeDtypeStructs of a batch as the pipeline makes them, packed or with the longest texts."""
+        """Returns ShapeDtypeStructs of a batch as the step takes it, packed or with the longest texts."""
         sharding = meshes.batch_sharding(self.mesh)
-        shapes = self.task.batch.shapes(batch_size, pack=pack)
+        shapes = self.task.batch.step_shapes(batch_size, pack)
         return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}
 
     @cached_property

@@ -60,7 +60,7 @@ def make_step(
 ) -> Step:
     """Returns the step: (state, frozen, batch) -> (state, metrics).
 
-    The metrics are loss, grad_norm, lr and, if there are several losses, each of them.
+    The metrics are loss, grad_norm, lr, what the task only logs and, if there are several losses, each of them.
 
     A loss is the mean over all targets of the global batch, whatever the number of devices and micro-batches (the
     published code averages the ranks' means instead). The contrastive loss of a task is over the global batch too,
@@ -86,7 +86,7 @@ def make_step(
         return together.reshape(-1, *x.shape[2:])
 
     def weighted(losses: dict[str, jax.Array]) -> jax.Array:
-        return sum(task.weights[name] * loss for name, loss in losses.items())
+        return sum(task.weights[name] * loss for name, loss in losses.items() if name in task.weights)
 
     def contrastive_loss(params: dict, frozen: dict, pair: Pair, weight: jax.Array) -> dict[str, jax.Array]:
         losses = contrast.losses(partition.join(frozen, params), *pair, weight)
@@ -165,8 +165,11 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = {"loss": weighted(losses), "grad_norm": optax.tree.norm(grads), "lr": lr(state.step)}
-        if len(losses) > 1:
-            metrics |= {f"loss/{name}": loss for name, loss in losses.items()}
+        for name, value in losses.items():
+            if name not in task.weights:
+                metrics[name] = value
+            elif len(task.weights) > 1:
+                metrics[f"loss/{name}"] = value
         average = state.average
         if average is not None:
             average = moving_average(average, params, state.step, ema)

@@ -29,6 +29,7 @@ from simvlg_jax.training.checkpoint import Checkpoints
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.frozen import check_frozen, describe_frozen
 from simvlg_jax.training.plan import Plan
+from simvlg_jax.training.rollout import Rollout
 from simvlg_jax.training.step import TrainState
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.progress import SILENT, Announcer
@@ -74,6 +75,10 @@ class Trainer:
         self.iterator = make_iterator(config, self.task, self.mesh, source, self.packing, self.skipped, self.timings)
         self.evaluators = make_evaluators(self.task, config, self.mesh)
         self._announce = announce
+        self._rollout = None
+        if self.task.batch.beams:
+            with announce.first("counting the words of the training captions"):
+                self._rollout = Rollout(self.plan.tasks, config, self.mesh, source)
         self._programs: dict[tuple[int, frozenset], Program] = {}  # by the place in `plan.steps` and the shapes
         loaded = self.task.load_pretrained(self.plan.shapes)
         with self._compiling():
@@ -117,9 +122,24 @@ class Trainer:
         with workers.signals_blocked(), workers.deaths_explained():
             return next(self.iterator)
 
+    def put(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts what `next_batch` gave on the devices, as the next step takes it: the model may write texts for it."""
+        arrays = {name: array for name, array in local.items() if name != "references"}
+        batch = meshes.put_batch(arrays, self.mesh)
+        if self._rollout is None:
+            return batch
+        with self._announce.first("compiling the beam search and running it once"):
+            params = partition.join(self.frozen, self.state.params)  # those that the step changes, not their average
+            return self._rollout(self._drawn, params, batch, local["references"])
+
+    @property
+    def _drawn(self) -> int:
+        """Which of `plan.tasks` the next step takes."""
+        return elastic.drawn(self.config.seed, self.step, len(self.plan.tasks))
+
     def program(self, batch: dict[str, jax.Array]) -> Program:
         """Returns the next step, compiled for the shape of a batch. Without packs each text length needs its own."""
-        number = elastic.drawn(self.config.seed, self.step, len(self.plan.steps))
+        number = self._drawn
         key = number, frozenset((name, x.shape) for name, x in batch.items())
         if key not in self._programs:
             self._programs[key] = self._compile(number, self.state, self.frozen, batch)
@@ -130,7 +150,8 @@ class Trainer:
         """Compiles the step in a thread meanwhile, if all batches have one shape."""
         config = self.config
         rows = meshes.local_rows(self.mesh, config.train.batch_size)
-        if not self.packing and config.data.pad_multiple and len(rows) == config.train.batch_size:
+        whole = len(rows) == config.train.batch_size or self._rollout  # every process knows the lengths of all texts
+        if not self.packing and config.data.pad_multiple and whole:
             yield  # the first batch tells the length of its texts
             return
         batch = self.plan.abstract_batch(config.train.batch_size, self.packing and self.packing.pack)
@@ -143,7 +164,7 @@ class Trainer:
 
     def _compile(self, number: int, state: TrainState, frozen: dict, batch: dict) -> Program:
         """Compiles one of `plan.steps` for these arguments, which may be abstract."""
-        length = batch[f"{self.task.batch.main_text}_ids"].shape[1]
+        length = batch[f"{self.task.batch.main_text}_ids"].shape[-1]
         texts = f"{self.packing.pack.examples} texts with {length}" if self.packing else f"texts of {length}"
         count = len(self.plan.steps)
         budget = f", budget {number + 1} of {count}" if count > 1 else ""

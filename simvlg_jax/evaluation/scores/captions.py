@@ -13,14 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simvlg_jax.evaluation.scores.cider import ORDERS, Cider, Ngrams, ngrams_of, of_order
 from simvlg_jax.evaluation.scores.control import derangement
 from simvlg_jax.evaluation.scores.ptb_tokenizer import tokenize
 
-_ORDERS = (1, 2, 3, 4)
-_CIDER_SIGMA = 6.0  # width of CIDEr-D's penalty on differences in length, in bigrams
 _ROUGE_BETA = 1.2  # weight of recall against precision
-
-Ngrams = Counter[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class CaptionScores:
     def as_dict(self) -> dict[str, float]:
         """Returns the corpus scores with their usual names, for logs and tables."""
         bleus = (self.bleu_1, self.bleu_2, self.bleu_3, self.bleu_4)
-        names = {f"BLEU-{n}": score for n, score in zip(_ORDERS, bleus, strict=True)}
+        names = {f"BLEU-{n}": score for n, score in zip(ORDERS, bleus, strict=True)}
         return {**names, "ROUGE-L": self.rouge_l, "CIDEr": self.cider}
 
 
@@ -96,9 +93,10 @@ def tokenized(
 
 
 def _score(references: dict[str, list[str]], hypotheses: dict[str, str]) -> CaptionScores:
-    hypothesis_ngrams = [_ngrams(hypotheses[key]) for key in references]
-    reference_ngrams = [[_ngrams(text) for text in texts] for texts in references.values()]
-    ciders = _cider(hypothesis_ngrams, reference_ngrams)
+    hypothesis_ngrams = [ngrams_of(hypotheses[key]) for key in references]
+    reference_ngrams = [[ngrams_of(text) for text in texts] for texts in references.values()]
+    cider = Cider(reference_ngrams)
+    ciders = [cider(*pair) for pair in zip(hypothesis_ngrams, reference_ngrams, strict=True)]
     return CaptionScores(
         *_bleu(hypothesis_ngrams, reference_ngrams),
         rouge_l=float(np.mean([_rouge_l(hypotheses[key], texts) for key, texts in references.items()])),
@@ -107,24 +105,14 @@ def _score(references: dict[str, list[str]], hypotheses: dict[str, str]) -> Capt
     )
 
 
-def _ngrams(text: str) -> Ngrams:
-    """Counts all n-grams of tokens, n = 1..4."""
-    words = text.split()
-    return Counter(tuple(words[i : i + n]) for n in _ORDERS for i in range(len(words) - n + 1))
-
-
-def _of_order(ngrams: Ngrams, n: int) -> int:
-    return sum(count for ngram, count in ngrams.items() if len(ngram) == n)
-
-
 def _bleu(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> list[float]:
     """Returns BLEU-1..4 with the reference length closest to the caption's (Papineni et al., 2002)."""
-    correct, guessed = np.zeros(len(_ORDERS)), np.zeros(len(_ORDERS))
+    correct, guessed = np.zeros(len(ORDERS)), np.zeros(len(ORDERS))
     length = reference_length = 0
     for hypothesis, texts in zip(hypotheses, references, strict=True):
-        words = _of_order(hypothesis, 1)
+        words = of_order(hypothesis, 1)
         length += words
-        reference_length += min((abs(_of_order(text, 1) - words), _of_order(text, 1)) for text in texts)[1]
+        reference_length += min((abs(of_order(text, 1) - words), of_order(text, 1)) for text in texts)[1]
         most: Ngrams = Counter()
         for text in texts:
             most |= text
@@ -134,7 +122,7 @@ def _bleu(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> l
     # The published implementation adds the tiny terms, so that precision and brevity are finite if nothing matches.
     log_precision = np.log((correct + 1e-15) / (guessed + 1e-9))
     brevity = min(0.0, 1 - (reference_length + 1e-9) / (length + 1e-15))
-    return [float(math.exp(log_precision[:n].mean() + brevity)) for n in _ORDERS]
+    return [float(math.exp(log_precision[:n].mean() + brevity)) for n in ORDERS]
 
 
 def _rouge_l(hypothesis: str, references: list[str]) -> float:
@@ -156,30 +144,3 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
         for j, other in enumerate(b, 1):
             diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
     return row[-1]
-
-
-def _cider(hypotheses: Sequence[Ngrams], references: Sequence[list[Ngrams]]) -> list[float]:
-    """Returns CIDEr-D of each picture: tf-idf cosine, clipped counts and a length penalty (Vedantam et al., 2015)."""
-    documents = Counter(ngram for texts in references for ngram in set().union(*texts))
-    log_pictures = math.log(len(references))
-
-    def weigh(ngrams: Ngrams) -> tuple[dict[tuple[str, ...], float], list[float], int]:
-        weights = {g: count * (log_pictures - math.log(max(1, documents[g]))) for g, count in ngrams.items()}
-        squares = [0.0] * len(_ORDERS)
-        for ngram, weight in weights.items():
-            squares[len(ngram) - 1] += weight**2
-        return weights, [math.sqrt(square) for square in squares], _of_order(ngrams, 2)
-
-    scores = []
-    for hypothesis, texts in zip(hypotheses, references, strict=True):
-        weights, norms, length = weigh(hypothesis)
-        total = 0.0
-        for other, other_norms, other_length in map(weigh, texts):
-            products = [0.0] * len(_ORDERS)
-            for ngram, weight in weights.items():
-                if ngram in other:
-                    products[len(ngram) - 1] += min(weight, other[ngram]) * other[ngram]
-            cosines = [p / (a * b) if a and b else 0.0 for p, a, b in zip(products, norms, other_norms, strict=True)]
-            total += sum(cosines) / len(_ORDERS) * math.exp(-((length - other_length) ** 2) / (2 * _CIDER_SIGMA**2))
-        scores.append(10 * total / len(texts))
-    return scores
