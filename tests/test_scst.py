@@ -160,11 +160,10 @@ def test_captions_are_the_evaluators_and_rewards_those_of_their_own_pictures(sta
 
 
 def test_rewards_are_ciders_of_the_published_code():
-    own = object.__new__(rollout.Rollout)
-    own._cider = Cider([list(map(rollout.count, texts)) for texts in GOLDEN["references"]])
+    cider = Cider([list(map(rollout.count, texts)) for texts in GOLDEN["references"]])
     pairs = zip(GOLDEN["hypotheses"], GOLDEN["references"], strict=True)
-    np.testing.assert_allclose([own.reward(*pair) for pair in pairs], GOLDEN["cider_each"], atol=1e-6)
-    assert own.reward("a dog", ()) == 0
+    np.testing.assert_allclose([rollout.reward(cider, *pair) for pair in pairs], GOLDEN["cider_each"], atol=1e-6)
+    assert rollout.reward(cider, "a dog", ()) == 0
 
 
 def test_reward_rises_and_the_run_is_evaluated_as_a_captioner(whole):

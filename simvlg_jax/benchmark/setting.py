@@ -54,12 +54,13 @@ def prepare(config: ConfigDict, batches: int) -> Setting:
     """Builds the model and draws at least so many batches.
 
     Raises:
-      UserError: the task has no captions, runs the language model twice, or data, weights or mesh cannot be used.
+      UserError: the task has no captions or writes them itself, runs the language model twice, or data, weights or mesh
+        cannot be used.
     """
     task = build_task(config)
-    if not task.captions:
+    if not task.captions or task.batch.beams:
         raise UserError(
-            f"the task {config.task!r} trains no captioner, whose step is measured here: "
+            f"the task {config.task!r} trains no captioner on the captions of the data, whose step is measured here: "
             "name a config of the task 'caption', such as configs/tiny.py",
             2,
         )

@@ -75,13 +75,9 @@ class Rollout:
             ids[part::parts] = np.asarray(some)
             mine = np.flatnonzero(rows % parts == part)
             for place, texts in zip(mine, captioner.decode(ids[rows[mine]]), strict=True):
-                rewards[place] = [self.reward(text, references[place]) for text in texts]
+                rewards[place] = [reward(self._cider, text, references[place]) for text in texts]
         made = self._arrays(ids, rows) | {"reward": rewards}
         return batch | meshes.put_batch(made, self._mesh)
-
-    def reward(self, caption: str, references: Sequence[str]) -> float:
-        """Returns CIDEr-D, in 0..10. Each text is tokenised on its own, so no other of the batch matters."""
-        return self._cider(count(caption), list(map(count, references))) if references else 0.0
 
     def _arrays(self, ids: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
         """What the step takes of captions.
@@ -96,7 +92,7 @@ class Rollout:
         longest = len(encoder.prefix) + int(lengths.max())
         length = min(limit, -(-longest // self._multiple) * self._multiple) if self._multiple else limit
         own = zip(ids[rows].reshape(-1, ids.shape[-1]).tolist(), lengths[rows].ravel().tolist(), strict=True)
-        texts = [tokens[:length] for tokens, length in own]
+        texts = [tokens[:written] for tokens, written in own]
         before = list(encoder.prefix)
         shape = (len(rows), ids.shape[1], length)
         arrays = {
@@ -122,6 +118,11 @@ def check_length(decoding: Decoding, encoder: TextEncoder) -> None:
         )
 
 
+def reward(cider: Cider, caption: str, references: Sequence[str]) -> float:
+    """Returns CIDEr-D, in 0..10; 0 without references. No other text of the batch matters: each is tokenised alone."""
+    return cider(count(caption), list(map(count, references))) if references else 0.0
+
+
 @functools.lru_cache(maxsize=2**14)
 def count(text: str) -> Ngrams:
     """Counts the n-grams of a caption's tokens."""
@@ -145,4 +146,4 @@ def corpus(config: ConfigDict, source: Source) -> Iterator[list[Ngrams]]:
                 raise UserError(f"the task scst learns captions, and {info.id!r} has a question or a prompt", 2)
             if info.id not in seen and info.references:
                 seen.add(info.id)
-                yield [ngrams_of(text) for text in tokenize(info.references)]
+                yield list(map(count, info.references))
