@@ -46,9 +46,11 @@ KEYS = (
     "frozen_dtype",
     "frozen_compute",
     "vit.",
+    "video.",
     "connector.",
     "llm.",
     "evaluate.",
+    "data.frames",
     "data.prompt",
     "data.clean",
 )
