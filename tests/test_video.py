@@ -1,13 +1,20 @@
 """Video: the temporal merge equals its definition; what it distinguishes before and after training; what is trained."""
 
+from pathlib import Path
+
 import flax.linen as nn
+import golden_numbers
 import jax
 import numpy as np
 import pytest
+from first_step import first_step
 
 from simvlg_jax.config.load import load_config
+from simvlg_jax.convert import evlgen
+from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.llms.opt import OPT_SIZES, POSITION_OFFSET
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
@@ -102,3 +109,38 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
     assert fingerprint(trainer.frozen) == frozen
     assert (after["vit"]["blocks"]["temporal_merge"]["alpha"] != 0).all()
     assert (after["vit"]["temporal_position"] != 0).any()
+
+
+def test_a_training_step_takes_the_published_loss_and_gradients(monkeypatch):
+    """The golden numbers through everything that training uses: weights read by name, the task, the compiled step."""
+    golden = Path(__file__).parent / "golden"
+    sizes, tensors, arrays = golden_numbers.read_model(golden, "video_opt")
+    table = tensors["opt_model.model.decoder.embed_positions.weight"]
+    v, c, lm = sizes["vit"], sizes["connector"], sizes["lm"]
+    hidden = int(v["dim"] * v["mlp"])
+    vit = dict(image_size=v["img"], patch_size=v["patch"], width=v["dim"], num_heads=v["heads"], mlp_dim=hidden)
+    monkeypatch.setitem(VIT_SIZES, "golden", vit | dict(depth=v["depth"]))
+    monkeypatch.setitem(BERT_SIZES, "golden", dict(width=c["dim"], depth=c["layers"], num_heads=c["heads"]))
+    llm = dict(width=lm["dim"], depth=lm["layers"], num_heads=lm["heads"], ffn=4 * lm["dim"], vocab_size=lm["vocab"])
+    monkeypatch.setitem(OPT_SIZES, "opt_golden", llm | dict(max_positions=len(table) - POSITION_OFFSET))
+    flags = ["vit.size=golden", "vit.temporal=True", "vit.remat=True", "data.frames=4", "connector.size=golden"]
+    flags += ["connector.merges=()", f"connector.r={c['r']}", "connector.dropout=0.0", "llm.size=opt_golden"]
+    flags += ["mesh.data=1", "train.batch_size=2", f"train.init_from={golden}/video_opt.safetensors"]
+    config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
+    task = build_task(config)
+    loaded = task.load_pretrained(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    params = partition.split(jax.tree.map(np.asarray, loaded), task.is_trained)
+
+    def batch(task) -> dict:
+        text = {f"caption_{name}": arrays[name].astype(np.int32) for name in ("ids", "mask", "targets")}
+        return {"image": np.moveaxis(arrays["image"], 1, -1), "weight": np.ones(2, np.float32), **text}
+
+    loss, moments, _ = first_step(config, batch, params)
+    assert loss == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    gradients = evlgen.to_evlgen(task.model, jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
+    expected = {name.removeprefix("grad/"): x for name, x in arrays.items() if name.startswith("grad/")}
+    assert sum("temporal_merge" in name for name in expected) == 3 * 5
+    for name, x in gradients.items():
+        if not name.endswith("key.bias"):  # exactly zero here, rounding noise in PyTorch
+            assert golden_numbers.relative(x, expected[name]) < 1e-4, name
+    assert set(gradients) == set(expected)

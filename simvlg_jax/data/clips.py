@@ -101,6 +101,16 @@ def decode(
     return np.stack([frames[places[max(bisect.bisect(places, index) - 1, 0)]] for index in indices.tolist()])
 
 
+def codec_of(video: bytes) -> str:
+    """Returns FFmpeg's name of a video's codec ("h264"); "" if it cannot be opened."""
+    av = _av()
+    try:
+        with av.open(io.BytesIO(video), options={"format_whitelist": CONTAINERS}) as container:
+            return container.streams.video[0].codec_context.name if container.streams.video else ""
+    except av.FFmpegError:
+        return ""
+
+
 def augment_clip(
     frames: np.ndarray, side: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
 ) -> np.ndarray:

@@ -15,7 +15,8 @@ class Explanation(NamedTuple):
     """Attributes:
     caption: the text that is explained.
     layers: for each layer of the connector the source map after it, (N,) int32: which token each of the N visual tokens
-      is part of. A class token is the first of them. Empty for a connector that merges nothing.
+      is part of. A class token is the first of them, and of a clip the patches of all frames follow. Empty for a
+      connector that merges nothing.
     tokens: [text, nats] of each token of the caption, its end included. The nats are low for tokens that the model
       expects.
     """
@@ -30,7 +31,7 @@ def explain(task: Task, params: dict, image: np.ndarray, caption: str, prompt: s
 
     Args:
       params: all parameters.
-      image: (S, S, 3) uint8.
+      image: (S, S, 3) uint8, or a clip (F, S, S, 3).
       prompt: what the caption continues.
     """
     spec, encoder = task.batch, task.batch.texts["caption"].encoder

@@ -9,7 +9,7 @@ import numpy as np
 from simvlg_jax.data.text import IGNORE, TextEncoder
 from simvlg_jax.data.views import view_of
 from simvlg_jax.evaluation.evaluator import EvalData
-from simvlg_jax.evaluation.report.pictures import picture_text
+from simvlg_jax.evaluation.report.pictures import picture_text, sheet_text, video_url
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.caption import PICTURE_AND_CAPTION
 from simvlg_jax.tasks.task import Task
@@ -36,7 +36,8 @@ class Gallery:
 
         Returns:
           index -> "image" (`picture_text`), "source_map" and "layers" (see `VisualOutput`; None and [] for
-          a connector without), and "tokens", [text, nats] of each target of the first reference.
+          a connector without), and "tokens", [text, nats] of each target of the first reference. Of a clip "image" is a
+          sheet of its "frames" (their number), source maps go through all of them, and "video" is a URL or None.
         """
         chosen = np.random.default_rng(self._seed).permutation(len(indices))[:SIZE]
         chosen = sorted(indices[place] for place in chosen)
@@ -50,15 +51,19 @@ class Gallery:
                     index = chosen[place]
                     own = [layer[row] for layer in layers]
                     shown[index] = {
-                        "image": self._picture(index),
+                        **self._picture(index),
                         "source_map": own[-1] if own else None,
                         "layers": own,
                         "tokens": by_token(self._encoder, targets[row], losses[row]),
                     }
         return shown
 
-    def _picture(self, index: int) -> str:
-        return picture_text(self._view.evaluate(self._data.source[index]))
+    def _picture(self, index: int) -> dict:
+        record = self._data.source[index]
+        pixels = self._view.evaluate(record)
+        if pixels.ndim == 3:
+            return {"image": picture_text(pixels)}
+        return {"image": sheet_text(pixels), "frames": len(pixels), "video": video_url(record["image"])}
 
 
 def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> list[list[str | float]]:
@@ -71,11 +76,12 @@ def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> l
 def explainer(model):
     """A jitted `SimVLG.explain` of parameters and its arguments, shared by all that ask for the same model.
 
-    It returns the layers of the merge map alone, and not the features of the picture.
+    It returns the layers of the merge map alone, and not the features of the picture. Those of a clip go through all
+    frames.
     """
 
     def explain(params, *arguments):
         visual, losses = model.apply({"params": params}, *arguments, method="explain")
-        return visual.layers, losses
+        return [model.frames.through(layer, model.vit.class_token) for layer in visual.layers], losses
 
     return jax.jit(explain)

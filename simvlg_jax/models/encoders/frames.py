@@ -144,6 +144,13 @@ class Frames:
         count = vit.class_token + way.count(self.count, places, self.wanted)
         return VisualTokens(count, count, vit.class_token, 0, places if way.grouped else 0)
 
+    def through(self, source_map: jax.Array, class_token: bool) -> jax.Array:
+        """Returns a source map (B, N) as one of the patches of all frames: places of the mean are places of each."""
+        if not self.count or not WAYS[self.way].grid:
+            return source_map
+        first = int(class_token)
+        return jnp.concatenate([source_map[:, :first], jnp.tile(source_map[:, first:], (1, self.count))], 1)
+
     def join(
         self, tokens: jax.Array, class_token: bool, positions: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
