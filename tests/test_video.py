@@ -11,7 +11,9 @@ from first_step import first_step
 
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import evlgen
+from simvlg_jax.evaluation.gallery import explainer
 from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.encoders import temporal_merge
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
 from simvlg_jax.models.llms.opt import OPT_SIZES, POSITION_OFFSET
@@ -144,3 +146,27 @@ def test_a_training_step_takes_the_published_loss_and_gradients(monkeypatch):
         if not name.endswith("key.bias"):  # exactly zero here, rounding noise in PyTorch
             assert golden_numbers.relative(x, expected[name]) < 1e-4, name
     assert set(gradients) == set(expected)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_frames_share_the_attention_and_those_of_a_still_clip_equally(scan):
+    flags = ["vit.temporal=True", "data.frames=4", f"vit.scan={scan}"]
+    task = build_task(load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags]))
+    texts = (np.ones((2, 3), np.int32),) * 3
+    params = random_params(task.model, CLIPS, *texts[:2])
+    clips = np.random.default_rng(1).integers(0, 256, (2, 4, 32, 32, 3), dtype=np.uint8)
+    drawn = explainer(task.model)(params, clips, *texts)[2]
+    assert drawn.shape == (2, 4)
+    np.testing.assert_allclose(drawn.sum(1), 1, rtol=1e-5)
+    assert drawn.std() > 1e-3
+    still = explainer(task.model)(params, clips[:, :1].repeat(4, 1), *texts)[2]
+    np.testing.assert_allclose(still, 0.25, rtol=1e-4)
+
+
+def test_drawn_attention_by_loops():
+    query, key = np.random.default_rng(2).normal(size=(2, 3, 4, 2, 5)).astype(np.float32)  # (X, F, N, H)
+    shares = np.zeros((3, 4))
+    for place, asking, head in np.ndindex(3, 4, 2):
+        scores = np.exp([0.3 * query[place, asking, head] @ key[place, frame, head] for frame in range(4)])
+        shares[place] += scores / scores.sum() / 8
+    np.testing.assert_allclose(temporal_merge.drawn(query, key, 0.3), shares, rtol=1e-5)

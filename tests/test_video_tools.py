@@ -43,8 +43,7 @@ def clips(tmp_path_factory):
         suffix = "avi" if number == 3 else "mp4"
         write_clip(folder / f"{number}.{suffix}", number)
         (folder / f"{number}.txt").write_text(f"clip {number}")
-    for split in ("train", "val", "test"):
-        assert call(prepare, "--source", folder, "--output", prepared, "--split", split, "--workers", 1) == 0
+    assert call(prepare, "--source", folder, "--output", prepared, "--workers", 1) == 0
     return folder, prepared
 
 
@@ -56,7 +55,13 @@ def run(clips, tmp_path_factory):
     assert call(train, *common, "--workdir", image_run) == 0
     assert call(export, "--workdir", image_run, "--output", image_run / "exported") == 0
     start = [f"train.init_from={image_run}/exported/weights.safetensors", "connector.weights="]
-    data = ["data.name=prepared", f"data.path={clips[1]}", "data.frames=4", "train.batch_size=4"]
+    data = [
+        "data.name=prepared",
+        f"data.path={clips[1]}",
+        "data.frames=4",
+        "train.batch_size=4",
+        "evals.val.split=train",
+    ]
     assert call(train, *common, *options(*start, *data, *MERGED), "--workdir", workdir) == 0
     return workdir
 
@@ -66,8 +71,8 @@ def options(*flags: str) -> list[str]:
 
 
 def test_clips_are_evaluated_and_shown_with_their_frames_and_map(run):
-    assert call(evaluate, "--workdir", run) == 0
-    results = json.loads((run / "eval" / "test.json").read_text())
+    assert call(evaluate, "--workdir", run, "--split", "train") == 0
+    results = json.loads((run / "eval" / "train.json").read_text())
     assert results["num_examples"] == 4 and results["visual_tokens"] == 21 - 10
     for example in results["examples"]:
         assert example["frames"] == 4 and len(example["source_map"]) == 1 + 4 * 16
@@ -109,11 +114,11 @@ def test_a_model_of_clips_is_exported_and_loaded_again(run, tmp_path):
     assert call(to_torch, "--workdir", run, "--format", "evlgen", "--output", tmp_path / "x.safetensors") == 1
 
 
-def test_an_image_run_takes_clips_without_training(run, clips, tmp_path):
+def test_the_weights_take_another_way_to_join_frames(run, clips, tmp_path):
     """The same weights, with another way to join frames: evaluated into a folder of its own."""
-    way = options("video.frames_as=joined", "connector.tokens=18")
-    assert call(evaluate, "--workdir", run, "--split", "val", "--output", tmp_path / "joined", *way) == 0
-    assert json.loads((tmp_path / "joined" / "eval" / "val.json").read_text())["visual_tokens"] == 18
+    way = options("video.frames_as=joined", "video.tokens=0", "connector.tokens=18")
+    assert call(evaluate, "--workdir", run, "--split", "train", "--output", tmp_path / "joined", *way) == 0
+    assert json.loads((tmp_path / "joined" / "eval" / "train.json").read_text())["visual_tokens"] == 18
 
 
 def test_a_clip_is_read_as_its_evenly_spread_frames_and_a_picture_as_a_still_one(clips, tmp_path):

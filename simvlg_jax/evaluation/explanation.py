@@ -19,11 +19,13 @@ class Explanation(NamedTuple):
       connector that merges nothing.
     tokens: [text, nats] of each token of the caption, its end included. The nats are low for tokens that the model
       expects.
+    attention: of a ViT with temporal merging the share of its attention that each frame draws, (F,); else None.
     """
 
     caption: str
     layers: list[np.ndarray]
     tokens: list[list[str | float]]
+    attention: np.ndarray | None = None
 
 
 def explain(task: Task, params: dict, image: np.ndarray, caption: str, prompt: str = "") -> Explanation:
@@ -36,6 +38,7 @@ def explain(task: Task, params: dict, image: np.ndarray, caption: str, prompt: s
     """
     spec, encoder = task.batch, task.batch.texts["caption"].encoder
     batch = collate([Example(image, spec.encode(caption, prompt))], spec=spec, multiple=0)
-    maps, losses = explainer(task.model)(params, *(batch[name] for name in PICTURE_AND_CAPTION))
+    maps, losses, drawn = explainer(task.model)(params, *(batch[name] for name in PICTURE_AND_CAPTION))
     tokens = by_token(encoder, batch["caption_targets"][0], np.asarray(losses)[0])
-    return Explanation(caption, [np.asarray(layer)[0] for layer in maps], tokens)
+    attention = None if drawn is None else np.asarray(drawn)[0]
+    return Explanation(caption, [np.asarray(layer)[0] for layer in maps], tokens, attention)

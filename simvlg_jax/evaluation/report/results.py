@@ -136,6 +136,7 @@ def _card(example: dict, headline: str | None, place: int) -> dict:
         "rows": rows,
         "columns": columns,
         "video": example.get("video"),
+        "attention": example.get("attention"),
         "map": merge_map(example.get("layers") or [source_map], frames or 1) if source_map else None,
         # (text, nats, share of the most intense colour in %)
         "tokens": [(text, nats, _heat(nats)) for text, nats in example.get("tokens", ())],

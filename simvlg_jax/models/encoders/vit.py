@@ -139,7 +139,7 @@ class ViT(nn.Module):
         if self.scan:
             stack = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
