@@ -11,12 +11,14 @@ from first_step import first_step
 
 from simvlg_jax.config.load import load_config
 from simvlg_jax.convert import evlgen
+from simvlg_jax.evaluation.cost import visual_tokens
 from simvlg_jax.evaluation.gallery import explainer
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.encoders import temporal_merge
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
 from simvlg_jax.models.llms.opt import OPT_SIZES, POSITION_OFFSET
+from simvlg_jax.recipes import finetune_video
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
@@ -94,6 +96,22 @@ def test_published_video_model_trains_what_was_published():
         trained, _ = partition.split(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))), task.is_trained)
         counts[temporal] = sum(x.size for x in jax.tree.leaves(trained))
     assert counts == {False: 88_504_320, True: 116_639_271}
+
+
+@pytest.mark.parametrize("frames", finetune_video.FRAMES)
+def test_recipes_of_clips_give_the_language_model_the_tokens_of_a_picture(frames):
+    config = load_config(f"configs/finetune_video.py:data=msvd,frames={frames}", [])
+    task = build_task(config)
+    params = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    assert visual_tokens(task, params) == 29 and task.batch.pictures.frames == (16 if frames == "merged" else 4)
+    trained = sum(x.size for x in jax.tree.leaves(partition.split(params, task.is_trained)[0]))
+    assert trained == 88_504_320 + {"temporal": 39 * 721_409, "merged": 16 * 1408}.get(frames, 0)
+    questions = load_config(f"configs/finetune_video.py:data=msrvtt_qa,frames={frames}", [])
+    assert (questions.evals.test.type, config.evals.test.type, questions.data.path) == (
+        "questions",
+        "",
+        "data/msrvtt_qa",
+    )
 
 
 def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
