@@ -58,6 +58,18 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "tenth":
         config.settings += ("data.share=0.1",)
         return config.lock()
+    prompts = ("pformer.size=minilm_l6", "pformer.queries=8", "pformer.tokenizer=minilm")
+    config.arms.pformer = get_arm(
+        ("task=pformer", "pformer.weights=minilm", *prompts, *UNPACKED),
+        (*first, *prompts, "train.align=10", "pformer.weights={previous}/pformer.safetensors"),
+        (
+            *QFORMER,
+            *prompts,
+            "train.align=100",
+            "connector.weights={previous}/qformer.safetensors",
+            "pformer.weights={previous}/../stage_1/pformer.safetensors",
+        ),
+    )
     config.arms.unmerged = get_arm(("connector.merges=()",))
     config.arms.mlp = get_arm(("connector.type=mlp", *RANDOM))
     config.arms.pool = get_arm(("connector.type=pool", "connector.tokens=8", *RANDOM))

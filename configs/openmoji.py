@@ -15,6 +15,12 @@ names (contrastive, with frozen MiniLM sentence embeddings). The second freezes 
     python -m simvlg_jax.data.openmoji.questions
     python -m simvlg_jax.train --config configs/openmoji.py:questions --workdir runs/questions
     python -m simvlg_jax.evaluate --workdir runs/questions
+
+`:clips` trains it on videos of moving pictures, whose captions need the order of the frames (docs/video.md):
+
+    python -m simvlg_jax.data.openmoji.clips
+    python -m simvlg_jax.train --config configs/openmoji.py:clips --workdir runs/clips
+    python -m simvlg_jax.evaluate --workdir runs/clips
 """
 
 from ml_collections import ConfigDict
@@ -81,6 +87,27 @@ def get_config(mode: str = "") -> ConfigDict:
         for split in ("test", "novel"):
             config.evals[split] = defaults.get_eval()
             config.evals[split].update(**answers, split=split, every=0)
+    elif mode == "clips":
+        config.vit.weights = config.connector.weights = ""
+        config.train.init_from = "example"
+        config.vit.temporal = True
+        config.vit.max_frames = config.data.frames = 4  # without positions the order of the frames could not be learned
+        config.data.name = "prepared"
+        config.data.path = "data/openmoji_clips"
+        config.data.crop_scale = (0.9, 1.0)  # a smaller crop would cut off things at the edges
+        config.data.pad_multiple = 0  # one length, so one program is compiled
+        config.llm.max_text_tokens = 24  # the longest caption has 20
+        config.train.batch_size = 8
+        config.train.steps = 1500
+        config.evals.val.update(type="order", every=500)
+        for name, split, kind in (
+            ("test", "test", "order"),
+            ("unseen", "unseen", "order"),
+            ("test_captions", "test", "captioning"),
+            ("unseen_captions", "unseen", "captioning"),
+        ):
+            config.evals[name] = defaults.get_eval()
+            config.evals[name].update(type=kind, split=split, every=0)
     elif mode:
-        raise ValueError(f"configs/openmoji.py takes 'vit' and 'questions', not {mode!r}")
+        raise ValueError(f"configs/openmoji.py takes 'vit', 'questions' and 'clips', not {mode!r}")
     return config.lock()

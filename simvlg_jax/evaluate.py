@@ -23,7 +23,9 @@ Answers to questions are scored by their accuracy:
     python -m simvlg_jax.evaluate --workdir runs/openmoji --output runs/vqa --split val --type questions \\
       --config.data.name=prepared --config.data.path=data/vqav2
 
---type choices takes the likeliest of the choices of each record, or of --choices, as the answer.
+--type choices takes the likeliest of the choices of each record, or of --choices, as the answer. --type order asks of
+clips and of their reverses which of the two captions is likelier (docs/video.md); without a sense of order the accuracy
+is one half.
 """
 
 import json
@@ -56,7 +58,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for the results; default: the workdir, or runs/example")
     parser.add_argument("--split", default="", help="comma-separated; default: the test splits of the data")
     add = parser.add_argument_group("the evaluation of each split, keys of an entry of config.evals").add_argument
-    add("--type", default="", help="captioning, questions, choices or retrieval; default: that of the task")
+    add("--type", default="", help="captioning, questions, choices, order or retrieval; default: that of the task")
     add("--metric", default="", help="of answers: vqa, gqa, gqa_published or exact; default: vqa, of choices exact")
     add("--scores", dest="extra_scores", default="", help="of captions, besides the others: meteor, spice; need Java")
     add("--lemmatise", action="store_true", help="answers by the base forms of nouns and verbs, as OK-VQA; needs spaCy")

@@ -44,7 +44,7 @@ def main() -> int:
         params["vit"] = stacking.stack_layers(params["vit"])
     path = arguments.output / WEIGHTS
     own_files.write_tree(path, params, ml_dtypes.bfloat16, {"step": str(run.step)})
-    save_config(config, arguments.output)
+    save_config(run.config, arguments.output)
     print(f"step {run.step}: {path.stat().st_size / 1e6:.1f} MB in {arguments.output}", file=sys.stderr)
     return 0
 

@@ -31,7 +31,7 @@ def inspect(config: ConfigDict, split: str, out: Path) -> Path:
     training = split == "train"
     source = load_training(config.data) if training else load_source(config.data, split)
     text = spec.texts[spec.main_text]
-    found = describe(source, text.encoder)
+    found = describe(source, text.encoder, videos=bool(config.data.frames))
     if training:
         size = config.train.batch_size
         batches = make_train_iterator(config.data, source, spec, batch_size=size, seed=config.seed)

@@ -5,12 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from first_step import first_step
 from flax import traverse_util
 from test_blip2_stage1 import random_params, texts_of
+from test_packing import batches
 
 from simvlg_jax.config.load import load_config
 from simvlg_jax.models.losses import prompt_distances
 from simvlg_jax.tasks import build_task
+from simvlg_jax.training import loop, restore
 from simvlg_jax.utils.errors import UserError
 
 FIRST = ("task=blip2_stage1", "connector.type=qformer", "connector.queries=3")
@@ -68,6 +71,30 @@ def test_captioner_learns_from_the_whole_caption_and_examples_that_count():
 def random_params_of(task) -> dict:
     params = random_params(task)
     return {name: tree for name, tree in params.items() if name != "temperature"}
+
+
+def test_packs_in_micro_batches_learn_what_padded_captions_on_four_devices_do():
+    def batch(task, packed: bool) -> dict:
+        words, real = texts_of(8, 8, 90, 1)
+        given = batches(task, start_is_target=True)[packed]
+        return given | {"pformer_ids": words, "pformer_mask": real, "weight": np.ones(8, np.float32)}
+
+    flags = ("train.batch_size=8", "mesh.fsdp=1")
+    params = random_params_of(build_task(config_of(*flags)))
+    trained = ("ln_vision", "connector", "llm_proj")
+    given = {name: params.pop(name) for name in trained}, params
+    padded = first_step(config_of(*flags, "mesh.data=4"), lambda task: batch(task, False), given)
+    packed = first_step(config_of(*flags, "train.accumulate=2"), lambda task: batch(task, True), given)
+    assert packed[0] == pytest.approx(padded[0], rel=1e-5)
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(padded[1]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * scale), padded[1], packed[1])
+
+
+def test_captioner_is_read_without_the_pformer(tmp_path):
+    config = config_of("train.steps=1", "evals.val.every=0", "mesh.fsdp=1")
+    loop.train(config, tmp_path)
+    run = restore.restore_run(config, tmp_path, "latest", captions=True)
+    assert "pformer" not in run.params and run.config.train.align == 0
 
 
 def test_projection_goes_from_the_first_stage_to_the_second(tmp_path):

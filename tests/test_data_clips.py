@@ -10,6 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simvlg_jax.data import clips, containers, transforms
+from simvlg_jax.data.batch import BatchSpec, Pictures, TextSpec
+from simvlg_jax.data.pipeline import make_eval_batches
+from simvlg_jax.data.skipped import REASONS, reason
+from simvlg_jax.data.statistics import describe
+from simvlg_jax.data.text import CaptionText, character_tokenizer
 
 av = pytest.importorskip("av")
 SIDE = 32
@@ -35,25 +40,44 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def video(
-    frames=24, container="mp4", codec="libx264", size=(64, 48), times=None, audio=False, gop=6, **options
+    frames=24,
+    container="mp4",
+    codec="libx264",
+    size=(64, 48),
+    times=None,
+    audio=False,
+    gop=6,
+    pixels="",
+    drop=0,
+    b_frames=None,
+    **options,
 ) -> bytes:
-    """An encoded clip. `times` are the frames' times in units of 1/30 s."""
+    """An encoded clip. `times` are the frames' times in units of 1/30 s, and `drop` packets at the start are lost."""
+    left_out = iter(range(drop))
+    if b_frames is None:
+        b_frames = 2 if codec == "mpeg4" and container == "mp4" else 0
+
+    def mux(packets):
+        for packet in packets:
+            if next(left_out, None) is None:
+                file.mux(packet)
+
     out = io.BytesIO()
     with av.open(out, "w", format=container) as file:
-        stream = file.add_stream(codec, rate=30) if frames else None
+        stream = file.add_stream(codec, rate=30, options=options) if frames else None
         sound = file.add_stream("aac" if container == "mp4" else "libopus", rate=48000) if audio else None
         if stream:
             stream.width, stream.height = size
-            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.pix_fmt = pixels or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
             stream.gop_size, stream.bit_rate = gop, 2_000_000
-            if codec == "mpeg4":
-                stream.codec_context.max_b_frames = 2 if container == "mp4" else 0
+            if codec.startswith("mpeg"):
+                stream.codec_context.max_b_frames = b_frames
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(numbered(number, *size), "rgb24")
             frame.pts = number if times is None else times[number]
-            file.mux(stream.encode(frame))
+            mux(stream.encode(frame))
         if stream:
-            file.mux(stream.encode())
+            mux(stream.encode())
         if sound:
             silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
             silence.sample_rate = 48000
@@ -148,16 +172,130 @@ def test_sound_does_not_matter():
     assert numbers(clips.decode(video(8, audio=True), 4, "uniform", SIDE)) == [0, 2, 4, 6]
 
 
-def test_rotation_is_applied():
-    """The matrix of a phone that was held upright: the picture is shown turned to the right by 90 degrees."""
+def turned(data: bytes) -> bytes:
+    """With the matrix of a phone that was held upright: the picture is shown turned to the right by 90 degrees."""
     identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     right = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    data = video(2)
     track = data.index(b"tkhd")
     place = data.index(identity, track)
-    turned = data[:place] + right + data[place + len(right) :]
-    before, after = clips.decode(data, 2, "uniform", SIDE), clips.decode(turned, 2, "uniform", SIDE)
+    return data[:place] + right + data[place + len(right) :]
+
+
+def test_rotation_is_applied():
+    data = video(2)
+    before, after = clips.decode(data, 2, "uniform", SIDE), clips.decode(turned(data), 2, "uniform", SIDE)
     np.testing.assert_array_equal(after, np.rot90(before, -1, axes=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "pixels"),
+    [
+        ("mp4", "libx264", "yuv420p10le"),
+        ("mp4", "libx265", "yuv420p10le"),
+        ("mov", "prores_ks", "yuv422p10le"),
+        ("mp4", "libx264", "yuv444p"),
+    ],
+)
+def test_more_bits_and_full_colour(container, codec, pixels):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    data = video(24, container, codec, pixels=pixels, **options)
+    assert clips.header(data)[0] == {"libx264": "h264", "libx265": "hevc", "prores_ks": "prores"}[codec]
+    assert numbers(clips.decode(data, 4, "uniform", SIDE)) == [0, 6, 12, 18]
+
+
+# Groups of 12 frames that refer to the one before (open), whose leading frames need it.
+OPEN = "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframes=2:b-adapt=0"
+CUT = [
+    ("mpegts", "libx264", {"x264-params": OPEN}),
+    ("matroska", "libx264", {"x264-params": OPEN}),
+    ("matroska", "libx265", {"x265-params": f"log-level=none:{OPEN}"}),
+    ("mpegts", "mpeg2video", {"sc_threshold": "1000000000"}),
+    ("matroska", "mpeg4", {"sc_threshold": "1000000000"}),
+]
+
+
+@pytest.mark.parametrize("after", [0, 3], ids=["at a keyframe", "between keyframes"])
+@pytest.mark.parametrize(("container", "codec", "options"), CUT)
+def test_a_stream_cut_out_of_a_longer_one_begins_at_its_first_keyframe(container, codec, options, after):
+    """It begins with packets that refer to what is gone. MPEG-4's decoder makes grey noise of them."""
+    options = dict(container=container, codec=codec, gop=12, b_frames=2, **options)
+    with av.open(io.BytesIO(video(36, **options))) as file:
+        packets = [packet for packet in file.demux(file.streams.video[0]) if packet.size]
+    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    assert any(packet.pts < packets[keys[1]].pts for packet in packets[keys[1] :])  # leading frames
+    cut = video(36, drop=keys[1] - after, **options)
+    assert numbers(clips.decode(cut, 24, "uniform", SIDE)) == list(range(12, 36))
+    assert numbers(clips.decode(cut, 4, "uniform", SIDE)) == [12, 18, 24, 30]
+
+
+def test_a_stream_without_a_keyframe_is_refused():
+    data = video(24, "matroska", "mpeg4", gop=100, drop=3, sc_threshold="1000000000")
+    with pytest.raises(OSError, match="the video has no keyframe, so none of its frames can be decoded"):
+        clips.decode(data, 4, "uniform", SIDE)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
+def test_a_stream_without_frames_is_refused(container):
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        file.start_encoding()
+    with pytest.raises(OSError, match=r"no frames|no video stream|not a readable"):
+        clips.decode(out.getvalue(), 4, "uniform", SIDE)
+
+
+def test_reasons_of_videos_that_cannot_be_used(monkeypatch):
+    """As the log counts them."""
+    whole = video(24)
+    cases = {
+        video(0, audio=True): "not a picture",
+        whole[:-500]: "truncated",
+        video(24, "matroska", "mpeg4", gop=100, drop=3, sc_threshold="1000000000"): "truncated",
+    }
+    for data, expected in cases.items():
+        with pytest.raises(OSError) as raised:
+            clips.decode(data, 4, "uniform", SIDE)
+        assert reason(raised.value) == expected
+    for limit, value in (("MAX_PIXELS", 64 * 48 - 1), ("MAX_BYTES", 10)):
+        with monkeypatch.context() as patch:
+            patch.setattr(transforms, limit, value)
+            with pytest.raises(OSError) as raised:
+                clips.decode(whole, 4, "uniform", SIDE)
+        assert reason(raised.value) == "too large"
+
+
+class Videos:
+    """A source of videos, as a prepared one gives them."""
+
+    def __init__(self, *data):
+        self._data = data
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, index):
+        return {"image": self._data[index], "caption": "a", "references": ["a"], "id": str(index)}
+
+
+def test_statistics_and_batches_count_odd_videos():
+    """Whole, in 10 bits, of one frame, at variable times, without pictures, cut: the last two cannot be used."""
+    rotated = turned(video(4))
+    odd = [video(4), video(4, pixels="yuv420p10le"), video(1), video(4, times=[0, 1, 50, 51]), rotated]
+    source = Videos(*odd, video(0, audio=True), video(24)[:-500])
+    text = CaptionText(character_tokenizer(), start_id=1, end_id=2, pad_id=0, max_tokens=8, start_is_target=False)
+    found = describe(source, text, videos=True)
+    assert [picture[:3] for picture in found.pictures] == [("h264", 64, 48)] * 5
+    assert [picture.bytes for picture in found.pictures] == [len(data) for data in odd]
+    assert found.dead == {"not a picture": 1, "truncated": 1}
+    spec = BatchSpec(Pictures(SIDE, 2), {"caption": TextSpec(8, True, lambda: text)})
+    (batch,) = make_eval_batches(source, spec, batch_size=8)
+    assert batch["index"].tolist() == [*range(7), -1]
+    reasons = [REASONS[code - 1] if code else "" for code in batch["skipped"]]
+    assert reasons == ["", "", "", "", "", "not a picture", "truncated", ""]
+    assert batch["weight"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert [numbers(clip) for clip in batch["image"][:4]] == [[0, 2], [0, 2], [0, 0], [0, 2]]
+    np.testing.assert_array_equal(batch["image"][4], np.rot90(batch["image"][0], -1, axes=(1, 2)))
 
 
 @pytest.mark.parametrize(("container", "codec"), [("avi", "mjpeg"), ("mp4", "mpeg4"), ("mp4", "libx264")])

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from preparing import run, skipped, write_json, write_pictures
 
 from simvlg_jax.data.extras import NONE, Extras
-from simvlg_jax.data.readers import fields
+from simvlg_jax.data.preparing.run import Settings, _fingerprint
+from simvlg_jax.data.readers import Example, Plan, fields
 from simvlg_jax.data.sources import load_source
 
 ROWS = [
@@ -22,6 +23,11 @@ EXPECTED = [
     (["me"], Extras("indoor", ("me", "you"), 0)),
     (["no"], Extras("indoor", ("yes", "no"), None)),
 ]
+# Of plans of one picture, see the test.
+FINGERPRINTS = {
+    "plain": "9f4020ec18b5ae8fff43dc168f17d56f59dfc11aa3591c7a6e8c3d7c680af004",
+    "grouped": "abb34005ac8367bf96c055897c1cdd913e0f58f0a3eaad545643bdeb18c40880",
+}
 
 
 def infos(output) -> list:
@@ -77,6 +83,44 @@ def test_the_rows_of_a_picture_share_their_group(tmp_path):
         (["a", "b"], Extras("near")),
         (["c"], NONE),
     ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_captions_of_the_reverse(tmp_path, kind):
+    names = write_pictures(tmp_path / "list", 3)
+    reverses = ["falls", None, "falls"]
+    rows = [{"image": name, "caption": "rises"} for name in names]
+    rows = [row if text is None else row | {"reverse_caption": text} for row, text in zip(rows, reverses, strict=True)]
+    path = tmp_path / "list" / f"list.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "csv":
+        lines = [f"{row['image']},rises,{row.get('reverse_caption', '')}" for row in rows]
+        path.write_text("\n".join(["image,caption,reverse_caption", *lines]))
+    else:
+        images = [(tmp_path / "list" / name).read_bytes() for name in names]
+        pq.write_table(pa.table({"image": images, "caption": ["rises"] * 3, "reverse_caption": reverses}), path)
+    run(tmp_path / "out", path, split="val")
+    assert [info.extras for info in infos(tmp_path / "out")] == [Extras(reverse_caption=text) for text in reverses]
+
+
+@pytest.mark.parametrize(("value", "reason"), [(3, "wrong type"), (" ", "reverse_caption empty"), ("", None)])
+def test_captions_of_the_reverse_that_cannot_be_used(tmp_path, value, reason):
+    rows = [{"image": f"{n}.png", "caption": "rises", "reverse_caption": "falls"} for n in range(2)]
+    rows[1]["reverse_caption"] = value
+    run(tmp_path / "out", write_json(tmp_path / "list", rows, 2), split="val")
+    assert [why for _, why in skipped(tmp_path / "out", "val")] == ([reason] if reason else [])
+
+
+def test_data_that_were_prepared_before_there_were_captions_of_the_reverse_stay_valid(tmp_path):
+    """The fingerprints are those of the commit 68d8c60."""
+    pairs = {"plain": {}, "grouped": {"group": "near"}}
+    for name, extra in pairs.items():
+        example = Example("list", 0, "0.png", "", ("a",), extras=Extras(**extra))
+        plan = Plan(entries=[example], roots=["root"])
+        assert _fingerprint(Settings(["list"], "out"), plan, "table") == FINGERPRINTS[name]
+    plan.entries = [example._replace(extras=Extras("near", reverse_caption="b"))]
+    assert _fingerprint(Settings(["list"], "out"), plan, "table") not in FINGERPRINTS.values()
 
 
 @pytest.mark.parametrize(

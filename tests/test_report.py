@@ -69,11 +69,13 @@ def test_answers_are_shown_with_their_question_and_by_how_many_people(tmp_path):
         scores={"accuracy": 0.755, "accuracy yes/no": 0.5},
         shuffled={"accuracy": 0.25},
         interval=[0.701, 0.81],
+        groups={"north": {"accuracy": 0.1234, "num_examples": 1}, EVIL: {"accuracy": 1.0, "num_examples": 1}},
         examples=[asked, example(1, question="?", references=["1"], score=0.3)],
     )
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     for words in ("75.5 %", "25.0 %", "3.0\u00d7", "70.1 % to 81.0 %", "accuracy yes/no 50.0 %", "accuracy 30 %"):
         assert words in page.text
+    assert f"north 1 12.34 % {EVIL} 1 100.00 %" in page.text
     assert "✓ accuracy 100 %" in page.text
     assert page.text.count("2\u00d7 red · 1\u00d7 blue · 1\u00d7 " + EVIL) == 2  # on the card and in the table
     assert "CIDEr" not in page.text.partition("How to read this")[0]

@@ -242,7 +242,7 @@ def get_config() -> ConfigDict:
 def get_eval() -> ConfigDict:
     """Returns a new entry of `config.evals` with every key at its default."""
     entry = ConfigDict()
-    entry.type = ""  # "captioning", "questions", "choices" or "retrieval"; "": the default of the task
+    entry.type = ""  # "captioning", "questions", "choices", "order" or "retrieval"; "": the default of the task
     # An accuracy of evaluation.scores.answers.ACCURACIES; "": "vqa" for "questions" and "exact" for "choices".
     entry.metric = ""
     # "choices" only: what the model chooses from. "": the choices of each record; texts with | between them, such as

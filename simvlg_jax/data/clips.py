@@ -4,22 +4,24 @@ PyAV is an extra, `pip install simvlg_jax[video]`.
 """
 
 import bisect
+import contextlib
+import errno
 import io
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from simvlg_jax.data import transforms
-from simvlg_jax.data.containers import declared_size
+from simvlg_jax.data.packets import Packet, read_packets, starts
 from simvlg_jax.utils.errors import UserError
 
 # The containers of FFmpeg that hold one file. Others are unsafe: a playlist, for example, opens other files.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc,ivf,nut"
-MAX_PACKETS = 2**20  # of a video stream: nearly ten hours at 30 frames per second
 REDUCIBLE = ("mjpeg", "mpeg4")  # codecs that FFmpeg decodes at 1/2, 1/4 or 1/8 of their size
 SHIFTS = (3, 2, 1)  # binary logarithms of these factors
-_SHOWN = 0x10  # bit of a VP8 frame's first byte; frames without it are only referred to
 
 
 def frame_indices(total: int, count: int, how: str, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -70,45 +72,30 @@ def decode(
       OSError: the bytes are not a video, are cut off, hold no frames or exceed a limit.
       UserError: PyAV is not installed.
     """
-    av = _av()
-    if len(video) > transforms.MAX_BYTES:
-        raise OSError(f"the video has {len(video):,} bytes, more than the limit of {transforms.MAX_BYTES:,}")
-    try:
-        options = {"format_whitelist": CONTAINERS}
-        with av.open(io.BytesIO(video), options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise OSError("the file has no video stream")
-            stream = container.streams.video[0]
-            context = stream.codec_context
-            if context is None:
-                raise OSError("the video's codec is unknown")
-            _check_size(context.width, context.height)
-            shift = _shift(context, side) if reduced else 0
-            context.options = {"max_pixels": str(transforms.MAX_PIXELS), "lowres": str(shift)}
-            context.thread_count = 1  # the pipeline decodes several clips at a time
-            packets = _packets(container, stream)
-            _check_end(video, container, stream, packets)
-            shown = np.flatnonzero([packet.shown for packet in packets])
-            if not len(shown):
-                raise OSError("the video has no frames")
-            indices = frame_indices(len(shown), count, how, rng)
-            frames = _frames(context, packets, np.unique(indices).tolist(), side)
-    except av.FFmpegError as error:  # some of them are OSErrors, others not
-        raise OSError(f"not a readable video: {error.strerror}") from error
-    except (ValueError, LookupError, ArithmeticError, MemoryError) as error:  # of PyAV, from values in damaged headers
-        raise OSError(f"not a readable video: {error}") from error
+    with _opened(video) as (container, stream):
+        context = stream.codec_context
+        shift = _shift(context, side) if reduced else 0
+        context.options = {"max_pixels": str(transforms.MAX_PIXELS), "lowres": str(shift)}
+        context.thread_count = 1  # the pipeline decodes several clips at a time
+        packets = read_packets(video, container, stream)
+        shown = sum(packet.shown for packet in packets)
+        if not shown:
+            raise UnidentifiedImageError("the video has no frames")
+        indices = frame_indices(shown, count, how, rng)
+        frames = _frames(context, packets, np.unique(indices).tolist(), side)
     places = sorted(frames)
     return np.stack([frames[places[max(bisect.bisect(places, index) - 1, 0)]] for index in indices.tolist()])
 
 
-def codec_of(video: bytes) -> str:
-    """Returns FFmpeg's name of a video's codec ("h264"); "" if it cannot be opened."""
-    av = _av()
-    try:
-        with av.open(io.BytesIO(video), options={"format_whitelist": CONTAINERS}) as container:
-            return container.streams.video[0].codec_context.name if container.streams.video else ""
-    except av.FFmpegError:
-        return ""
+def header(video: bytes) -> tuple[str, int, int]:
+    """The codec of a video ("h264"), and width and height of its frames in pixels; no frame is decoded.
+
+    Raises:
+      OSError, UserError: as `decode`.
+    """
+    with _opened(video) as (_, stream):
+        context = stream.codec_context
+        return context.codec.name, context.width, context.height
 
 
 def augment_clip(
@@ -130,7 +117,7 @@ def augment_clip(
     return np.stack([bicubic(frame, crop, side, flip=mirrored) for frame in frames])
 
 
-def _av():
+def load_av():
     try:
         import av
     except ImportError as error:
@@ -139,11 +126,37 @@ def _av():
     return av
 
 
+@contextlib.contextmanager
+def _opened(video: bytes) -> Iterator[tuple[Any, Any]]:
+    """Yields container and video stream of PyAV, and raises OSError for whatever PyAV and FFmpeg raise."""
+    av = load_av()
+    if len(video) > transforms.MAX_BYTES:
+        raise OSError(
+            errno.EFBIG, f"the video has {len(video):,} bytes, more than the limit of {transforms.MAX_BYTES:,}"
+        )
+    try:
+        options = {"format_whitelist": CONTAINERS}
+        with av.open(io.BytesIO(video), options=options, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise UnidentifiedImageError("the file has no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise OSError("the video's codec is unknown")
+            _check_size(stream.codec_context.width, stream.codec_context.height)
+            yield container, stream
+    except av.FFmpegError as error:  # some of them are OSErrors, others not
+        raise OSError(f"not a readable video: {error.strerror}") from error
+    except (ValueError, LookupError, ArithmeticError, MemoryError) as error:  # of PyAV, from values in damaged headers
+        raise OSError(f"not a readable video: {error}") from error
+
+
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise OSError("the video has frames without a size")
     if width * height > transforms.MAX_PIXELS:
-        raise OSError(f"frames of {width} x {height} pixels are more than the limit of {transforms.MAX_PIXELS:,}")
+        raise OSError(
+            errno.EFBIG, f"frames of {width} x {height} pixels are more than the limit of {transforms.MAX_PIXELS:,}"
+        )
 
 
 def _shift(context, side: int) -> int:
@@ -153,76 +166,8 @@ def _shift(context, side: int) -> int:
     return next((shift for shift in SHIFTS if min(context.width, context.height) >> shift >= side), 0)
 
 
-class _Packet(NamedTuple):
-    """An encoded frame.
-
-    Attributes:
-      shown: False for frames that are only referred to, or that the container's edit list leaves out.
-    """
-
-    data: object
-    shown: bool
-
-
-def _packets(container, stream) -> list[_Packet]:
-    """The packets of a stream in the order of decoding, without decoding them.
-
-    Raises:
-      OSError: an MP4 file is cut off, or there are too many frames.
-    """
-    packets: list[_Packet] = []
-    found = 0
-    for packet in container.demux(stream):
-        found += packet.dts is not None  # empty ones too, which stand for frames that did not change
-        if packet.size:
-            hidden = stream.codec_context.name == "vp8" and not bytes(packet)[0] & _SHOWN
-            packets.append(_Packet(packet, not hidden and not packet.is_discard))
-        if len(packets) > MAX_PACKETS:
-            raise OSError(f"the video has more than {MAX_PACKETS:,} frames; cut it into clips")
-    if "mp4" in container.format.name and found < stream.frames:
-        raise OSError(f"the video is cut off: it has {found} of {stream.frames} frames")
-    return packets
-
-
-def _check_end(video: bytes, container, stream, packets: list[_Packet]) -> None:
-    """Raises OSError if a file of Matroska, WebM or AVI is cut off: bytes are missing, and frames at the end too.
-
-    Neither is enough: files with a wrong size play to their end, and the sound may be longer than the frames.
-    """
-    whole = declared_size(video)
-    if whole is None or len(video) >= whole:
-        return
-    times = [(one.data.dts if one.data.pts is None else one.data.pts, one.data.duration or 0) for one in packets]
-    end = max((time + duration for time, duration in times if time is not None), default=0) * stream.time_base
-    # FFmpeg estimates the duration of a cut AVI file from its bytes; the number of frames is the header's.
-    seconds = stream.frames * stream.time_base if stream.frames else (container.duration or 0) / 1e6
-    slack = end / max(len(packets), 1) / 2  # half a frame, since times are rounded
-    if end + slack < seconds or not seconds:
-        raise OSError(f"the video is cut off: it has {len(video):,} of {whole:,} bytes")
-
-
-def _starts(packets: list[_Packet]) -> dict[int, int]:
-    """Index of a shown frame -> place of its packet, for keyframes that divide the frames in time.
-
-    Decoding may begin there: no frame that is decoded later is shown earlier. The first packet always counts.
-    """
-    starts = {0: 0}
-    times = [packet.data.pts for packet in packets]
-    if any(time is None for time in times):
-        return starts
-    latest_before = np.maximum.accumulate(times)
-    earliest_after = np.minimum.accumulate(times[::-1])[::-1]
-    shown = 0
-    for place, packet in enumerate(packets):
-        divides = place and latest_before[place - 1] < times[place] == earliest_after[place]
-        if divides and packet.shown and packet.data.is_keyframe:
-            starts[shown] = place
-        shown += packet.shown
-    return starts
-
-
-def _frames(context, packets: list[_Packet], wanted: list[int], side: int) -> dict[int, np.ndarray]:
-    """Decodes the parts between two `_starts` that hold wanted frames, each up to the last of them.
+def _frames(context, packets: list[Packet], wanted: list[int], side: int) -> dict[int, np.ndarray]:
+    """Decodes the parts between two `starts` that hold wanted frames, each up to the last of them.
 
     Args:
       wanted: indices of shown frames, ascending.
@@ -233,14 +178,14 @@ def _frames(context, packets: list[_Packet], wanted: list[int], side: int) -> di
     Raises:
       OSError: no frame can be decoded.
     """
-    starts = _starts(packets)
-    keys = sorted(starts)
-    ends = [*(starts[key] for key in keys[1:]), len(packets)]
+    places = starts(packets)
+    keys = sorted(places)
+    ends = [*(places[key] for key in keys[1:]), len(packets)]
     frames: dict[int, np.ndarray] = {}
     for part, indices in itertools.groupby(wanted, lambda index: bisect.bisect(keys, index) - 1):
         needed, shown, last = set(indices), keys[part], None
         context.flush_buffers()
-        encoded = (packet.data for packet in packets[starts[keys[part]] : ends[part]])
+        encoded = (packet.data for packet in packets[places[keys[part]] : ends[part]])
         for packet in itertools.chain(encoded, [None]):  # None: the decoder gives the frames that it holds back
             for last in context.decode(packet):
                 if shown in needed:

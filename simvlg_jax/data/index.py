@@ -3,8 +3,8 @@
 An index is one Arrow file. It is mapped into memory, so opening ten million records takes under a second, and texts are
 read without the pictures. The columns are id, texts (captions, or the answers to a question) and question, which is
 null for captions. Pictures in ArrayRecord files have the same order as the rows. For pictures in tars, the columns tar
-(a number into `Index.tars`), offset and size (bytes) say where the encoded picture is. The columns group, choices and
-correct are the fields of `Extras`; older indexes lack them.
+(a number into `Index.tars`), offset and size (bytes) say where the encoded picture is. The columns group, choices,
+correct and reverse_caption are the fields of `Extras`; older indexes lack them.
 """
 
 import hashlib
@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         "group": pa.string(),
         "choices": pa.list_(pa.string()),
         "correct": pa.int32(),
+        "reverse_caption": pa.string(),
     }
 )
 OPTIONAL = Extras._fields  # columns that older indexes lack, the last ones
@@ -64,10 +65,11 @@ class Row(NamedTuple):
     group: str | None = None
     choices: Sequence[str] | None = None
     correct: int | None = None
+    reverse_caption: str | None = None
 
     @property
     def extras(self) -> Extras:
-        return Extras(self.group, tuple(self.choices or ()), self.correct)
+        return Extras(self.group, tuple(self.choices or ()), self.correct, self.reverse_caption)
 
 
 def write_index(path: epath.PathLike, rows: Iterable[Row], *, media: str = "image", tars: Sequence[Tar] = ()) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from simvlg_jax.data import transforms
+from simvlg_jax.data import clips, transforms
 from simvlg_jax.data.batch import Batch
 from simvlg_jax.data.skipped import reason
 from simvlg_jax.data.sources import Source
@@ -21,7 +21,7 @@ MAX_RECORDS = 2000  # that are read for statistics, at equal distances
 
 
 class Picture(NamedTuple):
-    """Of an encoded picture: format, pixels and bytes. A video has no width and height here."""
+    """Of an encoded picture or video: format (of a video the codec), pixels and bytes."""
 
     format: str
     width: int
@@ -52,14 +52,16 @@ class Statistics:
     dead: Counter[str] = field(default_factory=Counter)
 
 
-def describe(source: Source, encoder: TextEncoder, max_records: int = MAX_RECORDS) -> Statistics:
-    """Reads records at equal distances, and of their pictures the headers only."""
+def describe(
+    source: Source, encoder: TextEncoder, max_records: int = MAX_RECORDS, *, videos: bool = False
+) -> Statistics:
+    """Reads records at equal distances, and of their pictures or videos the headers only."""
     places = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_records)).astype(int))
     found = Statistics(len(source), len(places))
     for place in places.tolist():
         try:
             record = source[place]
-            found.pictures.append(_picture(record["image"]))
+            found.pictures.append((_video if videos else _picture)(record["image"]))
         except transforms.UNREADABLE as error:
             found.dead[reason(error)] += 1
             continue
@@ -74,6 +76,10 @@ def _picture(image: bytes | np.ndarray) -> Picture:
         return Picture("pixels", image.shape[1], image.shape[0], image.nbytes)
     with Image.open(io.BytesIO(image)) as picture:
         return Picture(picture.format or "", picture.width, picture.height, len(image))
+
+
+def _video(video: bytes) -> Picture:
+    return Picture(*clips.header(video), len(video))
 
 
 def histogram(values: list[int], bars: int = 32) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ from simvlg_jax.config.defaults import get_eval
 from simvlg_jax.evaluation.captioning import Captioning
 from simvlg_jax.evaluation.choices import Choices
 from simvlg_jax.evaluation.evaluator import Evaluator
+from simvlg_jax.evaluation.order import Order
 from simvlg_jax.evaluation.questions import Questions
 from simvlg_jax.evaluation.retrieval import Retrieval
 from simvlg_jax.tasks.task import Task
@@ -16,6 +17,7 @@ from simvlg_jax.utils.errors import UserError
 EVALUATORS = {
     "captioning": Captioning,
     "choices": Choices,
+    "order": Order,
     "questions": Questions,
     "retrieval": Retrieval,
 }

@@ -70,7 +70,7 @@ def restore_run(
       UserError: there is no such checkpoint, or the model writes no captions. Reading the parameters raises it if the
         checkpoint is damaged or the frozen weights differ from those of the training.
     """
-    exported = (workdir / WEIGHTS).exists()
+    exported, config = (workdir / WEIGHTS).exists(), _without_pformer(config)
     floats = _with_floats(config) if unquantized and config.frozen_dtype == "int8" else None
     if exported:
         config = (floats or config).copy_and_resolve_references()
@@ -112,6 +112,16 @@ def _mean(restore: Callable[[int], dict], steps: Sequence[int]) -> dict:
     for step in steps[1:]:
         total = jax.tree.map(jnp.add, total, restore(step))
     return jax.tree.map(lambda x: x / len(steps), total) if len(steps) > 1 else total
+
+
+def _without_pformer(config: ConfigDict) -> ConfigDict:
+    """Returns the config of a captioner without the P-Former, which is for training alone."""
+    if not (config.task == "caption" and config.train.align):
+        return config
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.train.align = 0.0
+    return copy
 
 
 def _with_floats(config: ConfigDict) -> ConfigDict:

@@ -155,9 +155,11 @@ def _fingerprint(settings: Settings, plan: Plan, kind: str) -> str:
     options += ["unlabelled"] * settings.unlabelled
     digest = hashlib.sha256(json.dumps([options, plan.roots, [repr(shard) for shard in plan.shards]]).encode())
     for entry in plan.entries:
-        # Without extras, so that data of a version that had none stay valid.
-        bare = isinstance(entry, Example) and entry.extras == NONE
-        digest.update(json.dumps(entry[:-1] if bare else entry).encode())
+        # Without extras that older versions lacked, so that their data stay valid.
+        if isinstance(entry, Example) and entry.extras.reverse_caption is None:
+            bare = entry.extras == NONE
+            entry = entry[:-1] if bare else (*entry[:-1], entry.extras[:-1])
+        digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
 

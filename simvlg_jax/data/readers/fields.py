@@ -20,6 +20,7 @@ ANSWER = ("answer", "answers", "direct_answers")
 IMAGE_ID, QUESTION_ID = ("image_id", "img_id", "video_id", "id"), ("question_id", "id")
 SPLIT = ("split",)
 GROUP = ("group", "domain")  # NoCaps: domain
+REVERSE = ("reverse_caption",)
 CHOICES, CORRECT = ("choices",), ("correct_choice_idx", "correct")  # A-OKVQA: correct_choice_idx
 ADDRESS = ("url", "image_url", "coco_url", "flickr_url", "contenturl")
 # Other names of splits: of Hugging Face, and of COCO-Karpathy.
@@ -111,10 +112,14 @@ def parse(row: Mapping[str, Any], unlabelled: bool = False) -> Fields:
 
 
 def _extras(row: Mapping[str, Any]) -> Extras:
-    """The right choice may be a number, which is its place. Raises Fault if there are choices that cannot be used."""
-    group, found = identifier(_value(row, GROUP)), _value(row, CHOICES)
+    """The right choice may be a number, which is its place. Raises Fault for texts that cannot be used."""
+    group, found, reverse = identifier(_value(row, GROUP)), _value(row, CHOICES), _value(row, REVERSE)
+    if reverse is not None:
+        if not isinstance(reverse, str):
+            raise Fault("wrong type")
+        reverse = texts.checked(reverse, "reverse_caption")
     if found is None or found == []:
-        return Extras(group)
+        return Extras(group, reverse_caption=reverse)
     choices = tuple(texts.checked(text, "choice") for text in texts.as_list(found, "choice"))
     places = (row.get(name) for name in (*CORRECT, *ANSWER))
     correct = next((place for place in map(_whole, places) if place is not None), None)
@@ -122,7 +127,7 @@ def _extras(row: Mapping[str, Any]) -> Extras:
         correct = None
     if correct is not None and correct >= len(choices):
         raise Fault("no such choice")
-    return Extras(group, choices, correct)
+    return Extras(group, choices, correct, reverse)
 
 
 def _whole(value: Any) -> int | None:

@@ -12,7 +12,7 @@ from simvlg_jax.data.readers import fields, paths
 ROWS = 16  # read at a time, since each may hold a large picture
 COLUMNS = (
     *(*fields.IMAGE, *fields.VIDEO, *fields.CAPTION, *fields.QUESTION, *fields.ANSWER, *fields.SPLIT),
-    *(*fields.GROUP, *fields.CHOICES, *fields.CORRECT),
+    *(*fields.GROUP, *fields.CHOICES, *fields.CORRECT, *fields.REVERSE),
 )
 DAMAGED = (OSError, pa.ArrowException, ValueError, MemoryError)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from simvlg_jax.config.saved import read_config
 from simvlg_jax.data.batch import Pictures
-from simvlg_jax.data.clips import codec_of
+from simvlg_jax.data.clips import header
 from simvlg_jax.data.pictures import squashed
 from simvlg_jax.data.sources import load_source, name_of
 from simvlg_jax.data.transforms import UNREADABLE
@@ -21,6 +21,7 @@ from simvlg_jax.utils.errors import UserError, warn
 SIDE = 96
 LARGEST_PNG = 12_000  # bytes
 LARGEST_VIDEO = 120_000  # bytes of a clip that a page holds as it is
+BROWSERS_SHOW = ("h264", "vp8", "vp9", "av1", "libdav1d")  # names of FFmpeg's decoders
 
 
 def picture_text(pixels: np.ndarray) -> str:
@@ -53,7 +54,11 @@ def video_url(video: object) -> str | None:
     if not isinstance(video, bytes) or len(video) > LARGEST_VIDEO:
         return None
     kind = "mp4" if video[4:8] == b"ftyp" else "webm" if video[:4] == b"\x1aE\xdf\xa3" else None
-    if kind is None or codec_of(video) not in ("h264", "vp8", "vp9", "av1"):
+    try:
+        codec = header(video)[0] if kind else None
+    except OSError:
+        return None
+    if codec not in BROWSERS_SHOW:
         return None
     return f"data:video/{kind};base64,{base64.b64encode(video).decode()}"
 

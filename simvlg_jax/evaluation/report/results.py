@@ -88,6 +88,8 @@ def _split(path: Path) -> dict:
         "ratio": score / control if score is not None and control else None,
         "scores": scores,
         "shuffled": shuffled,
+        # (name, number of examples, headline score) of each
+        "groups": [(name, own["num_examples"], own[headline]) for name, own in results.get("groups", {}).items()],
         "beside": [key for key in scores if key in ("BLEU-4", "ROUGE-L") or (kind != "captioning" and key != headline)],
         "gallery": [
             _card(example, headline, place) for place, example in enumerate(e for e in examples if "image" in e)
