@@ -1,10 +1,11 @@
-"""Captions pictures, or answers a question about each. Gives one JSON line per picture, in the given order.
+"""Captions pictures or clips, or answers a question about each. Gives one JSON line for each, in the given order.
 
     python -m simvlg_jax.caption --example picture.png folder/
     python -m simvlg_jax.caption --workdir runs/openmoji --prompt "a" picture.png
     python -m simvlg_jax.caption --workdir runs/openmoji --config.evaluate.num_beams=5 picture.png
     python -m simvlg_jax.caption --workdir runs/vqa --question "what colour is it?" picture.png
     python -m simvlg_jax.caption --workdir runs/openmoji --output captions.jsonl folder/
+    python -m simvlg_jax.caption --workdir runs/msrvtt clip.mp4
 
 The lines, {"image": ..., "caption": ...} or {"image": ..., "question": ..., "answer": ...}, go to standard output. With
 `evaluate.num_captions` above 1, "captions" or "answers" has all texts (samples, or the best beams). The line of an
@@ -14,6 +15,9 @@ With --output they go to a file, each picture once. The same command goes on aft
 result of an uninterrupted one. FILE.settings.json beside the file has the model and the settings that it is of; other
 ones are refused.
 
+A model of clips (`data.frames` above 0) takes evenly spread frames of a video, and a picture as a clip that stands
+still.
+
 `--example` uses the checkpoint that comes with the package.
 """
 
@@ -22,18 +26,22 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simvlg_jax.config.arguments import add_cache_argument, add_checkpoint_argument, add_model_arguments, model_folder
 from simvlg_jax.config.check import flat_keys
+from simvlg_jax.config.load import override
+from simvlg_jax.config.saved import read_config
 from simvlg_jax.utils.errors import UserError, run_verb
 from simvlg_jax.utils.lines import Lines, json_line
 
 if TYPE_CHECKING:
     import numpy as np
+    from ml_collections import ConfigDict
 
+    from simvlg_jax.data.batch import Pictures
     from simvlg_jax.evaluation.caption_model import CaptionModel
     from simvlg_jax.training.restore import Run
 
@@ -46,9 +54,11 @@ KEYS = (
     "frozen_dtype",
     "frozen_compute",
     "vit.",
+    "video.",
     "connector.",
     "llm.",
     "evaluate.",
+    "data.frames",
     "data.prompt",
     "data.clean",
 )
@@ -56,9 +66,10 @@ KEYS = (
 
 def main() -> int:
     arguments, overrides = parse()
-    pictures = list(itertools.chain.from_iterable(map(expand, arguments.pictures)))
+    suffixes = suffixes_of(override(read_config(model_folder(arguments)), overrides))
+    pictures = list(itertools.chain.from_iterable(expand(path, suffixes) for path in arguments.pictures))
     if not pictures:
-        raise UserError(f"no pictures in {', '.join(map(str, arguments.pictures))} ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"no pictures in {', '.join(map(str, arguments.pictures))} ({', '.join(sorted(suffixes))})")
     if not any(path.exists() for path in pictures):
         raise UserError(f"no such file or folder: {', '.join(map(str, pictures[:5]))}")
     arguments.batch_size = min(arguments.batch_size, len(pictures))  # a batch is filled up, which takes its time
@@ -97,7 +108,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     which.add_argument("--question", help="is answered for each picture; the model must be trained on questions")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="default: standard output")
-    parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
+    parser.add_argument("pictures", nargs="+", type=Path, help="pictures or clips: files, or folders of them")
     arguments, rest = parser.parse_known_args()
     overrides = [given for given in rest if given.startswith("--config.")]
     if unknown := [given for given in rest if given not in overrides]:
@@ -109,10 +120,17 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
-def expand(path: Path) -> list[Path]:
-    """Returns the sorted pictures of a folder, including subfolders; any other path unchanged."""
+def suffixes_of(config: "ConfigDict") -> set[str]:
+    """Returns the suffixes of what the model of a config takes from a folder."""
+    from simvlg_jax.data.pictures import VIDEO_SUFFIXES
+
+    return SUFFIXES.union(VIDEO_SUFFIXES if config.data.frames else ())
+
+
+def expand(path: Path, suffixes: Collection[str]) -> list[Path]:
+    """Returns the sorted files of a folder with these suffixes, including subfolders; any other path unchanged."""
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     return [path]
 
 
@@ -150,7 +168,7 @@ def write(
     with Announcer(say).first("reading and compiling the model"):
         model = read_weights(run, overrides, size, arguments.prompt, arguments.question)
     shown = arguments.output is not None or not sys.stdout.isatty()  # else the bar would be between the lines
-    read = functools.partial(read_or_explain, side=run.task.batch.pictures.side)
+    read = functools.partial(read_or_explain, shape=run.task.batch.pictures)
     failed = 0
     with contextlib.ExitStack() as stack:
         images = stack.enter_context(contextlib.closing(map_ahead(read, paths, THREADS, 2 * size)))
@@ -165,13 +183,13 @@ def write(
     return failed
 
 
-def read_or_explain(path: Path, side: int) -> "np.ndarray | str":
-    """Returns the picture as the model sees it, (side, side, 3) uint8, or why it cannot be read."""
+def read_or_explain(path: Path, shape: "Pictures") -> "np.ndarray | str":
+    """Returns the picture or clip as the model sees it, see `read_visual`, or why it cannot be read."""
     from simvlg_jax.data import transforms
-    from simvlg_jax.data.pictures import squashed
+    from simvlg_jax.data.pictures import read_visual
 
     try:
-        return squashed(transforms.decode(transforms.read(path)), side)
+        return read_visual(path, shape)
     except FileNotFoundError:
         return "no such file or folder"
     except transforms.UNREADABLE as error:

@@ -10,11 +10,12 @@ from preparing import write_json
 
 from simvlg_jax.config import defaults
 from simvlg_jax.config.load import load_config
+from simvlg_jax.data.batch import Pictures
 from simvlg_jax.data.batching import pad
+from simvlg_jax.data.pictures import read_picture
 from simvlg_jax.data.sources import RecordInfo
 from simvlg_jax.data.text import IGNORE
 from simvlg_jax.decoding.settings import Decoding
-from simvlg_jax.evaluation.caption_model import read_picture
 from simvlg_jax.evaluation.captioner import Captioner
 from simvlg_jax.evaluation.choices import RANKINGS, common_choices
 from simvlg_jax.evaluation.evaluators import make_evaluator
@@ -188,7 +189,7 @@ def test_evaluation_chooses_the_likeliest(tmp_path):
         rows.append(row | {"correct": n % 2, "answer": texts[n % 3][n % 2]})
     run_prepare(tmp_path / "data", write_json(tmp_path / "list", rows, 4), split="val")
     config, task, params = build("data.name=prepared", f"data.path={tmp_path / 'data'}")
-    pictures = [read_picture(tmp_path / "list" / f"{n % 4}.png", 32) for n in range(10)]
+    pictures = [read_picture(tmp_path / "list" / f"{n % 4}.png", Pictures(32)) for n in range(10)]
     likelihood = Likelihood(task.model, task.batch.texts["caption"].encoder, 64)
 
     def nats(pictures, ask):

@@ -14,6 +14,7 @@ from simvlg_jax.convert import encoders, siglip, stacking
 from simvlg_jax.huggingface import export
 from simvlg_jax.models.connectors.tomeformer import TomeFormer, build_tomeformer
 from simvlg_jax.models.contrastive import unit
+from simvlg_jax.models.encoders.frames import Frames
 from simvlg_jax.models.encoders.siglip import SIGLIP_SIZES, Siglip
 from simvlg_jax.models.llms.llama import LLAMA_SIZES, Llama
 from simvlg_jax.models.simvlg import SimVLG
@@ -160,7 +161,8 @@ def test_what_cannot_be_built_or_exported_says_so(tmp_path):
     with pytest.raises(UserError, match="class token"):
         export.write_hf(tmp_path, model, {}, None, config)
     with pytest.raises(ValueError, match="512 tokens at most, and the vision encoder gives 729"):
-        build_tomeformer(config.connector, Siglip(**SIGLIP_SIZES["siglip_so400m14_384"]), jnp.float32)
+        vit = Siglip(**SIGLIP_SIZES["siglip_so400m14_384"])
+        build_tomeformer(config.connector, Frames().seen(vit), jnp.float32)
     config = ConfigDict({"vit": {"size": "siglip_b16"}, "dtype": "float32"})
     with pytest.raises(UserError, match=r"vit\.size is 'siglip_b16'; it takes .*'clip_l'.*'siglip_b16_224'"):
         build.build_vit(config)

@@ -115,20 +115,52 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
 def test_captions_are_the_same_whatever_the_parts(flags, tmp_path):
     config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in (*flags, "evaluate.max_new_tokens=12")])
     task = build_task(config)
-    rng = np.random.default_rng(0)
-    abstract = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
-    params = {path: rng.normal(path[-1] == "scale", 0.3, x.shape).astype(np.float32) for path, x in abstract.items()}
-    params = traverse_util.unflatten_dict(params)
+    params = random_params(task)
     hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
     back = evlgen.from_evlgen(task.model, load_file(tmp_path / "model.safetensors"))
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    images = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    assert_same_captions(task, params, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["vit.temporal=True", "vit.max_frames=5"],
+        ["video.frames_as=joined", "video.max_frames=4", "connector.tokens=18"],
+        ["video.frames_as=pooled", "video.max_frames=6"],
+        ["video.frames_as=merged", "video.tokens=24", "video.max_frames=4"],
+        ["video.frames_as=merged", "connector.type=perceiver", "connector.queries=5"],
+    ],
+)
+def test_captions_of_clips_are_the_same_however_frames_are_joined(flags, tmp_path):
+    flags = ["data.frames=4", "evaluate.max_new_tokens=12", *flags]
+    config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
+    task = build_task(config)
+    params = random_params(task)
+    hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
+    assert_same_captions(task, params, tmp_path)
+
+
+def random_params(task) -> dict:
+    rng = np.random.default_rng(0)
+    abstract = traverse_util.flatten_dict(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    params = {path: rng.normal(path[-1] == "scale", 0.3, x.shape).astype(np.float32) for path, x in abstract.items()}
+    return traverse_util.unflatten_dict(params)
+
+
+def assert_same_captions(task, params: dict, folder: Path) -> None:
+    """The exported model writes the captions of the model, of 20 random pictures or clips."""
+    images = np.random.default_rng(1).integers(0, 256, task.batch.pictures.shape(20), dtype=np.uint8)
     captioner = Captioner(task.model, task.batch.texts["caption"].encoder, Decoding(max_new_tokens=12))
     ours = np.asarray(captioner(params, jnp.asarray(images)).ids)[:, 0]
-    pixels = torch.from_numpy(np.array(task.model.vit.normalize(images)).transpose(0, 3, 1, 2))
-    theirs = load_exported(tmp_path).generate(pixels).numpy()
+    exported = load_exported(folder)
+    pixels = torch.from_numpy(np.moveaxis(np.array(task.model.vit.normalize(images)), -1, 1))
+    theirs = exported.generate(pixels).numpy()
     assert np.array_equal(ours[:, : theirs.shape[1]], theirs)
     assert len(np.unique(ours, axis=0)) > 5
+    prefix = task.model.apply({"params": params}, images, method="encode_image").prefix
+    with torch.no_grad():
+        assert golden_numbers.relative(exported.soft_prompt(pixels).numpy(), prefix) < 1e-4
 
 
 def test_start_before_the_prompt_gives_the_same_loss(tiny_run, tmp_path):

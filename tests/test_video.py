@@ -1,13 +1,24 @@
 """Video: the temporal merge equals its definition; what it distinguishes before and after training; what is trained."""
 
+from pathlib import Path
+
 import flax.linen as nn
+import golden_numbers
 import jax
 import numpy as np
 import pytest
+from first_step import first_step
 
 from simvlg_jax.config.load import load_config
+from simvlg_jax.convert import evlgen
+from simvlg_jax.evaluation.cost import visual_tokens
+from simvlg_jax.evaluation.gallery import explainer
+from simvlg_jax.models.bert import BERT_SIZES
+from simvlg_jax.models.encoders import temporal_merge
 from simvlg_jax.models.encoders.temporal_merge import TemporalMerge
 from simvlg_jax.models.encoders.vit import VIT_SIZES, ViT
+from simvlg_jax.models.llms.opt import OPT_SIZES, POSITION_OFFSET
+from simvlg_jax.recipes import finetune_video
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
@@ -87,6 +98,22 @@ def test_published_video_model_trains_what_was_published():
     assert counts == {False: 88_504_320, True: 116_639_271}
 
 
+@pytest.mark.parametrize("frames", finetune_video.FRAMES)
+def test_recipes_of_clips_give_the_language_model_the_tokens_of_a_picture(frames):
+    config = load_config(f"configs/finetune_video.py:data=msvd,frames={frames}", [])
+    task = build_task(config)
+    params = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    assert visual_tokens(task, params) == 29 and task.batch.pictures.frames == (16 if frames == "merged" else 4)
+    trained = sum(x.size for x in jax.tree.leaves(partition.split(params, task.is_trained)[0]))
+    assert trained == 88_504_320 + {"temporal": 39 * 721_409, "merged": 16 * 1408}.get(frames, 0)
+    questions = load_config(f"configs/finetune_video.py:data=msrvtt_qa,frames={frames}", [])
+    assert (questions.evals.test.type, config.evals.test.type, questions.data.path) == (
+        "questions",
+        "",
+        "data/msrvtt_qa",
+    )
+
+
 def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
     overrides = ["vit.temporal=True", "vit.max_frames=2", "llm.size=opt_tiny", "llm.start_is_target=True"]
     config = load_config("configs/tiny.py", [f"--config.{o}" for o in (*overrides, "mesh.data=1", "train.steps=2")])
@@ -102,3 +129,62 @@ def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
     assert fingerprint(trainer.frozen) == frozen
     assert (after["vit"]["blocks"]["temporal_merge"]["alpha"] != 0).all()
     assert (after["vit"]["temporal_position"] != 0).any()
+
+
+def test_a_training_step_takes_the_published_loss_and_gradients(monkeypatch):
+    """The golden numbers through everything that training uses: weights read by name, the task, the compiled step."""
+    golden = Path(__file__).parent / "golden"
+    sizes, tensors, arrays = golden_numbers.read_model(golden, "video_opt")
+    table = tensors["opt_model.model.decoder.embed_positions.weight"]
+    v, c, lm = sizes["vit"], sizes["connector"], sizes["lm"]
+    hidden = int(v["dim"] * v["mlp"])
+    vit = dict(image_size=v["img"], patch_size=v["patch"], width=v["dim"], num_heads=v["heads"], mlp_dim=hidden)
+    monkeypatch.setitem(VIT_SIZES, "golden", vit | dict(depth=v["depth"]))
+    monkeypatch.setitem(BERT_SIZES, "golden", dict(width=c["dim"], depth=c["layers"], num_heads=c["heads"]))
+    llm = dict(width=lm["dim"], depth=lm["layers"], num_heads=lm["heads"], ffn=4 * lm["dim"], vocab_size=lm["vocab"])
+    monkeypatch.setitem(OPT_SIZES, "opt_golden", llm | dict(max_positions=len(table) - POSITION_OFFSET))
+    flags = ["vit.size=golden", "vit.temporal=True", "vit.remat=True", "data.frames=4", "connector.size=golden"]
+    flags += ["connector.merges=()", f"connector.r={c['r']}", "connector.dropout=0.0", "llm.size=opt_golden"]
+    flags += ["mesh.data=1", "train.batch_size=2", f"train.init_from={golden}/video_opt.safetensors"]
+    config = load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags])
+    task = build_task(config)
+    loaded = task.load_pretrained(nn.unbox(jax.eval_shape(task.init, jax.random.key(0))))
+    params = partition.split(jax.tree.map(np.asarray, loaded), task.is_trained)
+
+    def batch(task) -> dict:
+        text = {f"caption_{name}": arrays[name].astype(np.int32) for name in ("ids", "mask", "targets")}
+        return {"image": np.moveaxis(arrays["image"], 1, -1), "weight": np.ones(2, np.float32), **text}
+
+    loss, moments, _ = first_step(config, batch, params)
+    assert loss == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    gradients = evlgen.to_evlgen(task.model, jax.tree.map(lambda x: x / (1 - config.optimizer.b1), moments))
+    expected = {name.removeprefix("grad/"): x for name, x in arrays.items() if name.startswith("grad/")}
+    assert sum("temporal_merge" in name for name in expected) == 3 * 5
+    for name, x in gradients.items():
+        if not name.endswith("key.bias"):  # exactly zero here, rounding noise in PyTorch
+            assert golden_numbers.relative(x, expected[name]) < 1e-4, name
+    assert set(gradients) == set(expected)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_frames_share_the_attention_and_those_of_a_still_clip_equally(scan):
+    flags = ["vit.temporal=True", "data.frames=4", f"vit.scan={scan}"]
+    task = build_task(load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags]))
+    texts = (np.ones((2, 3), np.int32),) * 3
+    params = random_params(task.model, CLIPS, *texts[:2])
+    clips = np.random.default_rng(1).integers(0, 256, (2, 4, 32, 32, 3), dtype=np.uint8)
+    drawn = explainer(task.model)(params, clips, *texts)[2]
+    assert drawn.shape == (2, 4)
+    np.testing.assert_allclose(drawn.sum(1), 1, rtol=1e-5)
+    assert drawn.std() > 1e-3
+    still = explainer(task.model)(params, clips[:, :1].repeat(4, 1), *texts)[2]
+    np.testing.assert_allclose(still, 0.25, rtol=1e-4)
+
+
+def test_drawn_attention_by_loops():
+    query, key = np.random.default_rng(2).normal(size=(2, 3, 4, 2, 5)).astype(np.float32)  # (X, F, N, H)
+    shares = np.zeros((3, 4))
+    for place, asking, head in np.ndindex(3, 4, 2):
+        scores = np.exp([0.3 * query[place, asking, head] @ key[place, frame, head] for frame in range(4)])
+        shares[place] += scores / scores.sum() / 8
+    np.testing.assert_allclose(temporal_merge.drawn(query, key, 0.3), shares, rtol=1e-5)

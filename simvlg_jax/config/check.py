@@ -19,6 +19,8 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "vit.max_frames": ZERO_UP,
     "vit.r": ZERO_UP,
     "vit.tokens": ZERO_UP,
+    "video.tokens": ZERO_UP,
+    "video.max_frames": ZERO_UP,
     "connector.queries": ONE_UP,
     "connector.r": ZERO_UP,
     "connector.inflect": (-1, 1),
@@ -159,16 +161,34 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     for key in ("r", "tokens"):
         if config.vit[key] and config.vit.temporal:
             raise UserError(f"vit.{key} is for pictures, and vit.temporal=True for clips: set vit.{key}=0", 2)
+        if config.vit[key] and config.data.frames:
+            raise UserError(f"vit.{key} is for pictures, and data.frames for clips: set vit.{key}=0", 2)
         if config.vit[key] and config.task not in ("caption", "scst"):
             raise UserError(f"vit.{key} is for the tasks caption and scst: the task {config.task} needs vit.{key}=0", 2)
-    if config.data.frames and not config.vit.temporal:
-        raise UserError("data.frames is for clips: it needs vit.temporal=True", 2)
-    if 0 < config.vit.max_frames < config.data.frames:
-        raise UserError(f"data.frames={config.data.frames} is more than vit.max_frames={config.vit.max_frames}", 2)
+    _check_video(config.video, config.data.frames, config.task)
+    for name in ("vit", "video"):
+        if 0 < config[name].max_frames < config.data.frames:
+            raise UserError(
+                f"data.frames={config.data.frames} is more than {name}.max_frames={config[name].max_frames}", 2
+            )
     if config.train.batch_size % config.train.accumulate:
         raise UserError("train.batch_size must be a multiple of train.accumulate", 2)
     if config.llm.start_first and config.llm.start_is_target:
         raise UserError("llm.start_first=True needs llm.start_is_target=False: the first token cannot be a target", 2)
+
+
+def _check_video(video: ConfigDict, frames: int, task: str) -> None:
+    """Raises UserError (status 2) for keys of clips that mean nothing."""
+    if frames and task not in ("caption", "scst"):
+        raise UserError(f"data.frames is for the tasks caption and scst: the task {task} needs data.frames=0", 2)
+    if video.frames_as != "mean" and not frames:
+        raise UserError(f"video.frames_as={video.frames_as!r} is for clips: set data.frames", 2)
+    if video.tokens and video.frames_as != "merged":
+        raise UserError("video.tokens is for video.frames_as='merged': set it to 0", 2)
+    if video.max_frames and video.frames_as == "mean":
+        raise UserError(
+            "the mean of frames has no order: set video.max_frames=0, or vit.temporal and vit.max_frames", 2
+        )
 
 
 # Keys of config.data that are of the whole pipeline, not of a source of the training data.

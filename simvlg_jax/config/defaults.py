@@ -48,14 +48,21 @@ def get_config() -> ConfigDict:
     # "": random weights.
     config.vit.weights = ""
     config.vit.train = False  # caption task only: train the ViT too instead of freezing it
-    config.vit.temporal = False  # clips instead of pictures: tokens merge softly across frames in every block
-    config.vit.max_frames = 0  # number of frames with learned temporal positions; published: 0
+    config.vit.temporal = False  # clips: tokens merge softly across frames in every block
+    config.vit.max_frames = 0  # with vit.temporal: number of frames with learned temporal positions; published: 0
     # Tokens of a picture that every block of the ViT merges away, without training (ToMe, arXiv 2210.09461); 0: none.
     # Every layer of the connector leaves as many as without that, so its first layers merge fewer tokens, or none.
     config.vit.r = 0
     config.vit.tokens = 0  # above 0: tokens of a picture that the ViT's evenly spread merges leave, replaces r
     config.vit.scan = True  # one scanned block compiles faster; unrolled blocks run faster on a CPU
     config.vit.remat = False  # recompute activations in the backward pass
+
+    config.video = ConfigDict()  # clips: how the tokens of their frames become those of the connector
+    # A key of models.encoders.frames.WAYS: "mean" of the frames (published, with vit.temporal), "joined": all of them,
+    # "pooled": the means over time and the means over space, "merged": similar tokens of neighbouring frames merge.
+    config.video.frames_as = "mean"
+    config.video.tokens = 0  # "merged": number of patch tokens that are left of a clip; 0: as many as a frame has
+    config.video.max_frames = 0  # not "mean": number of frames with learned positions after the ViT, zero at first
 
     config.connector = ConfigDict()
     config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS

@@ -25,7 +25,7 @@ FREE = (  # prefixes of keys that may change when a run resumes: durations, inte
     "data.allow_outside",
     "data.max_skipped",
 )
-# The weights fit any schedule of merges.
+# The weights fit any schedule of merges, and any way to join frames.
 CONNECTOR_MERGING = (
     "connector.merges",
     "connector.r",
@@ -33,7 +33,7 @@ CONNECTOR_MERGING = (
     "connector.tokens",
     "connector.budgets",
 )
-MERGING = (*CONNECTOR_MERGING, "vit.r", "vit.tokens")
+MERGING = (*CONNECTOR_MERGING, "vit.r", "vit.tokens", "video.frames_as", "video.tokens")
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -93,7 +93,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 def is_of_model(key: str) -> bool:
     """Returns whether a key defines the weights, and not where they come from or how the model is run."""
     free = (".weights", ".tokenizer", ".dropout", ".remat")
-    of_part = key.startswith(("task", "vit.", "connector.", "llm.", "sentence_encoder."))
+    of_part = key.startswith(("task", "vit.", "video.", "connector.", "llm.", "sentence_encoder."))
     return of_part and not key.endswith(free) and key not in MERGING
 
 

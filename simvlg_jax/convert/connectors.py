@@ -12,7 +12,7 @@ from simvlg_jax.models.connectors.mlp import MlpConnector, build_mlp, build_pool
 from simvlg_jax.models.connectors.perceiver import Perceiver, build_perceiver
 from simvlg_jax.models.connectors.qformer import QFormer, build_qformer
 from simvlg_jax.models.connectors.tomeformer import TomeFormer, build_tomeformer
-from simvlg_jax.models.encoders.vit import ViT
+from simvlg_jax.models.encoders.frames import VisualTokens
 
 
 class ConnectorKind(NamedTuple):
@@ -20,8 +20,8 @@ class ConnectorKind(NamedTuple):
 
     Attributes:
       module: its Linen module. Entries of one module have the same rows.
-      build: (a config's `connector`, the vision encoder, compute dtype) -> the module. Raises ValueError if the config
-        does not fit.
+      build: (a config's `connector`, the tokens that it gets, compute dtype) -> the module. Raises ValueError if the
+        config does not fit.
       rows: module -> a row for each parameter, with its name in a published checkpoint of the whole model.
       load: (`connector.weights`, the module) -> {"connector": its first parameters}, and other modules that the file
         has.
@@ -30,7 +30,7 @@ class ConnectorKind(NamedTuple):
     """
 
     module: type[Connector]
-    build: Callable[[Mapping, ViT, DTypeLike], Connector]
+    build: Callable[[Mapping, VisualTokens, DTypeLike], Connector]
     rows: Callable[[Connector], list[Row]]
     load: Callable[[str, Connector], dict]
     absent: Collection[str] = ()

@@ -92,13 +92,15 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
     It can be traced: `jax.eval_shape` gives names and shapes of a model that is too big for this machine.
 
     Raises:
-      UserError: the model has temporal positions, which the published model lacks.
+      UserError: the model has positions of frames, which the published model lacks.
     """
     tensors: Tensors = {}
+    if "frame_position" in params:
+        raise UserError("the published model has no positions of frames (video.max_frames): use --format hf")
     if "vit" in params:
         flat = traverse_util.flatten_dict(params["vit"])
         if ("temporal_position",) in flat:
-            raise UserError("the published video model has no temporal positions (vit.max_frames), so none are written")
+            raise UserError("the published model has no temporal positions (vit.max_frames): use --format hf")
         temporal = {path: x for path, x in flat.items() if "temporal_merge" in path}
         image = {path: x for path, x in flat.items() if path not in temporal}
         if temporal:

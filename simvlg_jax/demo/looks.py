@@ -38,7 +38,7 @@ class Looks:
       least, most: the numbers that its connector can merge down to.
       patches: number of patches of a picture.
       class_token: whether there is one more token, of no patch.
-      side: S, the pixels a side of the pictures that it sees.
+      shape: of the pictures or clips that it sees.
     """
 
     def __init__(self, model: CaptionModel):
@@ -50,7 +50,7 @@ class Looks:
             halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
             self.least = min(self.most, token_counts(vit.num_tokens, halving, connector.class_token)[-1])
         self.patches = vit.num_tokens - vit.class_token
-        self.side = model.task.batch.pictures.side
+        self.shape = model.task.batch.pictures
         self._models = {self.own: model}
         self._compiled: set[tuple] = set()
 

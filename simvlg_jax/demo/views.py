@@ -8,10 +8,11 @@ import numpy as np
 from markupsafe import escape
 
 from simvlg_jax.caption import read_or_explain
+from simvlg_jax.data.batch import Pictures
 from simvlg_jax.demo.looks import Looks, Say, Written
 from simvlg_jax.evaluation.report.merge_map import merge_map
 from simvlg_jax.evaluation.report.page import render
-from simvlg_jax.evaluation.report.pictures import picture_text
+from simvlg_jax.evaluation.report.pictures import picture_text, sheet_text
 from simvlg_jax.utils.errors import UserError
 
 NO_PICTURE, NO_QUESTION = "Drop a picture first.", "Write a question first."
@@ -32,7 +33,7 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
       tokens: number of visual tokens.
     """
     try:
-        image = _read(path, looks.side)
+        image = _read(path, looks.shape)
         shown = looks.caption(image, tokens, say)
     except UserError as error:
         return message(str(error)), {}
@@ -44,8 +45,8 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
         shown=shown,
         tried=[tried[key] for key in sorted(tried, reverse=True)],
         device=jax.devices()[0].device_kind,
-        image=picture_text(image),
-        drawing=merge_map(layers) if layers else None,
+        image=picture_text(image) if image.ndim == 3 else sheet_text(image),
+        drawing=merge_map(layers, len(image) if image.ndim == 4 else 1) if layers else None,
     )
     return html, tried
 
@@ -53,7 +54,7 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
 def answer(looks: Looks, path: str | None, question: str, tokens: int, say: Say) -> str:
     """Returns the answer to a question about a picture. Arguments as for `look`."""
     try:
-        image = _read(path, looks.side)
+        image = _read(path, looks.shape)
         if not question.strip():
             raise UserError(NO_QUESTION)
         written = looks.answer(image, question, tokens, say)
@@ -62,11 +63,11 @@ def answer(looks: Looks, path: str | None, question: str, tokens: int, say: Say)
     return draw("answer.html.j2", question=question, written=written)
 
 
-def _read(path: str | None, side: int) -> np.ndarray:
-    """Returns the picture as a model sees it, (S, S, 3) uint8. Raises UserError if it cannot be read."""
+def _read(path: str | None, shape: Pictures) -> np.ndarray:
+    """Returns the picture or clip as a model sees it, see `read_visual`. Raises UserError if it cannot be read."""
     if not path:
         raise UserError(NO_PICTURE)
-    image = read_or_explain(Path(path), side)
+    image = read_or_explain(Path(path), shape)
     if isinstance(image, str):
         raise UserError(image[0].upper() + image[1:])
     return image

@@ -64,7 +64,8 @@ class CaptionModel:
         """Returns `evaluate.num_captions` captions of each picture, decoded by the settings of `config.evaluate`.
 
         Args:
-          pictures: file names, PIL images or uint8 arrays (H, W, 3) of any size, squashed to the model's square.
+          pictures: file names, PIL images or uint8 arrays (H, W, 3) of any size, squashed to the model's square. A
+            model of clips also takes videos and arrays (T, H, W, 3), see `pictures.read_visual`.
           prompt: words that the captions continue.
           batch_size: pictures per batch. The last batch is padded, so that the model compiles once.
           seed: of the draws, with `evaluate.do_sample`.
@@ -119,9 +120,9 @@ class CaptionModel:
         """
         from simvlg_jax.evaluation.likelihood import loglikelihood
 
-        side = self.task.batch.pictures.side
+        shape = self.task.batch.pictures
         prompts = [self._prompt] * len(texts) if questions is None else self._answer_prompts(questions)
-        requests = zip((read_picture(picture, side) for picture in pictures), prompts, texts, strict=True)
+        requests = zip((read_picture(picture, shape) for picture in pictures), prompts, texts, strict=True)
         return loglikelihood(self.task, self.params, list(requests), batch_size)
 
     def explain(self, picture: Picture, caption: str | None = None) -> "Explanation":
@@ -135,7 +136,7 @@ class CaptionModel:
         """
         from simvlg_jax.evaluation.explanation import explain
 
-        image = read_picture(picture, self.task.batch.pictures.side)
+        image = read_picture(picture, self.task.batch.pictures)
         caption = self.caption(image) if caption is None else caption
         return explain(self.task, self.params, image, caption, self._prompt)
 
@@ -174,8 +175,7 @@ class CaptionModel:
         Returns:
           What compiles it, see `Captioner.prepare`.
         """
-        side = self.task.batch.pictures.side
-        picture = [np.zeros((side, side, 3), np.uint8)]
+        picture = list(np.zeros(self.task.batch.pictures.shape(1), np.uint8))
         if question is None:
             return self._captioner.prepare(shapes, *self._batch(picture, self._caption_prompts(prompt, 1), batch_size))
         return self._answerer.prepare(shapes, *self._batch(picture, self._answer_prompts([question]), batch_size))
@@ -206,9 +206,9 @@ class CaptionModel:
         return texts
 
     def _batch(self, pictures: Sequence[Picture], prompts: list[str] | str | None, batch_size: int) -> tuple:
-        """Returns pictures (batch_size, S, S, 3), filled up with black ones, and the prompts for the captioner."""
-        side, blank = self.task.batch.pictures.side, batch_size - len(pictures)
-        images = np.stack([*(read_picture(p, side) for p in pictures), *np.zeros((blank, side, side, 3), np.uint8)])
+        """Returns pictures (batch_size, ...) as the model sees them, filled up with black ones, and the prompts."""
+        shape, blank = self.task.batch.pictures, batch_size - len(pictures)
+        images = np.stack([*(read_picture(p, shape) for p in pictures), *np.zeros(shape.shape(blank), np.uint8)])
         if isinstance(prompts, list):
             from simvlg_jax.data.batching import pad_prompts
 

@@ -47,7 +47,7 @@ class Captioner:
 
         Args:
           params: all parameters of the model.
-          images: (B, S, S, 3) uint8.
+          images: (B, S, S, 3) uint8, or clips (B, F, S, S, 3).
           prompt: words that the captions continue, or the ids and the mask of a prompt for each picture, (B, Q) int32,
             padded on the left, without the start token; default: the prompt of the config.
           seed: of the draws, where the settings ask for samples. Give each batch its own.

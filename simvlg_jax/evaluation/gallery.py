@@ -4,12 +4,14 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from simvlg_jax.data.text import IGNORE, TextEncoder
 from simvlg_jax.data.views import view_of
 from simvlg_jax.evaluation.evaluator import EvalData
-from simvlg_jax.evaluation.report.pictures import picture_text
+from simvlg_jax.evaluation.report.pictures import picture_text, sheet_text, video_url
 from simvlg_jax.parallel.collectives import gather
 from simvlg_jax.tasks.caption import PICTURE_AND_CAPTION
 from simvlg_jax.tasks.task import Task
@@ -36,29 +38,37 @@ class Gallery:
 
         Returns:
           index -> "image" (`picture_text`), "source_map" and "layers" (see `VisualOutput`; None and [] for
-          a connector without), and "tokens", [text, nats] of each target of the first reference.
+          a connector without), and "tokens", [text, nats] of each target of the first reference. Of a clip "image" is a
+          sheet of its "frames" (their number), source maps go through all of them, "video" is a URL or None, and
+          "attention" the share that each frame draws in a temporal ViT, or None.
         """
         chosen = np.random.default_rng(self._seed).permutation(len(indices))[:SIZE]
         chosen = sorted(indices[place] for place in chosen)
         shown: dict[int, dict] = {}
         for arrays in self._data.only(chosen):
-            maps, losses = self._explain(params, *(arrays[name] for name in PICTURE_AND_CAPTION))
+            maps, losses, drawn = self._explain(params, *(arrays[name] for name in PICTURE_AND_CAPTION))
             layers = [gather(layer).tolist() for layer in maps]  # L lists of (B, N)
+            attention = None if drawn is None else gather(drawn).round(4).tolist()  # (B, F)
             losses, targets = gather(losses), gather(arrays["caption_targets"])  # (B, L)
             for row, place in enumerate(gather(arrays["index"]).tolist()):
                 if place >= 0:
                     index = chosen[place]
                     own = [layer[row] for layer in layers]
                     shown[index] = {
-                        "image": self._picture(index),
+                        **self._picture(index),
                         "source_map": own[-1] if own else None,
                         "layers": own,
+                        "attention": attention and attention[row],
                         "tokens": by_token(self._encoder, targets[row], losses[row]),
                     }
         return shown
 
-    def _picture(self, index: int) -> str:
-        return picture_text(self._view.evaluate(self._data.source[index]))
+    def _picture(self, index: int) -> dict:
+        record = self._data.source[index]
+        pixels = self._view.evaluate(record)
+        if pixels.ndim == 3:
+            return {"image": picture_text(pixels)}
+        return {"image": sheet_text(pixels), "frames": len(pixels), "video": video_url(record["image"])}
 
 
 def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> list[list[str | float]]:
@@ -71,11 +81,17 @@ def by_token(encoder: TextEncoder, targets: np.ndarray, losses: np.ndarray) -> l
 def explainer(model):
     """A jitted `SimVLG.explain` of parameters and its arguments, shared by all that ask for the same model.
 
-    It returns the layers of the merge map alone, and not the features of the picture.
+    It returns the layers of the merge map alone, and not the features of the picture. Those of a clip go through all
+    frames. Then the nats of the targets, and of a temporal ViT the share of attention that each frame draws, (B, F),
+    the mean over blocks; else None.
     """
 
     def explain(params, *arguments):
-        visual, losses = model.apply({"params": params}, *arguments, method="explain")
-        return visual.layers, losses
+        out, inner = model.apply({"params": params}, *arguments, method="explain", mutable="intermediates")
+        visual, losses = out
+        layers = [model.frames.through(layer, model.vit.class_token) for layer in visual.layers]
+        flat = traverse_util.flatten_dict(inner.get("intermediates", {}))
+        drawn = [x[0].reshape(-1, *x[0].shape[-2:]) for path, x in flat.items() if path[-1] == "drawn"]
+        return layers, losses, jnp.concatenate(drawn).mean(0) if drawn else None
 
     return jax.jit(explain)

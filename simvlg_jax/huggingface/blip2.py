@@ -36,7 +36,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     """
     del config  # transformers' BLIP-2 reads no settings of decoding from its folder
     vit, family = model.vit, families.of_model(model.llm)
-    if encoders.of_model(vit) is not encoders.ENCODERS["eva"] or vit.temporal or any(vit.merges):
+    if encoders.of_model(vit) is not encoders.ENCODERS["eva"] or model.frames.count or any(vit.merges):
         raise UserError("transformers' BLIP-2 has EVA's vision encoder, for pictures, without merging: not exported")
     if model.start_first:
         raise UserError("transformers' BLIP-2 puts the picture before the start token, and llm.start_first=True after")

@@ -1,7 +1,7 @@
 """A folder that `transformers.AutoModel.from_pretrained(DIR, trust_remote_code=True)` loads, without JAX."""
 
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from simvlg_jax.utils.files import write_json
 MODELING = Path(__file__).parent / "modeling_simvlg.py"
 VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
-    *("key_bias", "patch_bias", "input_norm", "temporal"),
+    *("key_bias", "patch_bias", "input_norm", "temporal", "max_frames"),
 )
 LEFT_OUT = ("parent", "name", "dtype", "remat")  # fields of a module that PyTorch's has not
 DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")  # of Decoding
@@ -34,6 +34,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
         connector={"type": type(connector).__name__}
         | {field.name: getattr(connector, field.name) for field in fields(connector) if field.name not in LEFT_OUT},
+        frames=dict(asdict(model.frames), positions=model.max_frames),
         text_config={"model_type": family.hf_type} | family.hf_config(model.llm),
         start_token_id=text.prefix[0],
         prompt_ids=list(text.prefix[1:]),
@@ -43,6 +44,18 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         **{name: config.evaluate[name] for name in DECODING},
         dtype="float32",
     )
+
+
+def split_positions(params: dict) -> tuple[dict, Tensors]:
+    """Returns the parameters without the positions of frames, which the published model lacks, and those by name."""
+    vit = {name: x for name, x in params["vit"].items() if name != "temporal_position"}
+    rest = {name: x for name, x in params.items() if name != "frame_position"} | {"vit": vit}
+    ordering = {}
+    if "frame_position" in params:
+        ordering["frame_position"] = params["frame_position"]
+    if "temporal_position" in params["vit"]:
+        ordering["visual_encoder.temporal_position"] = params["vit"]["temporal_position"]
+    return rest, ordering
 
 
 def preprocessor_config(image_size: int) -> dict:
@@ -69,15 +82,14 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
       params: host arrays of a scanned model, all of them.
 
     Raises:
-      UserError: a model that the PyTorch code does not know (temporal positions, no class token, and so on).
+      UserError: a model that the PyTorch code does not know (no class token, merges that are not the published ones).
     """
     if any(getattr(model.connector, name, False) for name in ("weighted_mean", "proportional_attention")):
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if not model.vit.class_token:
         raise UserError("the PyTorch form knows vision encoders with a class token alone: this one is not exported")
-    if model.vit.max_frames:
-        raise UserError("temporal positions (vit.max_frames) are not exported: the published model has none")
-    tensors: Tensors = evlgen.to_evlgen(model, params)
+    published, ordering = split_positions(params)
+    tensors: Tensors = evlgen.to_evlgen(model, published) | ordering
     family = families.of_model(model.llm)
     if family.hf_config(model.llm)["tie_word_embeddings"]:
         del tensors[f"{family.evlgen}_model.lm_head.weight"]  # the embedding once more

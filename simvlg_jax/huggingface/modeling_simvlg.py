@@ -17,10 +17,14 @@ class SimVLGConfig(PretrainedConfig):
 
     Attributes:
       vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
-        input_norm, temporal, merges (tokens merged away in each block; absent: none).
+        input_norm, temporal, merges (tokens merged away in each block; absent: none), max_frames (number of frames with
+        learned temporal positions; absent: 0).
       connector: type (a key of CONNECTORS; absent: TomeFormer), width, and for TomeFormer depth, num_heads, merges
-        (tokens merged away in each layer), dropout; for MlpConnector cells (rows and columns that patches are averaged
-        in; []: none); for Perceiver depth, num_heads, queries, dropout.
+        (tokens merged away in each layer), dropout, places (patches of a frame, if tokens are of several; absent: 0);
+        for MlpConnector cells (rows and columns that patches are averaged in; []: none); for Perceiver depth,
+        num_heads, queries, dropout.
+      frames: of clips: count, way (a key of WAYS; absent: mean), wanted (tokens that "merged" leaves; 0: as many as a
+        frame has), positions (number of frames with learned positions).
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.
@@ -34,6 +38,7 @@ class SimVLGConfig(PretrainedConfig):
         self,
         vision: dict | None = None,
         connector: dict | None = None,
+        frames: dict | None = None,
         text_config: dict | None = None,
         start_token_id: int = 2,
         end_token_id: int = 2,
@@ -49,6 +54,7 @@ class SimVLGConfig(PretrainedConfig):
     ):
         self.vision = vision or {}
         self.connector = connector or {}
+        self.frames = frames or {}
         text_config = text_config or {"model_type": "opt"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
@@ -71,10 +77,10 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
 
 
-def match(metric: Tensor, r: int) -> Tensor:
+def match(metric: Tensor, r: int, class_token: bool = True) -> Tensor:
     """Chooses the r tokens that are merged into those most similar to them by metric (B, T, C).
 
-    Tokens of even index seek their most similar one of odd index; the r best pairs merge. The class token (index 0) is
+    Tokens of even index seek their most similar one of odd index; the r best pairs merge. A class token (index 0) is
     never merged. Order: the even ones left over, then the odd ones. Returns the new place of each token, (B, T).
     """
     num_tokens = metric.shape[1]
@@ -82,7 +88,8 @@ def match(metric: Tensor, r: int) -> Tensor:
         unit = F.normalize(metric.float(), dim=-1)
         # The order of cosines, from the distances: cosines of similar tokens all round to numbers close to 1.
         similarity = -(unit[:, ::2, None] - unit[:, None, 1::2]).square().sum(-1)
-        similarity[:, 0] = -torch.inf
+        if class_token:
+            similarity[:, 0] = -torch.inf
         best, partner = similarity.max(-1)
         sources = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
         is_source = torch.zeros_like(best, dtype=torch.bool).scatter(1, sources, True)
@@ -115,6 +122,49 @@ def merge_by_keys(
         return x, None
     slots = match(key.unflatten(-1, (num_heads, -1)).mean(2), r)
     return merge(x, slots, x.shape[1] - r, sizes), slots
+
+
+def mean_of_frames(patches: Tensor, wanted: int) -> tuple[Tensor, Tensor, None]:
+    """The means over time. Like all of WAYS it takes patches (B, F, P, D) and the number of tokens to leave.
+
+    Returns tokens (B, M, D), the share of each frame in each (B or 1, M, F), the token of each patch (B, F P) or None.
+    """
+    frames, places = patches.shape[1:3]
+    return patches.mean(1), patches.new_full((1, places, frames), 1 / frames), None
+
+
+def join_frames(patches: Tensor, wanted: int) -> tuple[Tensor, Tensor, None]:
+    """All patches, frame after frame."""
+    shares = torch.eye(patches.shape[1], device=patches.device).repeat_interleave(patches.shape[2], 0)
+    return patches.flatten(1, 2), shares[None], None
+
+
+def pool_frames(patches: Tensor, wanted: int) -> tuple[Tensor, Tensor, None]:
+    """The mean over time of each place, then the mean over space of each frame (Video-ChatGPT)."""
+    in_time, shares, _ = mean_of_frames(patches, wanted)
+    own = torch.eye(patches.shape[1], device=patches.device)[None]
+    return torch.cat([in_time, patches.mean(2)], 1), torch.cat([shares, own], 1), None
+
+
+def merge_frames(patches: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges neighbouring frames, then neighbouring pairs of frames, and so on, by their deviations from the mean."""
+    frames, places = patches.shape[1:3]
+    levels, growth = frames.bit_length() - 1, min(wanted or places, frames * places) / places
+    x, centre = patches.flatten(0, 1), patches.float().mean((1, 2)).repeat_interleave(frames, 0)[:, None]
+    slots = torch.arange(places, device=x.device).expand(len(x), -1)  # the token of each patch of a group
+    for level in range(1, levels + 1):
+        left, centre = round(places * growth ** (level / levels)), centre[::2]
+        x = x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)  # the halves alternate
+        slots = (2 * slots.unflatten(0, (-1, 2)) + torch.arange(2, device=x.device)[:, None]).flatten(1)
+        if left < x.shape[1]:
+            merged = match(x - centre, x.shape[1] - left, class_token=False)
+            x = merge(x, merged, left, count_slots(slots, x.shape[1]))
+            slots = merged.gather(1, slots)
+    counts = F.one_hot(slots, x.shape[1]).unflatten(1, (frames, places)).sum(2).mT.float()  # (B, M, F)
+    return x, counts / counts.sum(-1, keepdim=True), slots
+
+
+WAYS = {"mean": mean_of_frames, "joined": join_frames, "pooled": pool_frames, "merged": merge_frames}
 
 
 class QuickGELU(nn.Module):
@@ -213,6 +263,8 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
         self.patch_embed = PatchEmbed(size)
         self.norm_pre = nn.LayerNorm(width, size["norm_eps"]) if size["input_norm"] else nn.Identity()
+        positions = size.get("max_frames", 0)
+        self.temporal_position = nn.Parameter(torch.zeros(positions, width)) if positions else None
         self.merges = size.get("merges") or [0] * size["depth"]
         self.blocks = nn.ModuleList([VisionBlock(size, r) for r in self.merges])
 
@@ -225,7 +277,10 @@ class VisionTransformer(nn.Module):
         images = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
         patches = self.patch_embed(images)
         cls = self.cls_token.expand(len(patches), -1, -1)
-        tokens = self.norm_pre(torch.cat([cls, patches], 1) + self.pos_embed)
+        tokens = torch.cat([cls, patches], 1) + self.pos_embed
+        if self.temporal_position is not None:
+            tokens = tokens + self.temporal_position[:frames].repeat(len(x), 1)[:, None]
+        tokens = self.norm_pre(tokens)
         places = torch.arange(tokens.shape[1], device=x.device).expand(len(x), -1) if any(self.merges) else None
         for block in self.blocks:
             sizes = None if places is None else count_slots(places, tokens.shape[1])
@@ -281,14 +336,21 @@ class TomeFormerLayer(nn.Module):
 
 
 class TomeFormerEmbeddings(nn.Module):
-    def __init__(self, width: int, dropout: float):
+    def __init__(self, width: int, dropout: float, places: int):
         super().__init__()
+        self.places = places
         self.position_embeddings, self.token_type_embeddings = nn.Embedding(512, width), nn.Embedding(2, width)
         self.LayerNorm, self.dropout = nn.LayerNorm(width, 1e-12), nn.Dropout(dropout)
 
     def forward(self, x: Tensor, places: Tensor | None) -> Tensor:
-        """Each token gets its position, or the mean of those that became part of it by `places` (B, N)."""
+        """Each token gets its position, or the mean of those that became part of it by `places` (B, N).
+
+        Patches of each frame of a clip have the same positions.
+        """
         positions = self.position_embeddings.weight
+        if self.places:
+            patches = (x if places is None else places).shape[1] - 1
+            positions = torch.cat([positions[:1], positions[1 + torch.arange(patches) % self.places]])
         if places is None:
             positions = positions[: x.shape[1]]
         else:
@@ -300,7 +362,7 @@ class TomeFormerEmbeddings(nn.Module):
 class TomeFormer(nn.Module):
     def __init__(self, size: dict):
         super().__init__()
-        self.embeddings = TomeFormerEmbeddings(size["width"], size["dropout"])
+        self.embeddings = TomeFormerEmbeddings(size["width"], size["dropout"], size.get("places", 0))
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList([TomeFormerLayer(size, r) for r in size["merges"]])})
 
     def forward(self, x: Tensor, places: Tensor | None) -> Tensor:  # (B, T, D) -> (B, P, D)
@@ -380,6 +442,9 @@ class SimVLG(PreTrainedModel):
         family = "opt" if config.text_config.model_type == "opt" else "llm"
         self.add_module(f"{family}_proj", nn.Linear(width, hidden))
         self.add_module(f"{family}_model", AutoModelForCausalLM.from_config(config.text_config))
+        positions = config.frames.get("positions", 0)
+        if positions:
+            self.frame_position = nn.Parameter(torch.zeros(positions, config.vision["width"]))
         self.post_init()
 
     @property
@@ -391,10 +456,25 @@ class SimVLG(PreTrainedModel):
 
     def soft_prompt(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) or (B, 3, F, H, W), normalised -> (B, P, width of the language model)."""
-        frames, places = self.visual_encoder(pixel_values)
-        tokens = self.ln_vision(frames.mean(1) if frames.ndim == 4 else frames)
+        tokens, places = self.visual_encoder(pixel_values)
+        if tokens.ndim == 4:
+            tokens, places = self.of_clips(tokens)
         project = self.opt_proj if hasattr(self, "opt_proj") else self.llm_proj
-        return project(self.VLconnector(self.VL_proj(tokens), places))
+        return project(self.VLconnector(self.VL_proj(self.ln_vision(tokens)), places))
+
+    def of_clips(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, F, T, D) of frames -> (B, M, D), and the token of the class token and of each patch (B, N), or None.
+
+        The class tokens become their mean. Each token gets the positions of the frames that it is made of.
+        """
+        way, wanted = self.config.frames.get("way", "mean"), self.config.frames.get("wanted", 0)
+        joined, shares, places = WAYS[way](tokens[:, :, 1:], wanted)
+        joined = torch.cat([tokens[:, :, :1].mean(1), joined], 1)
+        if hasattr(self, "frame_position"):
+            frames = tokens.shape[1]
+            shares = torch.cat([shares.new_full((len(shares), 1, frames), 1 / frames), shares], 1)
+            joined = joined + (shares @ self.frame_position[:frames].float()).to(joined.dtype)
+        return joined, None if places is None else F.pad(places + 1, (1, 0))
 
     def prompted(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Embeddings (B, P + L, E) of the soft prompt and a text whose first id is the start token."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
@@ -57,17 +58,19 @@ class BertEmbeddings(nn.Module):
     epsilon: float = 1e-12
 
     @nn.compact
-    def __call__(self, x: jax.Array, source_map: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, source_map: jax.Array | None = None, rows: np.ndarray | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           x: (B, S, D).
           source_map: (B, N) int32, which of the S tokens each of N former tokens became part of. Each token then gets
             the mean position of the former tokens that it is made of. None: token i gets position i.
+          rows: (N,) int, the position of each former token, or of each token without a source map; None: its number.
         """
         width, init = x.shape[-1], layers.partitioned(layers.NORMAL_INIT, None, "embed")
         positions = self.param("position", init, (self.max_positions, width))
         types = self.param("token_type", init, (self.type_vocab, width))
+        positions = positions if rows is None else positions[rows]
         places = positions[: x.shape[1]]
         if source_map is not None:
             places = jnp.broadcast_to(positions[: source_map.shape[1]], (*source_map.shape, width))

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
+from simvlg_jax.models.encoders.frames import Frames
 from simvlg_jax.models.encoders.vit import visual_tokens
 from simvlg_jax.models.losses import prompt_distances, token_cross_entropy, token_losses
 from simvlg_jax.models.packing import Packing, make_packing
@@ -20,7 +21,8 @@ class VisualOutput:
     Attributes:
       connector: (B, P, D) the connector's tokens.
       prefix: (B, P, E) the soft prompt.
-      source_map: (B, N) int32, which prefix token each patch, and the class token, became part of; or None.
+      source_map: (B, N) int32, which prefix token each patch, and the class token, became part of; or None. Of a clip
+        whose frames are joined or merged, the patches are those of all frames, frame by frame.
       layers: of each layer of the connector, the source map (B, N) after it; see `ConnectorOutput`.
     """
 
@@ -47,7 +49,7 @@ CONTRAST_WIDTH = 256  # of the embeddings of pictures and sentences
 
 
 class SimVLG(nn.Module):
-    """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
+    """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm; with `max_frames` frame_position.
 
     A sentence encoder adds the auxiliary contrastive loss and its parameters: sentence_encoder, vision_proj, text_proj,
     temperature. A P-Former, whose prompts are those to resemble, adds pformer.
@@ -65,6 +67,8 @@ class SimVLG(nn.Module):
       sentence_encoder: a `SentenceEncoder`, or None (published recipes). The contrastive loss compares its embedding of
         a caption with the connector's class token, or with the mean token if it has no class token.
       pformer: a frozen `PFormer`, or None.
+      frames: how the frames of clips are joined.
+      max_frames: number of frames with learned positions, which are zero at first; see `Frames.join`. 0: none.
     """
 
     vit: nn.Module
@@ -77,9 +81,14 @@ class SimVLG(nn.Module):
     longest_text: int = 32
     sentence_encoder: nn.Module | None = None
     pformer: nn.Module | None = None
+    frames: Frames = Frames()
+    max_frames: int = 0
 
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
+        if self.max_frames:
+            zeros = layers.partitioned(nn.initializers.zeros, None, "embed")
+            self.frame_position = self.param("frame_position", zeros, (self.max_frames, self.vit.width))
         width, axes, dtype = self.connector.width, ("embed", "mlp"), self.dtype
         self.llm_proj = layers.torch_dense(width, self.llm.width, axes, dtype=dtype)
         if self.sentence_encoder is not None:
@@ -91,15 +100,20 @@ class SimVLG(nn.Module):
         """Returns the soft prompt of pictures, and what it is made of.
 
         Args:
-          images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or normalised floats.
+          images: (B, H, W, 3), or clips (B, F, H, W, 3); uint8, or normalised floats.
         """
         merged = self._connect(images)
-        return VisualOutput(merged.tokens, self.llm_proj(merged.tokens), merged.source_map, merged.layers)
+        prefix, maps = self.llm_proj(merged.tokens), (merged.source_map, merged.layers)
+        return VisualOutput(merged.tokens, prefix, *(maps if self.frames.traced else (None, ())))
 
     def _connect(self, images: jax.Array) -> ConnectorOutput:
         """Runs `encode_image` up to the connector."""
         seen = visual_tokens(self.vit, images, self.vit_grad)
-        return self.connector(self.ln_vision(seen.tokens), seen.source_map)
+        tokens, source_map = seen.tokens, seen.source_map
+        if tokens.ndim == 4:
+            positions = self.frame_position if self.max_frames else None
+            tokens, source_map = self.frames.join(tokens, self.vit.class_token, positions)
+        return self.connector(self.ln_vision(tokens), source_map)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, L, E) of ids (B, L) int32."""

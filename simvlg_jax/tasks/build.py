@@ -17,6 +17,7 @@ from simvlg_jax.data import text
 from simvlg_jax.data.batch import TextSpec
 from simvlg_jax.models.bert import BERT_SIZES
 from simvlg_jax.models.connectors.connector import Connector
+from simvlg_jax.models.encoders.frames import WAYS, Frames
 from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.pformer import PFormer
 from simvlg_jax.models.sentence_encoder import SentenceEncoder
@@ -41,6 +42,12 @@ def build_llm(config: ConfigDict) -> nn.Module:
     return family.module(**family.sizes[llm.size], **options)
 
 
+def build_frames(config: ConfigDict) -> Frames:
+    """How the frames of a config's clips are joined. A typo in `video.frames_as` raises UserError (status 2)."""
+    lookup(WAYS, "video.frames_as", config.video.frames_as)
+    return Frames(config.data.frames, config.video.frames_as, config.video.tokens)
+
+
 def build_connector(config: ConfigDict, vit: ViT) -> Connector:
     """The connector for the tokens of a vision encoder; with budgets and without `tokens`, of the largest budget."""
     connector = config.connector.copy_and_resolve_references()
@@ -53,7 +60,7 @@ def build_connector(config: ConfigDict, vit: ViT) -> Connector:
             )
     connector.tokens = connector.tokens or max(connector.budgets, default=0)
     try:
-        return kind.build(connector, vit, jnp.dtype(config.dtype))
+        return kind.build(connector, build_frames(config).seen(vit), jnp.dtype(config.dtype))
     except ValueError as error:
         raise UserError(str(error), 2) from error
 
@@ -124,7 +131,7 @@ def check_shapes(loaded: dict[str, dict], abstract: dict, absent: Collection[str
     Args:
       absent: parts of a loaded module that may be missing, beside what video adds to an image model.
     """
-    optional = {*params.TEMPORAL, *absent}
+    optional = {*params.OF_VIDEO, *absent}
     wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
     found = traverse_util.flatten_dict(loaded, sep="/")
     wrong = [

@@ -40,6 +40,8 @@ def caption_task(config: ConfigDict) -> Task:
         longest_text=config.llm.max_text_tokens,
         sentence_encoder=build.build_sentence_encoder(config) if beta else None,
         pformer=build.build_pformer(config, llm.width) if align else None,
+        frames=build.build_frames(config),
+        max_frames=config.video.max_frames,
     )
 
     def apply(method: str, params: Params, batch: Arrays, names: tuple[str, ...], key: jax.Array | None, **options):
@@ -141,6 +143,7 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
         rules += params.frozen("vit/(?!(.*/)?temporal_(merge|position)).*")
         rules += params.trained("vit/(.*/)?temporal_merge", lr.vit)
         rules += [Rule("vit/temporal_position", trained=True, decay=True, lr=lr.vit)]
+    rules += [Rule("frame_position", trained=True, decay=True, lr=lr.vit)]
     if config.train.beta:
         for name in ("vision_proj", "text_proj"):
             rules += params.trained(name, lr.get(name, 1.0))

@@ -109,7 +109,7 @@ def write(trained: Params, workdir: Path) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError (status 2) for what this task does not have."""
-    for key in ("llm.train", "vit.train", "vit.temporal", "data.pack", "data.frames", "train.beta", "train.init_from"):
+    for key in ("llm.train", "vit.train", "vit.temporal", "data.pack", "train.beta", "train.init_from"):
         group, name = key.split(".")
         if config[group][name]:
             raise UserError(f"{key} is for the caption task, and the task is pformer: leave it at its default", 2)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from simvlg_jax.data.extras import NONE, Extras
+from simvlg_jax.data.pictures import VIDEO_SUFFIXES
 from simvlg_jax.data.readers import texts
 from simvlg_jax.data.skips import Fault
 
@@ -22,7 +23,6 @@ GROUP = ("group", "domain")  # NoCaps: domain
 REVERSE = ("reverse_caption",)
 CHOICES, CORRECT = ("choices",), ("correct_choice_idx", "correct")  # A-OKVQA: correct_choice_idx
 ADDRESS = ("url", "image_url", "coco_url", "flickr_url", "contenturl")
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 # Other names of splits: of Hugging Face, and of COCO-Karpathy.
 SPLITS = {"validation": "val", "valid": "val", "dev": "val", "restval": "train"}
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from simvlg_jax.data.pictures import VIDEO_SUFFIXES
 from simvlg_jax.data.readers import files
-from simvlg_jax.data.readers.fields import VIDEO_SUFFIXES
 from simvlg_jax.data.readers.reader import Options, Plan
 
 

@@ -96,7 +96,7 @@ class PreparedSource:
             )
         self._index = Index(path)
         if (self._index.media == "video") != bool(data_config.get("frames", 0)):
-            fix = "set data.frames and vit.temporal" if self._index.media == "video" else "leave data.frames at 0"
+            fix = "set data.frames, the frames of a clip" if self._index.media == "video" else "leave data.frames at 0"
             raise UserError(f"{folder} holds {self._index.media}s: {fix}", 2)
         self._reader: Reader = Tars(self._index) if self._index.tars else Shards(folder, split, self._index)
         self._ends = None  # number of the record after each row's last one, if rows have several records

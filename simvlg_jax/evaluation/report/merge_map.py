@@ -1,4 +1,4 @@
-"""Draws which patches of a picture were merged into which token of the connector, layer by layer, as SVG paths."""
+"""Draws which patches of a picture or a clip merged into which token of the connector, layer by layer, as SVG paths."""
 
 import colorsys
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Layer:
-    """The drawing of one source map, in units of a patch, for a square of `grid` patches a side.
+    """The drawing of one source map, in units of a patch, for a square of `grid` patches a side, or a sheet of them.
 
     A path of patches is drawn with a line as wide as a patch, half a patch further down.
 
@@ -33,41 +33,61 @@ class Layer:
 
 @dataclass(frozen=True)
 class MergeMap:
-    """The drawings of a picture after each layer, and the patches a side."""
+    """The drawings of a picture or clip after each layer.
+
+    Attributes:
+      grid: patches a side, of a picture or of a frame.
+      rows, columns: of frames on the sheet of a clip; 1 for a picture.
+    """
 
     grid: int
     layers: list[Layer]
+    rows: int = 1
+    columns: int = 1
 
 
-def merge_map(source_maps: Sequence[Sequence[int]]) -> MergeMap:
+def sheet_layout(frames: int) -> tuple[int, int]:
+    """Returns rows and columns of a sheet of frames, all of them filled: 4 in a row if possible."""
+    columns = frames if frames < 4 else next((n for n in (4, 5, 6, 3) if frames % n == 0), frames)
+    return frames // columns, columns
+
+
+def merge_map(source_maps: Sequence[Sequence[int]], frames: int = 1) -> MergeMap:
     """Returns the drawings of the source maps after each layer.
 
     Patches with the same tint were merged into one token, wherever they are. A patch that was not merged has no tint.
     Larger tokens get more distinct hues. From layer to layer, a token keeps the tint of its largest part.
 
     Args:
-      source_maps: of each layer (grid * grid,) or (1 + grid * grid,) int, the output token of each input token: the
-        class token first, if there is one, then patches by row.
+      source_maps: of each layer (frames * grid * grid,) or (1 + frames * grid * grid,) int, the output token of each
+        input token: the class token first, if there is one, then patches by row, frame after frame.
+      frames: of a clip; they are drawn on a sheet, see `sheet_layout`.
 
     Raises:
-      ValueError: the length of a source map is neither a square nor 1 + a square.
+      ValueError: the length of a source map is neither `frames` squares nor 1 + that.
     """
     maps = [np.asarray(source_map) for source_map in source_maps]
     length = len(maps[-1])
-    grid = math.isqrt(length)
-    class_tokens = length - grid * grid
-    if grid < 1 or class_tokens > 1:
+    grid = math.isqrt(length // frames)
+    class_tokens = length - frames * grid * grid
+    if grid < 1 or class_tokens not in (0, 1):
         raise ValueError(f"a source map of {length} tokens is not a square of patches, with or without a class token")
+    rows, columns = sheet_layout(frames)
+
+    def sheet(source_map: np.ndarray) -> np.ndarray:  # -> (rows * grid, columns * grid)
+        squares = source_map[class_tokens:].reshape(rows, columns, grid, grid)
+        return squares.swapaxes(1, 2).reshape(rows * grid, columns * grid)
+
     layers, above, hues, later = [], None, {}, None
     for source_map in reversed(maps):
-        groups = source_map[class_tokens:]  # (grid * grid,)
+        groups = source_map[class_tokens:]  # (frames * grid * grid,)
         hues = _hues(groups, above, hues)
-        borders = _borders(groups.reshape(grid, grid))
+        borders = _borders(sheet(source_map))
         lines = borders if later is None else [now & ~then for now, then in zip(borders, later, strict=True)]
         class_groups = set(source_map[:class_tokens].tolist())
-        layers.append(_layer(groups.reshape(grid, grid), class_groups, hues, source_map, _lines(*lines)))
+        layers.append(_layer(sheet(source_map), class_groups, hues, source_map, _lines(*lines)))
         above, later = groups, borders
-    return MergeMap(grid, layers[::-1])
+    return MergeMap(grid, layers[::-1], rows, columns)
 
 
 def _hues(groups: np.ndarray, above: np.ndarray | None, hues_above: dict[int, int]) -> dict[int, int]:
@@ -91,7 +111,7 @@ def _hues(groups: np.ndarray, above: np.ndarray | None, hues_above: dict[int, in
 def _layer(
     groups: np.ndarray, class_groups: set[int], hues: dict[int, int], source_map: np.ndarray, lines: str
 ) -> Layer:
-    """Draws (grid, grid) groups; `class_groups` are those of the class token."""
+    """Draws groups (rows, columns) of patches; `class_groups` are those of the class token."""
     return Layer(
         tokens=int(source_map.max()) + 1,
         merged=_cells(np.isin(groups, list(hues))),
@@ -115,12 +135,12 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _cells(flags: np.ndarray) -> str:
-    """Returns the path of the cells of (grid, grid) that are True: a line along the top of each run in a row."""
+    """Returns the path of the cells of (rows, columns) that are True: a line along the top of each run in a row."""
     return "".join(f"M{column} {row}h{length}" for row, column, length in _runs(flags))
 
 
 def _borders(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns whether there is a line between rows, (grid + 1, grid), and between columns, (grid, grid + 1)."""
+    """Returns whether there is a line between rows, (rows + 1, columns), and between columns, (rows, columns + 1)."""
     padded = np.pad(groups, 1, constant_values=-1)
     return padded[1:, 1:-1] != padded[:-1, 1:-1], padded[1:-1, 1:] != padded[1:-1, :-1]
 

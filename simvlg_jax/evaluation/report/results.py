@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.report.merge_map import merge_map, sheet_layout
 from simvlg_jax.evaluation.submissions import SUFFIXES
 from simvlg_jax.utils.errors import UserError
 
@@ -128,12 +128,18 @@ def _row(example: dict, headline: str | None) -> dict:
 def _card(example: dict, headline: str | None, place: int) -> dict:
     """Returns the values of a gallery card: those of `_row`, the picture, its merge map and the loss of each token."""
     row = _row(example, headline)
-    source_map = example.get("source_map")
+    source_map, frames = example.get("source_map"), example.get("frames", 0)
+    rows, columns = sheet_layout(frames or 1)
     return {
         **row,
         "place": place,
         "image": example["image"],
-        "map": merge_map(example.get("layers") or [source_map]) if source_map else None,
+        "frames": frames,
+        "rows": rows,
+        "columns": columns,
+        "video": example.get("video"),
+        "attention": example.get("attention"),
+        "map": merge_map(example.get("layers") or [source_map], frames or 1) if source_map else None,
         # (text, nats, share of the most intense colour in %)
         "tokens": [(text, nats, _heat(nats)) for text, nats in example.get("tokens", ())],
     }

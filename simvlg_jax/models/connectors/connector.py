@@ -13,7 +13,7 @@ class ConnectorOutput:
     Attributes:
       tokens: (B, P, D).
       source_map: (B, N) int32, the output token that each of the vision encoder's patches, and its class token, became
-        part of, -1 if it was left out; None for a connector that mixes them.
+        part of (for clips see `Frames.join`), -1 if it was left out; None for a connector that mixes them.
       layers: of each layer, the source map (B, N) after it; the last one is `source_map`. Empty if that is None.
     """
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from simvlg_jax.models import layers, token_merging
 from simvlg_jax.models.bert import size_of
 from simvlg_jax.models.connectors.connector import ConnectorOutput
-from simvlg_jax.models.encoders.vit import ViT
+from simvlg_jax.models.encoders.frames import VisualTokens
 
 
 class MlpConnector(nn.Module):
@@ -80,19 +80,21 @@ def rectangle(tokens: int, grid: int) -> tuple[int, int] | None:
     return next((pair for pair in reversed(pairs) if pair[1] <= grid), None)
 
 
-def build_mlp(connector: Mapping, vit: ViT, dtype: DTypeLike) -> MlpConnector:
+def build_mlp(connector: Mapping, seen: VisualTokens, dtype: DTypeLike) -> MlpConnector:
     """Returns the MLP of a config's `connector` on every patch. Raises ValueError for an unknown size."""
     width = connector.width or size_of(connector)["width"]
-    return MlpConnector(width, dropped=int(vit.class_token), dtype=dtype)
+    return MlpConnector(width, dropped=int(seen.class_token), dtype=dtype)
 
 
-def build_pool(connector: Mapping, vit: ViT, dtype: DTypeLike) -> MlpConnector:
+def build_pool(connector: Mapping, seen: VisualTokens, dtype: DTypeLike) -> MlpConnector:
     """Returns the MLP on means of neighbouring patches.
 
     Raises:
-      ValueError: an unknown size, or a number of tokens that no rectangle of cells has.
+      ValueError: an unknown size, a number of tokens that no rectangle of cells has, or clips whose tokens are no grid.
     """
-    grid = math.isqrt(vit.num_tokens - vit.class_token)
+    grid = seen.grid
+    if not grid:
+        raise ValueError("connector.type='pool' averages the patches of one picture: set video.frames_as='mean'")
     if not connector.tokens:
         raise ValueError("connector.type='pool' needs connector.tokens, the number of tokens that are left")
     cells = rectangle(connector.tokens, grid)
@@ -103,4 +105,4 @@ def build_pool(connector: Mapping, vit: ViT, dtype: DTypeLike) -> MlpConnector:
             f"connector.tokens={connector.tokens} is no rectangle of cells in {grid} x {grid} patches; "
             f"near ones are {' and '.join(map(str, near))}"
         )
-    return build_mlp(connector, vit, dtype).clone(cells=cells)
+    return build_mlp(connector, seen, dtype).clone(cells=cells)

@@ -12,7 +12,7 @@ from simvlg_jax.models.attention import attend
 from simvlg_jax.models.bert import size_of
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.dropout import Dropout
-from simvlg_jax.models.encoders.vit import ViT
+from simvlg_jax.models.encoders.frames import VisualTokens
 
 EPSILON = 1e-5
 
@@ -53,8 +53,8 @@ class PerceiverLayer(nn.Module):
 class Perceiver(nn.Module):
     """A linear map to the width of the latents, then the resampler and a last LayerNorm.
 
-    Flamingo's latents are as wide as the visual features and need no such map. Frames of a clip are averaged before, so
-    there are no embeddings of time.
+    Flamingo's latents are as wide as the visual features and need no such map. Its embeddings of time are
+    `SimVLG.max_frames`.
 
     Attributes:
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
@@ -84,6 +84,6 @@ class Perceiver(nn.Module):
         return ConnectorOutput(layers.LayerNorm(EPSILON, name="norm")(x))
 
 
-def build_perceiver(connector: Mapping, vit: ViT, dtype: DTypeLike) -> Perceiver:
+def build_perceiver(connector: Mapping, seen: VisualTokens, dtype: DTypeLike) -> Perceiver:
     """Returns the resampler of a config's `connector`. Raises ValueError for an unknown size."""
     return Perceiver(**size_of(connector), queries=connector.queries, dropout=connector.dropout, dtype=dtype)

@@ -12,7 +12,7 @@ from simvlg_jax.models import bert, layers, token_merging
 from simvlg_jax.models.bert import KeyValue
 from simvlg_jax.models.connectors.connector import ConnectorOutput
 from simvlg_jax.models.dropout import Dropout
-from simvlg_jax.models.encoders.vit import ViT
+from simvlg_jax.models.encoders.frames import VisualTokens
 
 
 @struct.dataclass
@@ -158,7 +158,7 @@ class QFormer(nn.Module):
         return QFormerStates(x, tuple(keys))
 
 
-def build_qformer(connector: Mapping, vit: ViT, dtype: DTypeLike) -> QFormer:
+def build_qformer(connector: Mapping, seen: VisualTokens, dtype: DTypeLike) -> QFormer:
     """Returns the Q-Former of a config's `connector`. Raises ValueError for an unknown size."""
     return QFormer(
         **bert.size_of(connector),

@@ -14,7 +14,7 @@ class TemporalMerge(nn.Module):
     """Lets each token attend to the tokens at the same place in all F frames; a learned alpha scales the result.
 
     The values are the tokens themselves, without a projection, so each output is a soft merge of F tokens. alpha starts
-    at 0, so an image model starts unchanged.
+    at 0, so an image model starts unchanged. The collection "intermediates" gets `drawn`, the mean over places, (B, F).
 
     Attributes:
       width: of queries and keys, all heads together. The scores are scaled by width^-0.5, as published.
@@ -36,5 +36,21 @@ class TemporalMerge(nn.Module):
             for t in (query, key, x.astype(self.dtype))
         )
         merged = attend(query, key, value, scale=self.width**-0.5)
+        if self.is_mutable_collection("intermediates"):
+            shares = drawn(query, key, self.width**-0.5).reshape(x.shape[0], -1, x.shape[1])
+            self.sow("intermediates", "drawn", shares.mean(1))
         merged = einops.rearrange(merged, "(B P) F N H -> B F P (N H)", B=x.shape[0])
         return alpha.astype(x.dtype) * merged.astype(x.dtype)
+
+
+def drawn(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
+    """Returns the share of the attention that each frame draws, the mean over heads and asking frames.
+
+    Args:
+      query, key: (X, F, N, H).
+
+    Returns:
+      (X, F) float32, with the sum 1.
+    """
+    scores = jnp.einsum("XFNH,XGNH->XNFG", query, key, preferred_element_type=jnp.float32) * scale
+    return jax.nn.softmax(scores, -1).mean((1, 2))

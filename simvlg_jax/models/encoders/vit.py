@@ -107,7 +107,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def encode(self, images: jax.Array) -> VisionOutput:
-        """Returns the tokens of normalised images (B, H, W, 3), and for a temporal ViT of clips (B, F, H, W, 3)."""
+        """Returns the tokens of normalised images (B, H, W, 3), or of clips (B, F, H, W, 3)."""
         batch, side = images.shape[:-3], self.patch_size
         height, width = (size // side * side for size in images.shape[-3:-1])
         images = images[..., :height, :width, :]
@@ -139,7 +139,7 @@ class ViT(nn.Module):
         if self.scan:
             stack = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 length=self.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -161,21 +161,19 @@ class ViT(nn.Module):
 
 
 def visual_tokens(vit: ViT, images: jax.Array, trained: bool = False) -> VisionOutput:
-    """Returns the tokens (B, T, D) of pictures or clips, of a clip the means over its frames.
+    """Returns the tokens (B, T, D) of pictures, or (B, F, T, D) of clips.
 
     Args:
-      images: (B, H, W, 3), or clips (B, F, H, W, 3) for a temporal ViT; uint8, or normalised floats.
+      images: (B, H, W, 3), or clips (B, F, H, W, 3); uint8, or normalised floats. For a temporal ViT a picture is a
+        clip of one frame.
       trained: whether gradients flow into the ViT.
     """
     if images.dtype == jnp.uint8:
         images = vit.normalize(images)
     if vit.temporal and images.ndim == 4:
-        images = images[:, None]  # a picture is a clip of one frame
+        images = images[:, None]
     seen = vit.encode(images)
-    tokens = seen.tokens  # (B, T, D), of clips (B, F, T, D)
-    if not trained:
-        tokens = jax.lax.stop_gradient(tokens)
-    return VisionOutput(tokens.mean(1) if images.ndim == 5 else tokens, seen.source_map)
+    return seen if trained else VisionOutput(jax.lax.stop_gradient(seen.tokens), seen.source_map)
 
 
 def _nth(block: Block, stacked: dict, i: int) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
