@@ -297,7 +297,7 @@ def test_nearest_of_a_pictures_embeddings_counts():
         ("vit.train=True", "vit.train is for the caption task"),
         ("data.pack=-1", "data.pack is for the caption task"),
         ("connector.weights=x.pth", "set connector.tokenizer to a BERT's folder"),
-        ("vit.tokens=9", "vit.tokens is for the caption task"),
+        ("vit.tokens=9", "vit.tokens is for the tasks caption and scst"),
         ("train.negatives=hard", "train.negatives is 'hard'; it takes 'softmax', 'floored_softmax'"),
     ],
 )

@@ -299,7 +299,7 @@ def test_a_config_without_the_keys_of_video_is_that_of_the_published_way(tmp_pat
         (["video.frames_as=joined", "video.tokens=20"], "video.tokens is for video.frames_as='merged'"),
         (["video.max_frames=4"], "the mean of frames has no order"),
         (["video.frames_as=joined", "video.max_frames=3"], r"data\.frames=4 is more than video\.max_frames=3"),
-        (["task=contrastive"], "data.frames is for the caption task"),
+        (["task=contrastive"], "data.frames is for the tasks caption and scst"),
         (["vit.r=2"], "vit.r is for pictures, and data.frames for clips"),
         (["video.frames_as=joined", "connector.type=pool", "connector.tokens=4", "connector.merges=()"], "one picture"),
     ],

@@ -270,7 +270,7 @@ def test_each_layer_leaves_as_many_tokens_as_without_merging(flags, merges):
         (["vit.tokens=3"], "vit.tokens: 17 tokens cannot become 3 in 2 layers; 5 is the least"),
         (["vit.tokens=18"], "vit.tokens: 17 tokens cannot become 18"),
         (["vit.r=1", "vit.temporal=True"], "vit.r is for pictures"),
-        (["vit.tokens=13", "task=contrastive"], "vit.tokens is for the caption task"),
+        (["vit.tokens=13", "task=contrastive"], "vit.tokens is for the tasks caption and scst"),
         (["vit.r=-1"], "vit.r is -1; it must be at least 0"),
     ],
 )
