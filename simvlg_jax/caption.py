@@ -66,12 +66,12 @@ KEYS = (
 
 def main() -> int:
     arguments, overrides = parse()
+    if not any(path.exists() for path in arguments.pictures):
+        raise UserError(f"no such file or folder: {', '.join(map(str, arguments.pictures[:5]))}")
     suffixes = suffixes_of(override(read_config(model_folder(arguments)), overrides))
     pictures = list(itertools.chain.from_iterable(expand(path, suffixes) for path in arguments.pictures))
     if not pictures:
         raise UserError(f"no pictures in {', '.join(map(str, arguments.pictures))} ({', '.join(sorted(suffixes))})")
-    if not any(path.exists() for path in pictures):
-        raise UserError(f"no such file or folder: {', '.join(map(str, pictures[:5]))}")
     arguments.batch_size = min(arguments.batch_size, len(pictures))  # a batch is filled up, which takes its time
 
     from simvlg_jax.api import find

@@ -14,6 +14,7 @@ import numpy as np
 import preparing
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from PIL import Image
@@ -30,6 +31,7 @@ from preparing import (
     write_tars,
 )
 
+from simvlg_jax.data.index import Index, Row, write_index
 from simvlg_jax.data.preparing import local
 from simvlg_jax.utils.errors import UserError
 
@@ -146,6 +148,13 @@ def bucket(monkeypatch):
         _registry.pop(name)
         if name in known:
             fsspec.register_implementation(name, known[name])
+
+
+def test_an_index_that_is_written_anew_in_a_bucket_is_read_anew(bucket):
+    path = epath.Path("gs://b/index.arrow")
+    for text in ("one", "two"):  # files of the same size
+        write_index(path, [Row("a", (text,))])
+        assert Index(path)[0].texts == [text]
 
 
 @pytest.mark.parametrize("write", [write_files, write_tars, write_lavis, write_jsonl, write_parquet])

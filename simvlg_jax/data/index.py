@@ -183,8 +183,11 @@ def _local(path: epath.Path) -> Path:
     """Returns a path that can be mapped into memory. An index in a bucket is copied once to the temporary folder."""
     if "://" not in os.fspath(path):
         return Path(path)
-    stat = path.stat()
-    name = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:32]
+    import fsspec  # late: local paths do not need it
+
+    system, inside = fsspec.core.url_to_fs(os.fspath(path))
+    # All that the bucket says of the file: size and time alone are equal for files that were written in turn.
+    name = hashlib.sha256(f"{path} {system.ukey(inside)}".encode()).hexdigest()[:32]
     copy = Path(tempfile.gettempdir()) / f"simvlg_jax-{os.getuid()}" / f"{name}.arrow"
     if not copy.exists():
         copy.parent.mkdir(mode=0o700, exist_ok=True)
