@@ -38,7 +38,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.splits = ("test",) if tiny else ("test", "novel")
     config.seeds = (0, 1, 2)
     # Connectors differ most in how fast they may change: some start from MiniLM, others from random weights.
-    config.search.update(key="optimizer.lr_multipliers.connector", values=(0.1, 0.3, 1.0), steps=5 if tiny else 100)
+    rates = (0.1, 1.0) if tiny else (0.03, 0.1, 0.3, 1.0, 3.0)
+    config.search.update(key="optimizer.lr_multipliers.connector", values=rates, steps=5 if tiny else 100)
     if argument == "tokens":
         for tokens in (4, 8, 16, 32):
             config.arms[f"tokens_{tokens}"] = get_arm((f"connector.tokens={tokens}",))
@@ -54,7 +55,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.arms.tomeformer = get_arm(("connector.tokens=8",))
     config.baseline = "two_stages"
     config.arms.qformer = get_arm(QFORMER)
-    config.arms.two_stages = get_arm(first, (*QFORMER, "connector.weights={previous}/qformer.safetensors"))
+    second = (*QFORMER, "connector.weights={previous}/qformer.safetensors")
+    config.arms.two_stages = get_arm(first, second)
     if argument == "tenth":
         config.settings += ("data.share=0.1",)
         return config.lock()
@@ -70,6 +72,9 @@ def get_config(argument: str = "") -> ConfigDict:
             "pformer.weights={previous}/../stage_1/pformer.safetensors",
         ),
     )
+    config.arms.long_first_stage = get_arm(
+        (*first, "train.steps=1200"), second
+    )  # three times the second's, as published
     config.arms.unmerged = get_arm(("connector.merges=()",))
     config.arms.mlp = get_arm(("connector.type=mlp", *RANDOM))
     config.arms.pool = get_arm(("connector.type=pool", "connector.tokens=8", *RANDOM))

@@ -200,7 +200,7 @@ def test_a_failed_command_ends_with_its_status():
     assert error.value.status == 2
 
 
-@pytest.mark.parametrize(("argument", "count"), [("", 8), (":tokens", 5), (":tenth", 3), (":signal", 4), (":tiny", 8)])
+@pytest.mark.parametrize(("argument", "count"), [("", 9), (":tokens", 5), (":tenth", 3), (":signal", 4), (":tiny", 9)])
 def test_the_recipes_arms_can_be_built(argument, count):
     study = plan.read_study(f"configs/compare.py{argument}", [])
     assert len(study.arms) == count
