@@ -1,5 +1,6 @@
 """The demo: what it shows of a picture, its errors, and its page in a real browser."""
 
+import contextlib
 import os
 import re
 import signal
@@ -36,11 +37,15 @@ GRADIO_SAYS = "Method not implemented."  # in the console, whenever it closes a 
 START_SECONDS, WAIT_SECONDS = 120, 60
 
 
-@pytest.fixture(scope="module")
-def model() -> CaptionModel:
-    config = load_config("configs/tiny.py", FLAGS)
+def model_of(*flags: str) -> CaptionModel:
+    config = load_config("configs/tiny.py", [*FLAGS, *flags])
     task = build_task(config)
     return CaptionModel(config, task, partition.join(*Plan(task, config, make_mesh(config.mesh)).init_params()))
+
+
+@pytest.fixture(scope="module")
+def model() -> CaptionModel:
+    return model_of()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def test_texts_are_escaped(looks, files, monkeypatch):
 
 def test_wrong_input_gives_a_message(looks, files):
     for path, tokens, text in (
-        (None, 7, views.NO_PICTURE),
+        (None, 7, "Drop a picture first."),
         (files["broken"], 7, "Cannot read this picture: not a picture"),
         (files["picture"], 18, "17 tokens cannot become 18"),
     ):
@@ -166,11 +171,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def address(model, tmp_path_factory):
-    """Runs the command on a random model, and stops it like Ctrl-C."""
-    pytest.importorskip("gradio")
-    folder = tmp_path_factory.mktemp("demo")
+@contextlib.contextmanager
+def served(model, folder):
+    """Runs the command on a model, and stops it like Ctrl-C."""
     save_config(model.config, folder)
     own_files.write_tree(folder / WEIGHTS, model.params)
     port, log, temporary = free_port(), folder / "log", folder / "temporary"
@@ -193,15 +196,28 @@ def address(model, tmp_path_factory):
         running.wait()
 
 
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory):
+    pytest.importorskip("gradio")
+    with served(model, tmp_path_factory.mktemp("demo")) as address:
+        yield address
+
+
 @pytest.fixture
 def page(browser, address):
+    with opened(browser, address, "Drop a picture first.") as page:
+        yield page
+
+
+@contextlib.contextmanager
+def opened(browser, address: str, said_first: str):
     """Opens the page. After the test, the console is empty, and only this machine was asked for anything."""
     context, said, requested = browser.new_context(viewport={"width": 1280, "height": 1000}), [], []
     page = context.new_page()
     page.set_default_timeout(WAIT_SECONDS * 1000)
     watch(page, said, requested)
     page.goto(address)
-    page.get_by_text(views.NO_PICTURE).wait_for()
+    page.get_by_text(said_first).wait_for()
     yield page
     context.close()
     assert [text for text in said if text != GRADIO_SAYS] == []
@@ -251,13 +267,30 @@ def test_a_picture_gets_captions_from_any_number_of_tokens_and_an_answer(page, f
 
 def test_wrong_input_gives_a_short_message_in_the_page(page, files):
     page.get_by_role("button", name="Ask").click()
-    page.locator("#answer .message", has_text=views.NO_PICTURE).wait_for()
+    page.locator("#answer .message", has_text="Drop a picture first.").wait_for()
     upload(page, files["broken"])
     page.locator("#look .message", has_text="Cannot read this picture").wait_for()
     page.get_by_label("Clear").or_(page.get_by_label("Remove Image")).first.click()
-    page.locator("#look .message", has_text=views.NO_PICTURE).wait_for()
+    page.locator("#look .message", has_text="Drop a picture first.").wait_for()
     upload(page, files["picture"])
     page.locator("#look .said").wait_for()
     page.get_by_role("button", name="Ask").click()
     page.locator("#answer .message", has_text=views.NO_QUESTION).wait_for()
     assert "Traceback" not in page.content()
+
+
+def test_a_clip_is_captioned_and_shown_with_all_of_its_frames(browser, tmp_path):
+    pytest.importorskip("gradio")
+    pytest.importorskip("av")
+    from preparing import write_videos
+
+    clip = write_videos(tmp_path / "clips", 1) / "0.mp4"
+    flags = ("data.frames=4", "video.frames_as=merged", "evaluate.repetition_penalty=9.0")  # or it says only spaces
+    model = model_of(*(f"--config.{flag}" for flag in flags))
+    with served(model, tmp_path / "demo") as address, opened(browser, address, "Drop a clip first.") as page:
+        upload(page, str(clip))
+        page.locator("#look .said").wait_for()
+        said = page.locator("#look .said").inner_text()
+        assert said == model.caption(str(clip)).strip() and said != "(nothing)"
+        assert "64 patches" in page.locator("#look figcaption").first.inner_text()
+        assert tried(page) == [7] and page.locator("#look .map").count() == 2

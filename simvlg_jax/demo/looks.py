@@ -1,4 +1,4 @@
-"""What the page shows of a picture: a model with any number of visual tokens, its texts, its merge map and its time."""
+"""What the page shows of a picture or clip: a model with any number of visual tokens, its texts, merge map and time."""
 
 import statistics
 import time
@@ -36,31 +36,37 @@ class Looks:
       merges: whether its connector merges. Another has its own number of tokens alone.
       own: number of visual tokens by the schedule of the model.
       least, most: the numbers that its connector can merge down to.
-      patches: number of patches of a picture.
+      patches: number of patches of a picture, or of a clip.
       class_token: whether there is one more token, of no patch.
       shape: of the pictures or clips that it sees.
     """
 
     def __init__(self, model: CaptionModel):
         connector, vit = model.task.model.connector, model.task.model.vit
+        seen = model.task.model.frames.seen(vit)
         self.merges, self.class_token = bool(connector.merges), connector.class_token
         self.own = self.least = self.most = visual_tokens(model.task, model.params)
         if self.merges:
-            self.most = vit.num_output_tokens
-            halving = [vit.num_tokens] * connector.depth  # each layer merges as many as it can
-            self.least = min(self.most, token_counts(vit.num_tokens, halving, connector.class_token)[-1])
-        self.patches = vit.num_tokens - vit.class_token
+            self.most = seen.num_output_tokens
+            halving = [seen.num_tokens] * connector.depth  # each layer merges as many as it can
+            self.least = min(self.most, token_counts(seen.num_tokens, halving, connector.class_token)[-1])
         self.shape = model.task.batch.pictures
+        self.patches = (vit.num_tokens - vit.class_token) * max(self.shape.frames, 1)
         self._models = {self.own: model}
         self._compiled: set[tuple] = set()
 
+    @property
+    def kind(self) -> str:
+        """What it sees, in a word."""
+        return "clip" if self.shape.frames else "picture"
+
     def caption(self, image: np.ndarray, tokens: int, say: Say) -> Written:
-        """Returns the caption of an image (S, S, 3) uint8 from so many visual tokens."""
+        """Returns the caption of a picture (S, S, 3) or clip (F, S, S, 3) uint8 from so many visual tokens."""
         model = self._model(tokens)
         return self._timed(("caption", tokens), tokens, lambda: model.caption(image), say)
 
     def answer(self, image: np.ndarray, question: str, tokens: int, say: Say) -> Written:
-        """Returns the answer to a question about an image (S, S, 3) uint8 from so many visual tokens."""
+        """Returns the answer to a question about a picture or clip, as in `caption`."""
         model = self._model(tokens)
         return self._timed(("answer", tokens, question), tokens, lambda: model.answer(image, question), say)
 

@@ -36,7 +36,9 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
         gr.HTML(views.draw("head.html.j2", name=name, note=note, looks=looks))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=300, buttons=[])
+                sources = ["upload"] if looks.shape.frames else ["upload", "clipboard"]
+                widget = gr.Video if looks.shape.frames else gr.Image
+                picture = widget(label=looks.kind.capitalize(), sources=sources, height=300, buttons=[])
                 # The file as it was uploaded: Gradio's own method raises an error for one that is no picture.
                 picture.preprocess = lambda payload: payload and payload.path
                 tokens = gr.Slider(
@@ -53,7 +55,7 @@ def build(looks: Looks, name: str, note: str) -> gr.Blocks:
                 )
                 answered = gr.HTML(elem_id="answer")
             with gr.Column(scale=5, min_width=300):
-                looked = gr.HTML(views.message(views.NO_PICTURE), elem_id="look", min_height=180)
+                looked = gr.HTML(views.message(views.nothing_yet(looks)), elem_id="look", min_height=180)
         shown = dict(inputs=[picture, tokens, tried], outputs=[looked, tried], show_progress_on=looked)
         shown["trigger_mode"] = "always_last"  # what is chosen during a computation is shown after it
         picture.change(lambda: "", None, answered, queue=False, api_visibility="private")

@@ -8,14 +8,13 @@ import numpy as np
 from markupsafe import escape
 
 from simvlg_jax.caption import read_or_explain
-from simvlg_jax.data.batch import Pictures
 from simvlg_jax.demo.looks import Looks, Say, Written
 from simvlg_jax.evaluation.report.merge_map import merge_map
 from simvlg_jax.evaluation.report.page import render
 from simvlg_jax.evaluation.report.pictures import picture_text, sheet_text
 from simvlg_jax.utils.errors import UserError
 
-NO_PICTURE, NO_QUESTION = "Drop a picture first.", "Write a question first."
+NO_QUESTION = "Write a question first."
 draw = functools.partial(render, package=__package__)
 
 Tried = dict[tuple[str, int], Written]  # the captions of a picture, by its path and the number of visual tokens
@@ -23,6 +22,11 @@ Tried = dict[tuple[str, int], Written]  # the captions of a picture, by its path
 
 def message(text: str) -> str:
     return f'<p class="message" role="status">{escape(text)}</p>'
+
+
+def nothing_yet(looks: Looks) -> str:
+    """What the page says before it has a picture or a clip."""
+    return f"Drop a {looks.kind} first."
 
 
 def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) -> tuple[str, Tried]:
@@ -33,7 +37,7 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
       tokens: number of visual tokens.
     """
     try:
-        image = _read(path, looks.shape)
+        image = _read(looks, path)
         shown = looks.caption(image, tokens, say)
     except UserError as error:
         return message(str(error)), {}
@@ -54,7 +58,7 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
 def answer(looks: Looks, path: str | None, question: str, tokens: int, say: Say) -> str:
     """Returns the answer to a question about a picture. Arguments as for `look`."""
     try:
-        image = _read(path, looks.shape)
+        image = _read(looks, path)
         if not question.strip():
             raise UserError(NO_QUESTION)
         written = looks.answer(image, question, tokens, say)
@@ -63,11 +67,11 @@ def answer(looks: Looks, path: str | None, question: str, tokens: int, say: Say)
     return draw("answer.html.j2", question=question, written=written)
 
 
-def _read(path: str | None, shape: Pictures) -> np.ndarray:
+def _read(looks: Looks, path: str | None) -> np.ndarray:
     """Returns the picture or clip as a model sees it, see `read_visual`. Raises UserError if it cannot be read."""
     if not path:
-        raise UserError(NO_PICTURE)
-    image = read_or_explain(Path(path), shape)
+        raise UserError(nothing_yet(looks))
+    image = read_or_explain(Path(path), looks.shape)
     if isinstance(image, str):
         raise UserError(image[0].upper() + image[1:])
     return image
