@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,21 @@ def test_interrupted_and_undisturbed_comparisons_say_the_same(study, tmp_path):
     count = len(made)
     results(study, tmp_path / "parts", dying)
     assert len(made) == count  # nothing is made again
+
+
+def test_records_without_their_runs_are_enough_to_go_on_with_another_seed(study, tmp_path):
+    results(study, tmp_path / "first", standin)
+    shutil.copytree(tmp_path / "first" / "records", tmp_path / "moved" / "records")
+    made = []
+
+    def watched(name, arguments):
+        made.append((name, *arguments))
+        standin(name, arguments)
+
+    _, found = results(dataclasses.replace(study, seeds=(3, 4)), tmp_path / "moved", watched)
+    assert [record["chosen"] for record in found["arms"]["pooled"]["records"]] == [[0.0015, 0.0015]] * 2
+    trained = [call for call in made if call[0] == "train"]
+    assert len(trained) == 3 and all("--config.seed=4" in call for call in trained)  # nothing is searched again
 
 
 def test_each_stage_takes_the_value_with_the_lowest_loss_and_costs_add_up(study, tmp_path):

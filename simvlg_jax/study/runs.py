@@ -9,7 +9,7 @@ from pathlib import Path
 
 from simvlg_jax.study.costs import Point, read_points
 from simvlg_jax.study.plan import Arm, Study
-from simvlg_jax.study.records import is_record_of, write_record
+from simvlg_jax.study.records import is_record_of, read_record, write_record
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import read_metrics
 
@@ -49,9 +49,10 @@ class Runs:
     def _one(self, arm: Arm, seed: int) -> None:
         folder, points, chosen, previous = self._workdir / "runs" / arm.name / f"seed_{seed}", [], [], ""
         ends: list[Point] = []
+        before = self._chosen_before(arm)
         for stage in range(len(arm.stages)):
             config = self._study.config(arm, stage)
-            value = self._choose(arm, stage, previous)
+            value = before[stage] if before else self._choose(arm, stage, previous)
             workdir = folder / f"stage_{stage + 1}"
             own = [f"--config.seed={seed}"] + ([] if value is None else [self._study.search.flag(value)])
             self._train(workdir, self._study.flags(arm, stage, previous), own)
@@ -66,6 +67,12 @@ class Runs:
 
     def _train(self, workdir: Path, flags: list[str], own: list[str]) -> None:
         self._call("train", ["--config", self._study.base, "--workdir", str(workdir), *flags, *own])
+
+    def _chosen_before(self, arm: Arm) -> list[float | None] | None:
+        """Returns what the stages of an arm chose, if one of its runs has a record: another seed chooses the same."""
+        paths = (self._record(arm, seed) for seed in self._study.seeds)
+        found = (read_record(path)["chosen"] for path in paths if is_record_of(path, self._study, arm))
+        return next(found, None)
 
     def _choose(self, arm: Arm, stage: int, previous: str) -> float | None:
         """Returns the value of the searched key with the lowest validation loss after a short run."""
