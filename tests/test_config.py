@@ -1,5 +1,6 @@
 """Every number of a config has a range, and one line names what is wrong in a config file."""
 
+import re
 from fnmatch import fnmatch
 
 import pytest
@@ -116,6 +117,29 @@ def test_keys_of_a_config_file_that_mean_nothing_are_refused(tmp_path, line, mes
 def test_override_of_one_element_is_refused_in_a_line():
     with pytest.raises(UserError, match=r"unknown config key 'connector\.merges\[0\]'; did you mean connector\.merges"):
         load_config("configs/tiny.py", ["--config.connector.merges[0]=2"])
+
+
+def test_flags_give_an_evaluation_data_and_decoding_of_its_own():
+    flags = ("data.path=x", "data.crop_scale=(0.5,0.9)", "decoding.num_beams=3")
+    config = load_config("configs/tiny.py", [f"--config.evals.val.{flag}" for flag in flags])
+    assert config.evals.val.data.to_dict() == {"path": "x", "crop_scale": (0.5, 0.9)} and config.data.path == ""
+    assert config.evals.val.decoding.to_dict() == {"num_beams": 3} and config.evaluate.num_beams == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("evals.val.data.pth=x", "unknown config key 'evals.val.data.pth'"),
+        ("evals.val.data.workers=-1", "data.workers is -1"),
+        ("evals.val.data.workers=many", "evals.val.data.workers"),
+        ("evals.other.data.path=x", "unknown config key 'evals.other.data.path'"),
+        ("evals.val.data.mixture=x", "unknown config key 'evals.val.data.mixture'"),
+    ],
+)
+def test_wrong_keys_of_an_evaluation_are_refused(flag, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_config("configs/tiny.py", [f"--config.{flag}"])
+    assert error.value.status == 2
 
 
 def test_evaluations_of_ones_own_are_filled_and_checked():

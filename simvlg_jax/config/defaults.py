@@ -260,7 +260,7 @@ def get_eval() -> ConfigDict:
     # tokens, length_penalty 0).
     entry.decoding = ConfigDict()
     entry.split = "val"
-    entry.data = ConfigDict()  # keys of config.data that differ for this evaluation
+    entry.data = ConfigDict()  # keys of config.data that differ for this evaluation, such as evals.val.data.path
     entry.every = 200  # steps between evaluations; 0: not during training
     entry.max_examples = 0  # number of examples, from the first on; 0: all
     return entry

@@ -17,6 +17,7 @@ FORMER = {"train.eval_every": "evals.val.every", "evaluate.max_examples": "evals
 DROPPED = {"data.length_window": 1}  # former keys, and the value at which a config means the same without them
 # Groups that take names of one's own.
 OPEN = ("evals.", "optimizer.lr_multipliers.", "data.synthetic_size.", "data.mixture.")
+SHARED = {"data": "data", "decoding": "evaluate"}  # group of an evaluation -> where the keys stand that it may change
 RECIPES = Path(__file__).parent.parent / "recipes"  # the repository's configs/, which the wheel contains
 
 
@@ -124,12 +125,24 @@ def change(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise UserError(f"cannot read {given!r}: overrides look like --config.train.steps=100", 2)
     arguments = ["simvlg_jax", *overrides]
     values, copy = flags.FlagValues(), config.copy_and_resolve_references()
+    with copy.unlocked():
+        _add_own(copy, overrides)
     try:
         config_flags.DEFINE_config_dict("config", copy, flag_values=values, sys_argv=arguments)
         values(arguments)
         return values["config"].value.lock()
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(_explain(flat_keys(config), overrides, error), 2) from error
+
+
+def _add_own(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Gives evaluations the keys of their own that overrides set, with the values that they have without them."""
+    for given in overrides:
+        match given.removeprefix("--config.").partition("=")[0].split("."):
+            case ["evals", name, group, key] if name in config.get("evals", {}) and group in SHARED:
+                own, shared = config.evals[name][group], config[SHARED[group]]
+                if key not in own and key in shared and not isinstance(shared[key], ConfigDict):
+                    own[key] = shared[key]
 
 
 def _explain(keys: Collection[str], overrides: Sequence[str], error: Exception) -> str:
