@@ -9,7 +9,7 @@ from markupsafe import escape
 
 from simvlg_jax.caption import read_or_explain
 from simvlg_jax.demo.looks import Looks, Say, Written
-from simvlg_jax.evaluation.report.merge_map import merge_map
+from simvlg_jax.evaluation.report.merge_map import merge_map, sheet_layout
 from simvlg_jax.evaluation.report.page import render
 from simvlg_jax.evaluation.report.pictures import picture_text, sheet_text
 from simvlg_jax.utils.errors import UserError
@@ -43,12 +43,15 @@ def look(looks: Looks, path: str | None, tokens: int, tried: Tried, say: Say) ->
         return message(str(error)), {}
     tried = {key: written for key, written in tried.items() if key[0] == path} | {(path, tokens): shown}
     layers = looks.layers(image, shown.text, tokens, say)
+    rows, columns = sheet_layout(len(image) if image.ndim == 4 else 1)
     html = draw(
         "look.html.j2",
         looks=looks,
         shown=shown,
         tried=[tried[key] for key in sorted(tried, reverse=True)],
         device=jax.devices()[0].device_kind,
+        rows=rows,
+        columns=columns,
         image=picture_text(image) if image.ndim == 3 else sheet_text(image),
         drawing=merge_map(layers, len(image) if image.ndim == 4 else 1) if layers else None,
     )
