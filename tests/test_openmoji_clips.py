@@ -292,6 +292,13 @@ def test_prepared_set_gives_the_clips_their_captions_and_those_of_the_reverse(ma
             assert np.abs(sampled.astype(float) - drawn).mean() < 6
 
 
+def test_the_same_frames_give_the_same_video(pictures):
+    for scene in itertools.chain(*divide(FEW, 0).values()):
+        frames = draw(scene, pictures)
+        first = encode(frames)
+        assert all(encode(frames) == first for _ in range(20))
+
+
 def test_the_same_arguments_give_the_same_files_also_after_an_interruption(made, openmoji_data, tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "COUNTS", FEW)
     encoded = []

@@ -27,7 +27,9 @@ from simvlg_jax.utils.files import atomic_write, write_json
 
 COUNTS = {"train": 4000, "val": 200, "test": 500, "unseen": 500}
 RATE = 10  # frames per second
-QUALITY = "18"  # of x264; lower is better
+# Lower crf is better. The macroblock tree of x264 reads memory that it has not written where pictures are as small as
+# ours, so that two runs would give two files.
+ENCODER = {"crf": "18", "x264-params": "mbtree=0"}
 KEYFRAMES = 12  # frames between two keyframes
 CORNER = SIDE // 4  # pixels around a picture that turns, so that its corners are not cut
 
@@ -72,7 +74,7 @@ def encode(frames: np.ndarray) -> bytes:
     av = clips.load_av()
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=RATE, options={"crf": QUALITY})
+        stream = file.add_stream("libx264", rate=RATE, options=ENCODER)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size = "yuv420p", KEYFRAMES
         stream.thread_count = 1  # else the bytes depend on the number of cores
