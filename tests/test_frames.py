@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from simvlg_jax.config.load import fill, load_config
 from simvlg_jax.config.saved import read_config, save_config
 from simvlg_jax.models import token_merging
-from simvlg_jax.models.encoders.frames import WAYS, Frames
+from simvlg_jax.models.encoders.frames import WAYS, Frames, add_positions
 from simvlg_jax.models.encoders.merge_frames import group_sizes, merge_frames
 from simvlg_jax.models.layers import LayerNorm
 from simvlg_jax.tasks import build_task
@@ -136,8 +136,8 @@ def test_each_way_is_its_definition_by_loops_with_the_positions_of_its_frames(wa
     rng = np.random.default_rng(4)
     tokens, positions = rng.normal(size=(2, 4, 6, 8)).astype(np.float32), rng.normal(size=(5, 8)).astype(np.float32)
     frames = Frames(4, way, 7 * (way == "merged"))
-    plain, source_map = frames.join(jnp.asarray(tokens), True)
-    placed, _ = frames.join(jnp.asarray(tokens), True, jnp.asarray(positions))
+    plain, made_of, source_map = frames.join(jnp.asarray(tokens), True)
+    placed = add_positions(plain, made_of, jnp.asarray(positions))
     for row in range(2):
         expected, shares = reference_join(way, tokens[row], 7)
         np.testing.assert_allclose(plain[row], expected, rtol=1e-5, atol=1e-6)

@@ -457,19 +457,18 @@ class SimVLG(PreTrainedModel):
     def soft_prompt(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) or (B, 3, F, H, W), normalised -> (B, P, width of the language model)."""
         tokens, places = self.visual_encoder(pixel_values)
-        if tokens.ndim == 4:
-            tokens, places = self.of_clips(tokens)
+        tokens, places = self.of_clips(tokens) if tokens.ndim == 4 else (self.ln_vision(tokens), places)
         project = self.opt_proj if hasattr(self, "opt_proj") else self.llm_proj
-        return project(self.VLconnector(self.VL_proj(self.ln_vision(tokens)), places))
+        return project(self.VLconnector(self.VL_proj(tokens), places))
 
     def of_clips(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, F, T, D) of frames -> (B, M, D), and the token of the class token and of each patch (B, N), or None.
+        """(B, F, T, D) of frames -> normed (B, M, D), and the token of each class token and patch (B, N), or None.
 
         The class tokens become their mean. Each token gets the positions of the frames that it is made of.
         """
         way, wanted = self.config.frames.get("way", "mean"), self.config.frames.get("wanted", 0)
         joined, shares, places = WAYS[way](tokens[:, :, 1:], wanted)
-        joined = torch.cat([tokens[:, :, :1].mean(1), joined], 1)
+        joined = self.ln_vision(torch.cat([tokens[:, :, :1].mean(1), joined], 1))
         if hasattr(self, "frame_position"):
             frames = tokens.shape[1]
             shares = torch.cat([shares.new_full((len(shares), 1, frames), 1 / frames), shares], 1)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
-from simvlg_jax.models.encoders.frames import Frames
+from simvlg_jax.models.encoders.frames import Frames, add_positions
 from simvlg_jax.models.encoders.vit import visual_tokens
 from simvlg_jax.models.losses import prompt_distances, token_cross_entropy, token_losses
 from simvlg_jax.models.packing import Packing, make_packing
@@ -68,7 +68,7 @@ class SimVLG(nn.Module):
         a caption with the connector's class token, or with the mean token if it has no class token.
       pformer: a frozen `PFormer`, or None.
       frames: how the frames of clips are joined.
-      max_frames: number of frames with learned positions, which are zero at first; see `Frames.join`. 0: none.
+      max_frames: number of frames with learned positions, which are zero at first; see `add_positions`. 0: none.
     """
 
     vit: nn.Module
@@ -110,10 +110,13 @@ class SimVLG(nn.Module):
         """Runs `encode_image` up to the connector."""
         seen = visual_tokens(self.vit, images, self.vit_grad)
         tokens, source_map = seen.tokens, seen.source_map
-        if tokens.ndim == 4:
-            positions = self.frame_position if self.max_frames else None
-            tokens, source_map = self.frames.join(tokens, self.vit.class_token, positions)
-        return self.connector(self.ln_vision(tokens), source_map)
+        if tokens.ndim == 3:
+            return self.connector(self.ln_vision(tokens), source_map)
+        joined = self.frames.join(tokens, self.vit.class_token)
+        tokens = self.ln_vision(joined.tokens)
+        if self.max_frames:  # after the norm, so that their scale does not depend on the encoder
+            tokens = add_positions(tokens, joined.shares, self.frame_position)
+        return self.connector(tokens, joined.source_map)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         """Returns the embeddings (B, L, E) of ids (B, L) int32."""

@@ -17,7 +17,7 @@ from simvlg_jax.models.encoders.vit import ViT
 
 
 class Joined(NamedTuple):
-    """The patches of a clip as one sequence.
+    """The tokens of a clip as one sequence.
 
     Attributes:
       tokens: (B, M, D).
@@ -151,29 +151,32 @@ class Frames:
         first = int(class_token)
         return jnp.concatenate([source_map[:, :first], jnp.tile(source_map[:, first:], (1, self.count))], 1)
 
-    def join(
-        self, tokens: jax.Array, class_token: bool, positions: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Joins the frames of clips.
+    def join(self, tokens: jax.Array, class_token: bool) -> Joined:
+        """Joins the frames of clips, with their class tokens.
 
         Args:
           tokens: (B, F, T, D) of the vision encoder. A class token is the first of T.
           class_token: whether there is one.
-          positions: (F', D) learned positions of F' >= F frames, or None. Each token gets their mean over the frames
-            that it is made of, weighted by their shares.
-
-        Returns:
-          ((B, M, D), the source map (B, N) int32 of the class token and all patches, or None as in `Joined`).
         """
-        if self.way == "mean" and positions is None:
-            return tokens.mean(1), None
         first, frames = int(class_token), tokens.shape[1]
-        out = WAYS[self.way].join(tokens[:, :, first:], self.wanted)
-        joined = jnp.concatenate([tokens[:, :, :first].mean(1), out.tokens], 1)
-        if positions is not None:
-            shares = jnp.pad(out.shares, ((0, 0), (first, 0), (0, 0)), constant_values=1 / frames)
-            added = jnp.einsum("BMF,FD->BMD", shares, positions[:frames], precision="highest")
-            joined = joined + added.astype(joined.dtype)
-        if out.source_map is None:
-            return joined, None
-        return joined, jnp.pad(out.source_map + first, ((0, 0), (first, 0)))  # the class token stays in slot 0
+        patches = WAYS[self.way].join(tokens[:, :, first:], self.wanted)
+        source_map = patches.source_map
+        if source_map is not None:
+            source_map = jnp.pad(source_map + first, ((0, 0), (first, 0)))  # the class token stays in slot 0
+        return Joined(
+            jnp.concatenate([tokens[:, :, :first].mean(1), patches.tokens], 1),
+            jnp.pad(patches.shares, ((0, 0), (first, 0), (0, 0)), constant_values=1 / frames),
+            source_map,
+        )
+
+
+def add_positions(tokens: jax.Array, shares: jax.Array, positions: jax.Array) -> jax.Array:
+    """Adds to each token the mean position of the frames that it is made of.
+
+    Args:
+      tokens: (B, M, D).
+      shares: (B or 1, M, F) float32, of each frame in each token; see `Joined`.
+      positions: (F', D), learned, of F' >= F frames.
+    """
+    added = jnp.einsum("BMF,FD->BMD", shares, positions[: shares.shape[-1]], precision="highest")
+    return tokens + added.astype(tokens.dtype)
