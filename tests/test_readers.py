@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict
 from preparing import (
     assert_own_captions,
     caption,
@@ -28,8 +29,12 @@ from preparing import (
     write_videos,
 )
 
+from simvlg_jax.data.extras import Extras
+from simvlg_jax.data.index import Tar
 from simvlg_jax.data.preparing import media
 from simvlg_jax.data.readers import READERS, choose, paths, resolve
+from simvlg_jax.data.readers.webdataset import TarShard
+from simvlg_jax.data.sources import load_source
 from simvlg_jax.utils.errors import UserError
 
 FORMATS = {
@@ -112,6 +117,42 @@ def test_tars_of_the_webdataset_package(tmp_path, kind, text):
     source = write_tars(tmp_path / "data", 3, tars=2, text=text, kind=kind)
     run(tmp_path / "o", f"{source}/{{00000..00001}}.tar")
     assert rows(tmp_path / "o") == [(f"{n // 3:05d}/{n:05d}", [caption(n)]) for n in range(6)]
+
+
+def test_tars_of_videos(tmp_path):
+    """As video2dataset writes them, with a thumbnail; the copy and the tars in place give the same."""
+    videos = [(write_videos(tmp_path / "clips", 4) / f"{n}.mp4").read_bytes() for n in range(4)]
+    about = [{"reverse_caption": "falls", "group": "up"}, {"caption": caption(1), "reverse_caption": "falls"}, [], {}]
+    about[3] = {"reverse_caption": 3}
+    members = [("stats.json", b"{}")]
+    for n, (video, content) in enumerate(zip(videos, about, strict=True)):
+        texts = [] if n == 1 else [(f"{n}.txt", caption(n).encode())]
+        members += [(f"{n}.jpg", picture(n)), *texts, (f"{n}.json", json.dumps(content).encode()), (f"{n}.mp4", video)]
+    members += [("4.jpg", picture(4)), ("4.txt", b"no video")]
+    tar_of(tmp_path / "t.tar", members)
+    extras = [Extras("up", reverse_caption="falls"), Extras(reverse_caption="falls"), Extras()]
+    for name in ("copy", "index"):
+        run(tmp_path / name, tmp_path / "t.tar", index_only=name == "index")
+        assert [why for _, why in skipped(tmp_path / name)] == ["no picture", "wrong type", "no picture"]
+        source = load_source(ConfigDict({"name": "prepared", "path": str(tmp_path / name), "frames": 2}), "train")
+        assert [source.info(n).extras for n in range(3)] == extras
+        assert [(source[n]["image"], source[n]["caption"]) for n in range(3)] == [
+            (videos[n], caption(n)) for n in range(3)
+        ]
+
+
+def test_what_tars_hold_does_not_change_the_fingerprints_of_data_that_were_prepared_before_there_were_videos():
+    shard = TarShard(Tar("a.tar", 1), "1 2", "a", "video")
+    assert repr(shard) == "TarShard(tar=Tar(path='a.tar', size=1), stamp='1 2', prefix='a')"
+
+
+def test_a_broken_first_tar_does_not_say_what_the_others_hold(tmp_path):
+    video = (write_videos(tmp_path / "clips", 1) / "0.mp4").read_bytes()
+    (tmp_path / "0.tar").write_bytes(b"no tar")
+    tar_of(tmp_path / "1.tar", [("0.mp4", video), ("0.txt", caption(0).encode())])
+    run(tmp_path / "o", f"{tmp_path}/{{0..2}}.tar")
+    assert rows(tmp_path / "o") == [("1/0", [caption(0)])]
+    assert skipped(tmp_path / "o") == [("0.tar", "truncated tar"), ("2.tar", "missing file")]
 
 
 def test_tars_of_one_name_have_ids_of_their_own(tmp_path):

@@ -111,6 +111,11 @@ def parse(row: Mapping[str, Any], unlabelled: bool = False) -> Fields:
     return Fields("video" if is_video else "image", source, good, faults, question, own_id, split_of(row), extras)
 
 
+def beside(content: Mapping[str, Any]) -> Extras:
+    """What a JSON file beside a picture or video says: its group, and the caption of the reverse. Raises Fault."""
+    return _extras({name: content[name] for name in (*GROUP, *REVERSE) if name in content})
+
+
 def _extras(row: Mapping[str, Any]) -> Extras:
     """The right choice may be a number, which is its place. Raises Fault for texts that cannot be used."""
     group, found, reverse = identifier(_value(row, GROUP)), _value(row, CHOICES), _value(row, REVERSE)

@@ -14,7 +14,7 @@ from simvlg_jax.data import transforms
 from simvlg_jax.data.captions import well_formed
 from simvlg_jax.data.extras import NONE, Extras
 from simvlg_jax.data.index import Tar
-from simvlg_jax.data.readers import paths, texts
+from simvlg_jax.data.readers import fields, paths, texts
 from simvlg_jax.data.readers.fields import Fields
 from simvlg_jax.data.readers.reader import Example, Item, Plan, Skip
 from simvlg_jax.data.skips import Fault, reason
@@ -142,20 +142,29 @@ class ListedShard:
     def _item(self, example: Example) -> Item | Skip | None:
         root = self.roots[example.root]
         try:
-            found = (example.texts, ()) if example.texts is not None else beside(root, example)
-            if found is None:
+            if example.texts is not None:
+                found = Described(list(example.texts), (), Extras(*example.extras))
+            elif (found := beside(root, example)) is None:
                 return None
             limit = transforms.MAX_BYTES if self.media == "image" else MAX_VIDEO_BYTES
             media = paths.read_file(root, example.path, limit)
         except (Fault, OSError, ValueError) as error:
             # A name with NUL or half a character raises ValueError: no such file exists.
             return Skip(example.where, "missing file" if isinstance(error, ValueError) else reason(error))
-        extras = Extras(*example.extras)
-        return Item(example.where, example.id, media, found[0], example.question, faults=found[1], extras=extras)
+        described = {"faults": found.faults, "extras": found.extras}
+        return Item(example.where, example.id, media, found.texts, example.question, **described)
 
 
-def beside(root: str, example: Example) -> tuple[list[str], tuple[str, ...]] | None:
-    """Captions in the file beside a picture, and faults of others; None if the file belongs to no picture.
+class Described(NamedTuple):
+    """What is said of one picture or video: good captions, the faults of others, and what evaluations use besides."""
+
+    texts: list[str]
+    faults: tuple[str, ...] = ()
+    extras: Extras = NONE
+
+
+def beside(root: str, example: Example) -> Described | None:
+    """What the file beside a picture says; None if the file belongs to no picture.
 
     Raises Fault or OSError if there is no good caption.
     """
@@ -168,16 +177,16 @@ def beside(root: str, example: Example) -> tuple[list[str], tuple[str, ...]] | N
         if is_json and not (isinstance(content, dict) and content.keys() & {"caption", "text", "url", "status"}):
             return None
         raise Fault("no picture")
-    return captions_of(data, is_json)
+    return described_by(data, is_json)
 
 
-def captions_of(data: bytes, is_json: bool) -> tuple[list[str], tuple[str, ...]]:
-    """The captions in a JSON file, or the first line of a text file, and faults of others.
+def described_by(data: bytes, is_json: bool) -> Described:
+    """What a JSON file says, or the first line of a text file.
 
     Raises Fault if there is no good one.
     """
     if not is_json:
-        return [texts.checked(texts.first_line(texts.decode(data)))], ()
+        return Described([texts.checked(texts.first_line(texts.decode(data)))])
     content = texts.parse_json(data)
     if not isinstance(content, dict):
         raise Fault("wrong type")
@@ -185,7 +194,7 @@ def captions_of(data: bytes, is_json: bool) -> tuple[list[str], tuple[str, ...]]
     good, faults = texts.sift(texts.as_list(value))
     if not good:
         raise Fault(faults[0])
-    return good, tuple(faults)
+    return Described(good, tuple(faults), fields.beside(content))
 
 
 def spool(plan: Plan, path: epath.Path) -> None:
