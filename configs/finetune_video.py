@@ -10,6 +10,14 @@ test are prepared like train, with `--split`; `--config.data.path=FOLDER` names 
 `data`: msrvtt and msvd (captions), msrvtt_qa and msvd_qa (questions), webvid (captions, to pre-train on clips first:
 the exported result is then the IMAGE_MODEL of the others). `llm` and `vit` are as in pretrain_image.
 
+`loss`: caption, or scst, which goes on with a captioner of clips by self-critical sequence training (docs/scst.md):
+
+    python -m simvlg_jax.export --workdir runs/msrvtt --output exported
+    python -m simvlg_jax.train --config configs/finetune_video.py:data=msrvtt,loss=scst --workdir runs/msrvtt_scst \
+      --config.vit.weights=eva_vit_g.pth --config.train.init_from=exported/weights.safetensors
+
+Its settings are ours, and untested at this size; nothing is published of them but the score.
+
 `frames` says how a clip becomes the tokens of the connector. All but the first are baselines without a trained ViT:
 
 | frames | |
@@ -44,11 +52,12 @@ from simvlg_jax.recipes import pretrain_image
 
 DATA = ("msrvtt", "msvd", "msrvtt_qa", "msvd_qa", "webvid")
 FRAMES = ("temporal", "mean", "joined", "pooled", "merged")
+LOSSES = ("caption", "scst")
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    choices = dict(data=DATA, llm=pretrain_image.LLMS, vit=pretrain_image.VITS, frames=FRAMES)
-    data, llm, vit, frames = defaults.choose(argument, **choices)
+    choices = dict(data=DATA, llm=pretrain_image.LLMS, vit=pretrain_image.VITS, frames=FRAMES, loss=LOSSES)
+    data, llm, vit, frames, loss = defaults.choose(argument, **choices)
     config = pretrain_image.get_config(f"llm={llm},vit={vit},data=own")
     config.unlock()
     config.connector.weights = ""
@@ -88,6 +97,21 @@ def get_config(argument: str = "") -> ConfigDict:
         config.llm.max_text_tokens = 40  # question and answer
         for entry in config.evals.values():
             entry.update(type="questions", metric="exact")
+    if loss == "scst":
+        if data.endswith("_qa"):
+            raise ValueError(f"loss=scst is for captions, and {data} has questions")
+        config.task = "scst"
+        config.data.pack = 0
+        config.data.pack_window = 1
+        config.data.pad_multiple = 0  # one program is compiled
+        config.llm.max_text_tokens = 21  # the start and the longest caption that is written
+        config.train.accumulate = 4  # 8 clips and their 40 captions at a time
+        config.train.steps = 4000  # about an epoch of MSR-VTT's captions
+        config.train.save_every = 500
+        config.optimizer.warmup_steps = 100
+        config.optimizer.schedule = "cosine"
+        config.optimizer.clip_norm = 1.0
+        config.evals.val.every = 500
     if data == "webvid":
         del config.evals["test"]  # it has no test split
         config.evals.val.every = 5000

@@ -23,6 +23,7 @@ from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
 from simvlg_jax.training.fingerprints import fingerprint
+from simvlg_jax.utils.errors import UserError
 
 SIZE = VIT_SIZES["tiny_32px"]
 CLIPS = np.random.default_rng(0).normal(size=(2, 4, 32, 32, 3)).astype(np.float32)
@@ -112,6 +113,15 @@ def test_recipes_of_clips_give_the_language_model_the_tokens_of_a_picture(frames
         "",
         "data/msrvtt_qa",
     )
+
+
+def test_the_recipe_of_scst_learns_from_captions_of_clips_as_long_as_those_that_evaluations_write():
+    config = load_config("configs/finetune_video.py:data=msrvtt,loss=scst", [])
+    task = build_task(config)
+    assert task.batch.beams == 5 and task.batch.pictures.frames == 4
+    assert task.batch.texts["caption"].max_tokens == 1 + config.evaluate.max_new_tokens
+    with pytest.raises(UserError, match="msvd_qa has questions"):
+        load_config("configs/finetune_video.py:data=msvd_qa,loss=scst", [])
 
 
 def test_only_the_temporal_part_of_a_frozen_vit_is_trained(tmp_path):
