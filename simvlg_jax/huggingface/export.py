@@ -14,7 +14,7 @@ from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import write_json
 
-MODELING = Path(__file__).parent / "modeling_simvlg.py"
+CODE = Path(__file__).parent / "remote_code"
 VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
     *("key_bias", "patch_bias", "input_norm", "temporal", "max_frames"),
@@ -24,12 +24,12 @@ DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "
 
 
 def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
-    """config.json of the folder; see `SimVLGConfig` in modeling_simvlg.py."""
+    """config.json of the folder; see `SimVLGConfig` in remote_code."""
     connector, family = model.connector, families.of_model(model.llm)
     return dict(
         model_type="simvlg",
         architectures=["SimVLG"],
-        auto_map={"AutoConfig": "modeling_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
+        auto_map={"AutoConfig": "configuration_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
         vision={name: getattr(model.vit, name) for name in VISION}
         | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
         connector={"type": type(connector).__name__}
@@ -100,4 +100,5 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "preprocessor_config.json", preprocessor_config(model.vit.image_size))
     write_json(folder / "config.json", model_config(model, text, config))
-    shutil.copyfile(MODELING, folder / MODELING.name)
+    for path in CODE.glob("[a-z]*.py"):
+        shutil.copyfile(path, folder / path.name)
