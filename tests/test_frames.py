@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from simvlg_jax.config.load import fill, load_config
 from simvlg_jax.config.saved import read_config, save_config
 from simvlg_jax.models import token_merging
-from simvlg_jax.models.encoders.frames import WAYS, Frames, add_positions
+from simvlg_jax.models.encoders.frames import WAYS, Frames, add_positions, weigh
 from simvlg_jax.models.encoders.merge_frames import group_sizes, merge_frames
 from simvlg_jax.models.layers import LayerNorm
 from simvlg_jax.tasks import build_task
@@ -148,6 +148,15 @@ def test_each_way_is_its_definition_by_loops_with_the_positions_of_its_frames(wa
         assert source_map.shape == (2, 21) and (source_map[:, 0] == 0).all() and (source_map[:, 1:] > 0).all()
 
 
+def test_weighted_frames_have_the_mean_that_their_definition_by_loops_has():
+    rng = np.random.default_rng(5)
+    tokens, weights = rng.normal(size=(2, 3, 6, 8)).astype(np.float32), rng.normal(size=(5, 8)).astype(np.float32)
+    found = weigh(jnp.asarray(tokens), jnp.asarray(weights)).mean(1)
+    shares = [[(1 + weights[f, d] - weights[:3, d].mean()) / 3 for d in range(8)] for f in range(3)]
+    expected = sum(tokens[:, f] * shares[f] for f in range(3))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_model_encodes_each_frame_as_a_picture_and_joins_them(way):
     """From pixels to the soft prompt: the picture's ViT on each frame, the definition above, norm, connector."""
@@ -204,9 +213,9 @@ def test_patches_of_every_frame_have_the_positions_of_their_places(way):
         np.testing.assert_allclose(embedded["result"][row], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["mean", "merged"])
-def test_a_still_clip_is_its_picture(way):
-    clip_task, params = task_of(f"video.frames_as={way}")
+@pytest.mark.parametrize(("way", "max_frames"), [("mean", 0), ("mean", 6), ("merged", 0)])
+def test_a_still_clip_is_its_picture(way, max_frames):
+    clip_task, params = task_of(f"video.frames_as={way}", f"video.max_frames={max_frames}")
     picture_task, _ = task_of("data.frames=0")
     stills = CLIPS[:, :1]
     clips, pictures = (
@@ -242,13 +251,30 @@ def test_positions_are_zero_at_first_and_then_tell_a_clip_from_its_reverse():
     assert np.abs(forth.mean(1) - back.mean(1)).max() > 1e-3
 
 
+def test_weights_of_frames_tell_a_clip_from_its_reverse_from_the_start():
+    (plain, params), (ordered, more) = task_of(), task_of("video.max_frames=4")
+    assert set(more) - set(params) == {"frame_weight"} and more["frame_weight"].shape == (4, 32)
+    fresh = nn.unbox(jax.jit(ordered.init)(jax.random.key(0)))["frame_weight"]
+    assert 0.8 < fresh.std() < 1.2
+    means = encode_image(plain, params, CLIPS), encode_image(plain, params, CLIPS[:, ::-1])
+    np.testing.assert_allclose(means[0].prefix, means[1].prefix, rtol=1e-4, atol=1e-4)
+    own = {**params, "frame_weight": fresh}
+    forth, back = (encode_image(ordered, own, clips).prefix for clips in (CLIPS, CLIPS[:, ::-1]))
+    assert np.abs(forth.mean(1) - back.mean(1)).max() > 1e-2
+
+
 def test_frames_are_trained_through_a_frozen_vit_only_where_they_have_to_be():
     trained = {}
-    for flags in (["video.frames_as=joined", "video.max_frames=4"], ["vit.temporal=True", "video.frames_as=merged"]):
+    for flags in (
+        ["video.frames_as=joined", "video.max_frames=4"],
+        ["vit.temporal=True", "video.frames_as=merged"],
+        ["video.max_frames=4"],
+    ):
         task, params = task_of(*flags)
         trained[flags[0]] = set(partition.split(params, task.is_trained)[0])
         assert task.model.vit_grad == ("vit.temporal=True" in flags)
     assert "frame_position" in trained["video.frames_as=joined"] and "vit" not in trained["video.frames_as=joined"]
+    assert "frame_weight" in trained["video.max_frames=4"] and "vit" not in trained["video.max_frames=4"]
     assert "vit" in trained["vit.temporal=True"]
 
 
@@ -297,7 +323,7 @@ def test_a_config_without_the_keys_of_video_is_that_of_the_published_way(tmp_pat
         (["video.frames_as=merged", "video.tokens=65"], "between 16, the patches of a frame, and 64"),
         (["video.frames_as=joined", "data.frames=0"], "is for clips: set data.frames"),
         (["video.frames_as=joined", "video.tokens=20"], "video.tokens is for video.frames_as='merged'"),
-        (["video.max_frames=4"], "the mean of frames has no order"),
+        (["data.frames=0", "video.max_frames=4"], r"video\.max_frames is for clips"),
         (["video.frames_as=joined", "video.max_frames=3"], r"data\.frames=4 is more than video\.max_frames=3"),
         (["task=contrastive"], "data.frames is for the tasks caption and scst"),
         (["vit.r=2"], "vit.r is for pictures, and data.frames for clips"),

@@ -28,6 +28,7 @@ from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
 from simvlg_jax.training import loop
 from simvlg_jax.training.checkpoint import Checkpoints
+from simvlg_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -126,6 +127,7 @@ def test_captions_are_the_same_whatever_the_parts(flags, tmp_path):
     "flags",
     [
         ["vit.temporal=True", "vit.max_frames=5"],
+        ["video.max_frames=5"],
         ["video.frames_as=joined", "video.max_frames=4", "connector.tokens=18"],
         ["video.frames_as=pooled", "video.max_frames=6"],
         ["video.frames_as=merged", "video.tokens=24", "video.max_frames=4"],
@@ -139,6 +141,14 @@ def test_captions_of_clips_are_the_same_however_frames_are_joined(flags, tmp_pat
     params = random_params(task)
     hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
     assert_same_captions(task, params, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["mean", "pooled"])
+def test_the_published_form_knows_no_order_of_frames(way):
+    flags = ["data.frames=4", "video.max_frames=4", f"video.frames_as={way}"]
+    task = build_task(load_config("configs/tiny.py", [f"--config.{flag}" for flag in flags]))
+    with pytest.raises(UserError, match=r"knows no order of frames \(video.max_frames\): use --format hf"):
+        evlgen.to_evlgen(task.model, random_params(task))
 
 
 def random_params(task) -> dict:

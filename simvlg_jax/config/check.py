@@ -185,10 +185,8 @@ def _check_video(video: ConfigDict, frames: int, task: str) -> None:
         raise UserError(f"video.frames_as={video.frames_as!r} is for clips: set data.frames", 2)
     if video.tokens and video.frames_as != "merged":
         raise UserError("video.tokens is for video.frames_as='merged': set it to 0", 2)
-    if video.max_frames and video.frames_as == "mean":
-        raise UserError(
-            "the mean of frames has no order: set video.max_frames=0, or vit.temporal and vit.max_frames", 2
-        )
+    if video.max_frames and not frames:
+        raise UserError("video.max_frames is for clips: set data.frames", 2)
 
 
 # Keys of config.data that are of the whole pipeline, not of a source of the training data.

@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
     # "pooled": the means over time and the means over space, "merged": similar tokens of neighbouring frames merge.
     config.video.frames_as = "mean"
     config.video.tokens = 0  # "merged": number of patch tokens that are left of a clip; 0: as many as a frame has
-    config.video.max_frames = 0  # not "mean": number of frames with learned positions after the ViT, zero at first
+    # Number of frames whose order can be learned after the ViT: by positions of the tokens, or by weights for "mean".
+    config.video.max_frames = 0
 
     config.connector = ConfigDict()
     config.connector.type = "tomeformer"  # an entry of convert.connectors.CONNECTORS

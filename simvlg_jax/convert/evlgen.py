@@ -92,11 +92,11 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
     It can be traced: `jax.eval_shape` gives names and shapes of a model that is too big for this machine.
 
     Raises:
-      UserError: the model has positions of frames, which the published model lacks.
+      UserError: the model knows the order of frames, which the published model does not.
     """
     tensors: Tensors = {}
-    if "frame_position" in params:
-        raise UserError("the published model has no positions of frames (video.max_frames): use --format hf")
+    if params.keys() & {"frame_position", "frame_weight"}:
+        raise UserError("the published model knows no order of frames (video.max_frames): use --format hf")
     if "vit" in params:
         flat = traverse_util.flatten_dict(params["vit"])
         if ("temporal_position",) in flat:

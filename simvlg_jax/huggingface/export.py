@@ -47,12 +47,10 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
 
 
 def split_positions(params: dict) -> tuple[dict, Tensors]:
-    """Returns the parameters without the positions of frames, which the published model lacks, and those by name."""
+    """Returns the parameters without those of the order of frames, which the published model lacks, and those."""
     vit = {name: x for name, x in params["vit"].items() if name != "temporal_position"}
-    rest = {name: x for name, x in params.items() if name != "frame_position"} | {"vit": vit}
-    ordering = {}
-    if "frame_position" in params:
-        ordering["frame_position"] = params["frame_position"]
+    ordering = {name: params[name] for name in ("frame_position", "frame_weight") if name in params}
+    rest = {name: x for name, x in params.items() if name not in ordering} | {"vit": vit}
     if "temporal_position" in params["vit"]:
         ordering["visual_encoder.temporal_position"] = params["vit"]["temporal_position"]
     return rest, ordering

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from simvlg_jax.models import contrastive, layers
 from simvlg_jax.models.connectors.connector import ConnectorOutput
-from simvlg_jax.models.encoders.frames import Frames, add_positions
+from simvlg_jax.models.encoders.frames import WAYS, Frames, add_positions, weigh
 from simvlg_jax.models.encoders.vit import visual_tokens
 from simvlg_jax.models.losses import prompt_distances, token_cross_entropy, token_losses
 from simvlg_jax.models.packing import Packing, make_packing
@@ -46,10 +46,11 @@ class SimVLGOutput:
 
 
 CONTRAST_WIDTH = 256  # of the embeddings of pictures and sentences
+FRAME_WEIGHT_INIT = nn.initializers.normal(1.0)
 
 
 class SimVLG(nn.Module):
-    """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm; with `max_frames` frame_position.
+    """The whole captioner. Parameters: vit, ln_vision, connector, llm_proj, llm.
 
     A sentence encoder adds the auxiliary contrastive loss and its parameters: sentence_encoder, vision_proj, text_proj,
     temperature. A P-Former, whose prompts are those to resemble, adds pformer.
@@ -68,7 +69,9 @@ class SimVLG(nn.Module):
         a caption with the connector's class token, or with the mean token if it has no class token.
       pformer: a frozen `PFormer`, or None.
       frames: how the frames of clips are joined.
-      max_frames: number of frames with learned positions, which are zero at first; see `add_positions`. 0: none.
+      max_frames: number of frames whose order can be learned, 0: none. Tokens of single frames get positions that are
+        zero at first (frame_position; `add_positions`). A mean over frames gets weights that are random at first, since
+        those that start at zero learn slowly (frame_weight; `weigh`).
     """
 
     vit: nn.Module
@@ -87,8 +90,10 @@ class SimVLG(nn.Module):
     def setup(self) -> None:
         self.ln_vision = layers.LayerNorm(1e-5)
         if self.max_frames:
-            zeros = layers.partitioned(nn.initializers.zeros, None, "embed")
-            self.frame_position = self.param("frame_position", zeros, (self.max_frames, self.vit.width))
+            ordered = WAYS[self.frames.way].ordered
+            name, init = ("frame_position", nn.initializers.zeros) if ordered else ("frame_weight", FRAME_WEIGHT_INIT)
+            shape = self.max_frames, self.vit.width
+            setattr(self, name, self.param(name, layers.partitioned(init, None, "embed"), shape))
         width, axes, dtype = self.connector.width, ("embed", "mlp"), self.dtype
         self.llm_proj = layers.torch_dense(width, self.llm.width, axes, dtype=dtype)
         if self.sentence_encoder is not None:
@@ -112,9 +117,12 @@ class SimVLG(nn.Module):
         tokens, source_map = seen.tokens, seen.source_map
         if tokens.ndim == 3:
             return self.connector(self.ln_vision(tokens), source_map)
+        ordered = WAYS[self.frames.way].ordered
+        if self.max_frames and not ordered:
+            tokens = weigh(tokens, self.frame_weight)
         joined = self.frames.join(tokens, self.vit.class_token)
         tokens = self.ln_vision(joined.tokens)
-        if self.max_frames:  # after the norm, so that their scale does not depend on the encoder
+        if self.max_frames and ordered:  # after the norm, so that their scale does not depend on the encoder
             tokens = add_positions(tokens, joined.shares, self.frame_position)
         return self.connector(tokens, joined.source_map)
 

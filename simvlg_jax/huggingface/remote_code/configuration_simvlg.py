@@ -15,7 +15,7 @@ class SimVLGConfig(PretrainedConfig):
         for MlpConnector cells (rows and columns that patches are averaged in; []: none); for Perceiver depth,
         num_heads, queries, dropout.
       frames: of clips: count, way (a key of WAYS; absent: mean), wanted (tokens that "merged" leaves; 0: as many as a
-        frame has), positions (number of frames with learned positions).
+        frame has), positions (number of frames whose order is learned).
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.
       start_token_id, end_token_id, pad_token_id: of the captions; prompt_ids: what follows the start token.
       start_first: the start token stands before the soft prompt instead of after it.

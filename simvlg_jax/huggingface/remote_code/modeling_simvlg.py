@@ -37,7 +37,8 @@ class SimVLG(PreTrainedModel):
         self.add_module(f"{family}_model", AutoModelForCausalLM.from_config(config.text_config))
         positions = config.frames.get("positions", 0)
         if positions:
-            self.frame_position = nn.Parameter(torch.zeros(positions, config.vision["width"]))
+            name = "frame_weight" if config.frames.get("way", "mean") == "mean" else "frame_position"
+            self.register_parameter(name, nn.Parameter(torch.zeros(positions, config.vision["width"])))
         self.post_init()
 
     @property
@@ -57,9 +58,13 @@ class SimVLG(PreTrainedModel):
     def of_clips(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, F, T, D) of frames -> normed (B, M, D), and the token of each class token and patch (B, N), or None.
 
-        The class tokens become their mean. Each token gets the positions of the frames that it is made of.
+        The class tokens become their mean. Each token gets the positions of the frames that it is made of, and a mean
+        over all frames weighs them, each channel in its own way.
         """
         way, wanted = self.config.frames.get("way", "mean"), self.config.frames.get("wanted", 0)
+        if hasattr(self, "frame_weight"):
+            weights = self.frame_weight[: tokens.shape[1]]
+            tokens = tokens * (1 + weights - weights.mean(0))[:, None].to(tokens.dtype)
         joined, shares, places = WAYS[way](tokens[:, :, 1:], wanted)
         joined = self.ln_vision(torch.cat([tokens[:, :, :1].mean(1), joined], 1))
         if hasattr(self, "frame_position"):

@@ -65,7 +65,8 @@ class Way(NamedTuple):
     Attributes:
       join: (patches (B, F, P, D), number of tokens to leave) -> `Joined`.
       count: (F, P, number of tokens to leave) -> M.
-      ordered: whether tokens are of single frames, so that learned positions of the frames can tell their order.
+      ordered: whether tokens are of single frames, so that learned positions can tell the order of the frames. Of a
+        mean over all of them, learned weights can.
       grouped: whether each token is a group of patches of the clip, so that a source map can speak of them.
       grid: whether token i stands for place i of the picture.
     """
@@ -168,6 +169,19 @@ class Frames:
             jnp.pad(patches.shares, ((0, 0), (first, 0), (0, 0)), constant_values=1 / frames),
             source_map,
         )
+
+
+def weigh(tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighs the frames of each channel, so that a mean over them depends on their order.
+
+    The weights of a channel are shifted to the mean 1, so the tokens of a clip that stands still keep their mean.
+
+    Args:
+      tokens: (B, F, T, D).
+      weights: (F', D), learned, of F' >= F frames.
+    """
+    weights = weights[: tokens.shape[1]]
+    return tokens * (1 + weights - weights.mean(0))[:, None].astype(tokens.dtype)
 
 
 def add_positions(tokens: jax.Array, shares: jax.Array, positions: jax.Array) -> jax.Array:
