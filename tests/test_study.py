@@ -165,6 +165,15 @@ def test_records_without_their_runs_are_enough_to_go_on_with_another_seed(study,
     assert len(trained) == 3 and all("--config.seed=4" in call for call in trained)  # nothing is searched again
 
 
+def test_the_page_of_an_unfinished_comparison_says_how_much_of_it_is_done(study, tmp_path):
+    page, found = results(study, tmp_path / "work", standin)
+    assert "Not finished" not in page and "test, CIDEr" in page
+    assert found["arms"]["pooled"]["records"][0]["chosen"][0] == min(study.search.values)
+    assert "0.0015, the least" in page
+    page = write_results(dataclasses.replace(study, seeds=(3, 4)), tmp_path / "work").read_text()
+    assert "Not finished:</b> 2 of 4 runs are done" in page
+
+
 def test_each_stage_takes_the_value_with_the_lowest_loss_and_costs_add_up(study, tmp_path):
     _, found = results(study, tmp_path / "work", standin)
     (record,) = found["arms"]["pooled"]["records"]

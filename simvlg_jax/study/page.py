@@ -1,5 +1,6 @@
 """Writes what a comparison found: compare.html, a chart of each cost as SVG, and compare.json with every number."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from simvlg_jax.evaluation.report.charts import Chart, line_chart
@@ -24,8 +25,9 @@ def write_results(study: Study, workdir: Path) -> Path:
             "arms": {arm.name: arm.as_dict() for arm in summary.arms},
         },
     )
-    texts = dict(text=text, cost=cost_text)
-    page = dict(study=study, summary=summary, charts=charts.values(), **texts)
+    texts = dict(text=text, cost=cost_text, chosen=chosen_text)
+    done = sum(len(arm.records) for arm in summary.arms)
+    page = dict(study=study, summary=summary, done=done, charts=charts.values(), **texts)
     content = render("study.html.j2", package=__package__, **page)
     return write_page(workdir / "compare.html", content)
 
@@ -59,3 +61,9 @@ def cost_text(value: Spread | None, seeds: int) -> str:
     if value is None:
         return "not reached"
     return text(value, digits=0) + ("" if value.count == seeds else f", {value.count} of {seeds} seeds")
+
+
+def chosen_text(values: Sequence[float], chosen: float) -> str:
+    """Returns the chosen value, and whether it is at an edge of the search, so that a better one may lie outside."""
+    edge = {min(values): ", the least", max(values): ", the greatest"} if len(values) > 1 else {}
+    return f"{chosen:g}{edge.get(chosen, '')}"
