@@ -16,7 +16,7 @@ the exported result is then the IMAGE_MODEL of the others). `llm` and `vit` are 
     python -m simvlg_jax.train --config configs/finetune_video.py:data=msrvtt,loss=scst --workdir runs/msrvtt_scst \
       --config.vit.weights=eva_vit_g.pth --config.train.init_from=exported/weights.safetensors
 
-Its settings are ours, and untested at this size; nothing is published of them but the score.
+Its settings are our own and untested at this size; the paper gives only the score.
 
 `frames` says how a clip becomes the tokens of the connector. All but the first are baselines without a trained ViT:
 
@@ -101,6 +101,7 @@ def get_config(argument: str = "") -> ConfigDict:
         if data.endswith("_qa"):
             raise ValueError(f"loss=scst is for captions, and {data} has questions")
         config.task = "scst"
+        config.train.init_from = "shared/clip_captioner.safetensors"
         config.data.pack = 0
         config.data.pack_window = 1
         config.data.pad_multiple = 0  # one program is compiled
@@ -114,5 +115,5 @@ def get_config(argument: str = "") -> ConfigDict:
         config.evals.val.every = 500
     if data == "webvid":
         del config.evals["test"]  # it has no test split
-        config.evals.val.every = 5000
+        config.evals.val.every *= 5
     return config.lock()

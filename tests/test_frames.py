@@ -16,6 +16,7 @@ from simvlg_jax.models.encoders.merge_frames import group_sizes, merge_frames
 from simvlg_jax.models.layers import LayerNorm
 from simvlg_jax.tasks import build_task
 from simvlg_jax.tasks import params as partition
+from simvlg_jax.tasks.build import check_shapes
 from simvlg_jax.training.flops import count_flops
 from simvlg_jax.utils.errors import UserError
 
@@ -238,11 +239,11 @@ def test_a_permuted_batch_gives_the_permuted_result():
 def test_positions_are_zero_at_first_and_then_tell_a_clip_from_its_reverse():
     flags = ["video.frames_as=merged", "connector.merges=()"]
     (plain, params), (ordered, more) = task_of(*flags), task_of(*flags, "video.max_frames=6")
-    assert set(more) - set(params) == {"frame_position"} and more["frame_position"].shape == (6, 32)
-    fresh = nn.unbox(jax.jit(ordered.init)(jax.random.key(0)))["frame_position"]
+    assert set(more) - set(params) == {"frame_embedding"} and more["frame_embedding"].shape == (6, 32)
+    fresh = nn.unbox(jax.jit(ordered.init)(jax.random.key(0)))["frame_embedding"]
     assert not fresh.any()
     np.testing.assert_allclose(
-        encode_image(ordered, {**params, "frame_position": fresh}, CLIPS).prefix,
+        encode_image(ordered, {**params, "frame_embedding": fresh}, CLIPS).prefix,
         encode_image(plain, params, CLIPS).prefix,
         rtol=1e-5,
         atol=1e-5,
@@ -263,6 +264,14 @@ def test_weights_of_frames_tell_a_clip_from_its_reverse_from_the_start():
     assert np.abs(forth.mean(1) - back.mean(1)).max() > 1e-2
 
 
+def test_weights_of_another_way_to_know_the_order_are_listed():
+    _, params = task_of("video.frames_as=joined", "video.max_frames=4")
+    task, _ = task_of("video.max_frames=4")
+    shapes = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    with pytest.raises(UserError, match=r"frame_embedding: model has none, weights \(4, 32\)"):
+        check_shapes(params, shapes)
+
+
 def test_frames_are_trained_through_a_frozen_vit_only_where_they_have_to_be():
     trained = {}
     for flags in (
@@ -273,7 +282,7 @@ def test_frames_are_trained_through_a_frozen_vit_only_where_they_have_to_be():
         task, params = task_of(*flags)
         trained[flags[0]] = set(partition.split(params, task.is_trained)[0])
         assert task.model.vit_grad == ("vit.temporal=True" in flags)
-    assert "frame_position" in trained["video.frames_as=joined"] and "vit" not in trained["video.frames_as=joined"]
+    assert "frame_embedding" in trained["video.frames_as=joined"] and "vit" not in trained["video.frames_as=joined"]
     assert "frame_weight" in trained["video.max_frames=4"] and "vit" not in trained["video.max_frames=4"]
     assert "vit" in trained["vit.temporal=True"]
 

@@ -12,7 +12,7 @@ from verbs import call
 from simvlg_jax import compare, evaluate, train
 from simvlg_jax.study import plan, runs
 from simvlg_jax.study.costs import Point, reached, read_points
-from simvlg_jax.study.page import write_results
+from simvlg_jax.study.page import chosen_text, write_results
 from simvlg_jax.study.summary import spread
 from simvlg_jax.tasks import build_task
 from simvlg_jax.utils.errors import UserError
@@ -172,6 +172,12 @@ def test_the_page_of_an_unfinished_comparison_says_how_much_of_it_is_done(study,
     assert "0.0015, the least" in page
     page = write_results(dataclasses.replace(study, seeds=(3, 4)), tmp_path / "work").read_text()
     assert "Not finished:</b> 2 of 4 runs are done" in page
+
+
+@pytest.mark.parametrize(("chosen", "text"), [(0.03, "0.03, the least"), (0.1, "0.1"), (3.0, "3, the greatest")])
+def test_a_value_at_an_edge_of_its_search_is_said_to_be_there(chosen, text):
+    assert chosen_text((3.0, 0.1, 0.03), chosen) == text
+    assert chosen_text((chosen,), chosen) == text.split(",")[0]
 
 
 def test_each_stage_takes_the_value_with_the_lowest_loss_and_costs_add_up(study, tmp_path):

@@ -120,6 +120,8 @@ def test_the_recipe_of_scst_learns_from_captions_of_clips_as_long_as_those_that_
     task = build_task(config)
     assert task.batch.beams == 5 and task.batch.pictures.frames == 4
     assert task.batch.texts["caption"].max_tokens == 1 + config.evaluate.max_new_tokens
+    webvid = load_config("configs/finetune_video.py:data=webvid,loss=scst", [])
+    assert webvid.evals.val.every < webvid.train.steps
     with pytest.raises(UserError, match="msvd_qa has questions"):
         load_config("configs/finetune_video.py:data=msvd_qa,loss=scst", [])
 

@@ -36,7 +36,7 @@ from simvlg_jax.training.flops import count_flops
 from simvlg_jax.training.optimizer import make_optimizer
 
 VIT, VISUAL, LLM = ("vit", "encode"), ("", "encode_image"), ("llm", "__call__")
-VISUAL_PARAMS = ("frame_position", "frame_weight", "ln_vision", "connector", "llm_proj")
+VISUAL_PARAMS = ("frame_embedding", "frame_weight", "ln_vision", "connector", "llm_proj")
 
 
 class Cost(NamedTuple):

@@ -197,7 +197,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.lr = 1e-4
-    # Learning rate factors of the top-level parameter groups; published: all 1.
+    # Learning rate factors of the top-level parameter groups; published: all 1. vit: also of what is trained for clips.
     config.optimizer.lr_multipliers = ConfigDict(
         dict(vit=1.0, ln_vision=1.0, vl_proj=1.0, connector=1.0, llm_proj=1.0, llm=1.0)
     )

@@ -95,7 +95,7 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
       UserError: the model knows the order of frames, which the published model does not.
     """
     tensors: Tensors = {}
-    if params.keys() & {"frame_position", "frame_weight"}:
+    if params.keys() & {"frame_embedding", "frame_weight"}:
         raise UserError("the published model knows no order of frames (video.max_frames): use --format hf")
     if "vit" in params:
         flat = traverse_util.flatten_dict(params["vit"])

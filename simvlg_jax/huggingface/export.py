@@ -46,10 +46,10 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
     )
 
 
-def split_positions(params: dict) -> tuple[dict, Tensors]:
-    """Returns the parameters without those of the order of frames, which the published model lacks, and those."""
+def split_ordering(params: dict) -> tuple[dict, Tensors]:
+    """Returns the parameters that the published model has, and by name those of the order of frames."""
     vit = {name: x for name, x in params["vit"].items() if name != "temporal_position"}
-    ordering = {name: params[name] for name in ("frame_position", "frame_weight") if name in params}
+    ordering = {name: params[name] for name in ("frame_embedding", "frame_weight") if name in params}
     rest = {name: x for name, x in params.items() if name not in ordering} | {"vit": vit}
     if "temporal_position" in params["vit"]:
         ordering["visual_encoder.temporal_position"] = params["vit"]["temporal_position"]
@@ -86,7 +86,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
     if not model.vit.class_token:
         raise UserError("the PyTorch form knows vision encoders with a class token alone: this one is not exported")
-    published, ordering = split_positions(params)
+    published, ordering = split_ordering(params)
     tensors: Tensors = evlgen.to_evlgen(model, published) | ordering
     family = families.of_model(model.llm)
     if family.hf_config(model.llm)["tie_word_embeddings"]:

@@ -70,8 +70,8 @@ class SimVLG(nn.Module):
       pformer: a frozen `PFormer`, or None.
       frames: how the frames of clips are joined.
       max_frames: number of frames whose order can be learned, 0: none. Tokens of single frames get positions that are
-        zero at first (frame_position; `add_positions`). A mean over frames gets weights that are random at first, since
-        those that start at zero learn slowly (frame_weight; `weigh`).
+        zero at first (frame_embedding; `add_positions`). A mean over frames gets weights that are random at first,
+        since those that start at zero learn slowly (frame_weight; `weigh`).
     """
 
     vit: nn.Module
@@ -91,7 +91,7 @@ class SimVLG(nn.Module):
         self.ln_vision = layers.LayerNorm(1e-5)
         if self.max_frames:
             ordered = WAYS[self.frames.way].ordered
-            name, init = ("frame_position", nn.initializers.zeros) if ordered else ("frame_weight", FRAME_WEIGHT_INIT)
+            name, init = ("frame_embedding", nn.initializers.zeros) if ordered else ("frame_weight", FRAME_WEIGHT_INIT)
             shape = self.max_frames, self.vit.width
             setattr(self, name, self.param(name, layers.partitioned(init, None, "embed"), shape))
         width, axes, dtype = self.connector.width, ("embed", "mlp"), self.dtype
@@ -123,7 +123,7 @@ class SimVLG(nn.Module):
         joined = self.frames.join(tokens, self.vit.class_token)
         tokens = self.ln_vision(joined.tokens)
         if self.max_frames and ordered:  # after the norm, so that their scale does not depend on the encoder
-            tokens = add_positions(tokens, joined.shares, self.frame_position)
+            tokens = add_positions(tokens, joined.shares, self.frame_embedding)
         return self.connector(tokens, joined.source_map)
 
     def embed_text(self, ids: jax.Array) -> jax.Array:

@@ -132,7 +132,7 @@ def check_shapes(loaded: dict[str, dict], abstract: dict, absent: Collection[str
       absent: parts of a loaded module that may be missing, beside what video adds to an image model.
     """
     optional = {*params.OF_VIDEO, *absent}
-    wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded}, sep="/")
+    wanted = traverse_util.flatten_dict({name: abstract[name] for name in loaded if name in abstract}, sep="/")
     found = traverse_util.flatten_dict(loaded, sep="/")
     wrong = [
         f"{name}: model {getattr(wanted.get(name), 'shape', 'has none')}, weights {np.shape(found.get(name))}"

@@ -143,7 +143,7 @@ def caption_rules(config: ConfigDict) -> tuple[Rule, ...]:
         rules += params.frozen("vit/(?!(.*/)?temporal_(merge|position)).*")
         rules += params.trained("vit/(.*/)?temporal_merge", lr.vit)
         rules += [Rule("vit/temporal_position", trained=True, decay=True, lr=lr.vit)]
-    rules += [Rule("frame_(position|weight)", trained=True, decay=True, lr=lr.vit)]
+    rules += [Rule("frame_(embedding|weight)", trained=True, decay=True, lr=lr.vit)]
     if config.train.beta:
         for name in ("vision_proj", "text_proj"):
             rules += params.trained(name, lr.get(name, 1.0))

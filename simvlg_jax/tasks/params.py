@@ -14,7 +14,7 @@ from simvlg_jax.utils.errors import UserError
 NOT_DECAYED = "bias|scale|temperature|log_temperature|alpha"
 DECAYED = "kernel|latents|query_tokens|position|token_type|temporal_position|cls|word|embedding|lm_head"
 TEMPORAL = {"temporal_merge", "temporal_position"}  # parts of a frozen ViT that video trains
-OF_VIDEO = {*TEMPORAL, "frame_position", "frame_weight"}  # what an image model lacks
+OF_VIDEO = {*TEMPORAL, "frame_embedding", "frame_weight"}  # what an image model lacks
 
 
 class Rule(NamedTuple):

@@ -112,8 +112,11 @@ def parse(row: Mapping[str, Any], unlabelled: bool = False) -> Fields:
 
 
 def beside(content: Mapping[str, Any]) -> Extras:
-    """What a JSON file beside a picture or video says: its group, and the caption of the reverse. Raises Fault."""
-    return _extras({name: content[name] for name in (*GROUP, *REVERSE) if name in content})
+    """What a JSON file beside a picture or video says: its group, and the caption of the reverse. Raises Fault.
+
+    Other names of these are not taken, since downloaders keep any columns of their lists there.
+    """
+    return _extras({name: content[name] for name in ("group", "reverse_caption") if name in content})
 
 
 def _extras(row: Mapping[str, Any]) -> Extras:

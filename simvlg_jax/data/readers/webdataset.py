@@ -2,7 +2,7 @@
 
 The key is the path up to the first dot of the file's name, and all members of a sample are neighbours. The caption is
 the first line of `txt` that is not empty, or "caption" (or "captions", a list) of `json`. Tars hold pictures, or videos
-if the first sample has one.
+if the first sample has one. "group" and "reverse_caption" of `json` are kept, also beside `txt`.
 """
 
 import os
@@ -57,7 +57,7 @@ def plan(sources: Iterable[str], options: Options) -> Plan:
     compressed = next((tar for tar in tars if tar.lower().endswith(COMPRESSED)), None)
     if compressed and options.index_only:
         raise UserError(
-            f"{compressed} is compressed, so its pictures cannot be read in place: leave out --index_only", status=2
+            f"{compressed} is compressed, so its samples cannot be read in place: leave out --index_only", status=2
         )
     stems = [re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", posixpath.basename(tar), flags=re.I) for tar in tars]
     with ThreadPoolExecutor(THREADS) as threads:
@@ -83,7 +83,7 @@ def _media(tar: str) -> str | None:
                     found.add(KINDS[suffix])
     except DAMAGED:
         pass  # which reading it reports
-    return max(found, default=None)
+    return "video" if "video" in found else next(iter(found), None)
 
 
 def _stamp(tar: str) -> str:
@@ -107,7 +107,9 @@ class TarShard:
     tar: Tar
     stamp: str
     prefix: str
-    media: str = field(default="image", repr=False)  # which fingerprints of plans have beside their shards
+    media: str = field(
+        default="image", repr=False
+    )  # the fingerprint has Plan.media, and those of older data must not change
 
     @property
     def weight(self) -> int:

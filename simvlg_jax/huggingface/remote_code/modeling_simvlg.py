@@ -37,7 +37,7 @@ class SimVLG(PreTrainedModel):
         self.add_module(f"{family}_model", AutoModelForCausalLM.from_config(config.text_config))
         positions = config.frames.get("positions", 0)
         if positions:
-            name = "frame_weight" if config.frames.get("way", "mean") == "mean" else "frame_position"
+            name = "frame_weight" if config.frames.get("way", "mean") == "mean" else "frame_embedding"
             self.register_parameter(name, nn.Parameter(torch.zeros(positions, config.vision["width"])))
         self.post_init()
 
@@ -67,10 +67,10 @@ class SimVLG(PreTrainedModel):
             tokens = tokens * (1 + weights - weights.mean(0))[:, None].to(tokens.dtype)
         joined, shares, places = WAYS[way](tokens[:, :, 1:], wanted)
         joined = self.ln_vision(torch.cat([tokens[:, :, :1].mean(1), joined], 1))
-        if hasattr(self, "frame_position"):
+        if hasattr(self, "frame_embedding"):
             frames = tokens.shape[1]
             shares = torch.cat([shares.new_full((len(shares), 1, frames), 1 / frames), shares], 1)
-            joined = joined + (shares @ self.frame_position[:frames].float()).to(joined.dtype)
+            joined = joined + (shares @ self.frame_embedding[:frames].float()).to(joined.dtype)
         return joined, None if places is None else F.pad(places + 1, (1, 0))
 
     def prompted(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:

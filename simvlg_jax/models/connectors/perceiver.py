@@ -54,7 +54,7 @@ class Perceiver(nn.Module):
     """A linear map to the width of the latents, then the resampler and a last LayerNorm.
 
     Flamingo's latents are as wide as the visual features and need no such map. Its embeddings of time are
-    `SimVLG.max_frames`.
+    those of `SimVLG.max_frames`, with all tokens of the frames joined.
 
     Attributes:
       width, depth, num_heads: sizes, see `bert.BERT_SIZES`.
