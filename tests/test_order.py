@@ -152,7 +152,8 @@ def test_a_model_without_order_is_right_exactly_half_the_time(data):
     assert [example["score"] for example in examples] == [0.5] * (COUNT - 1)
     assert result.score == 0.5 and result.metrics["accuracy_shuffled"] == 0.5
     margins = np.array([example["margins"] for example in examples])
-    assert np.abs(margins).min() > 1e-2 and np.abs(margins[:, 0] - margins[:, 1]).max() < NOISE / 5
+    # No margin is so small that rounding decides about it.
+    assert np.abs(margins).min() > 2 * NOISE and np.abs(margins[:, 0] - margins[:, 1]).max() < NOISE / 5
 
 
 def test_margins_on_both_sides_of_zero_by_rounding_are_no_knowledge(data, monkeypatch):
