@@ -151,8 +151,7 @@ class ListedShard:
         except (Fault, OSError, ValueError) as error:
             # A name with NUL or half a character raises ValueError: no such file exists.
             return Skip(example.where, "missing file" if isinstance(error, ValueError) else reason(error))
-        described = {"faults": found.faults, "extras": found.extras}
-        return Item(example.where, example.id, media, found.texts, example.question, **described)
+        return Item(example.where, example.id, media, found.texts, example.question, 0, found.faults, found.extras)
 
 
 class Described(NamedTuple):

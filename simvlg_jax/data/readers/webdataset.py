@@ -5,6 +5,7 @@ the first line of `txt` that is not empty, or "caption" (or "captions", a list) 
 if the first sample has one. "group" and "reverse_caption" of `json` are kept, also beside `txt`.
 """
 
+import contextlib
 import os
 import posixpath
 import re
@@ -73,16 +74,14 @@ def plan(sources: Iterable[str], options: Options) -> Plan:
 def _media(tar: str) -> str | None:
     """Returns what the first sample of a tar is of, a video if it has both; None if that cannot be said."""
     first, found = None, set()
-    try:
-        with epath.Path(tar).open("rb") as file:
-            for _, key, suffix, _ in _members(file, tar.lower().endswith(COMPRESSED), None):
-                if found and key != first:
-                    break
-                if suffix in KINDS:
-                    first = key
-                    found.add(KINDS[suffix])
-    except DAMAGED:
-        pass  # which reading it reports
+    # A damaged tar is skipped with its reason when it is read.
+    with contextlib.suppress(*DAMAGED), epath.Path(tar).open("rb") as file:
+        for _, key, suffix, _ in _members(file, tar.lower().endswith(COMPRESSED), None):
+            if found and key != first:
+                break
+            if suffix in KINDS:
+                first = key
+                found.add(KINDS[suffix])
     return "video" if "video" in found else next(iter(found), None)
 
 
@@ -102,14 +101,15 @@ def _tars(source: str) -> list[str]:
 
 @dataclass(frozen=True)
 class TarShard:
-    """One tar. `media` is what its samples are of, "image" or "video"."""
+    """One tar. `media` is what its samples are of, "image" or "video".
+
+    It is not in the repr, of which fingerprints are made: those of older data must not change. `Plan.media` is in them.
+    """
 
     tar: Tar
     stamp: str
     prefix: str
-    media: str = field(
-        default="image", repr=False
-    )  # the fingerprint has Plan.media, and those of older data must not change
+    media: str = field(default="image", repr=False)
 
     @property
     def weight(self) -> int:
