@@ -256,7 +256,7 @@ def test_weights_of_frames_tell_a_clip_from_its_reverse_from_the_start():
     (plain, params), (ordered, more) = task_of(), task_of("video.max_frames=4")
     assert set(more) - set(params) == {"frame_weight"} and more["frame_weight"].shape == (4, 32)
     fresh = nn.unbox(jax.jit(ordered.init)(jax.random.key(0)))["frame_weight"]
-    assert 0.8 < fresh.std() < 1.2
+    assert 1.6 < fresh.std() < 2.4
     means = encode_image(plain, params, CLIPS), encode_image(plain, params, CLIPS[:, ::-1])
     np.testing.assert_allclose(means[0].prefix, means[1].prefix, rtol=1e-4, atol=1e-4)
     own = {**params, "frame_weight": fresh}

@@ -1,5 +1,6 @@
 """Weights that a config names: where they end up, the ids of each family, and messages for files that do not fit."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_published_checkpoint_gives_the_trained_part(tmp_path):
     assert config.train.init_from == ""  # the caller's is left alone
     with pytest.raises(UserError, match="no weights at"):
         simvlg_jax.load("/nowhere/x.pth", config)
+
+
+def test_positions_are_made_greater_when_training_starts_and_not_before(tmp_path, capsys):
+    task = task_of("llm.size=opt_tiny")
+    params = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), abstract(task))
+    named = {name: tree for name, tree in params.items() if name not in ("vit", "llm")}
+    to_torch.write_state_dict(tmp_path / "x.safetensors", evlgen.to_evlgen(task.model, named))
+    overrides = ["llm.size=opt_tiny", "connector.position_gain=20.0", f"train.init_from={tmp_path / 'x.safetensors'}"]
+    flags = [f"--config.{o}" for o in overrides]
+    with with_arguments(["--config", "configs/tiny.py", "--output", str(tmp_path / "out"), *flags]):
+        from_torch.main()
+    converted = capsys.readouterr().out.split()[0].removeprefix("--config.")
+    for given in (overrides, [*overrides[:2], converted]):
+        started = task_of(*given).load_pretrained(abstract(task))
+        embeddings = started["connector"]["embeddings"]
+        embeddings["position"] = embeddings["position"] / np.float32(20)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), started, named)
+
+    model = simvlg_jax.load(tmp_path / "x.safetensors", load_config("configs/tiny.py", flags))  # a trained model
+    jax.tree.map(np.testing.assert_array_equal, model.params["connector"], named["connector"])
 
 
 def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ class ConnectorKind(NamedTuple):
       load: (`connector.weights`, the module) -> {"connector": its first parameters}, and other modules that the file
         has.
       absent: parts of the connector that a BERT lacks, so that they may start from random numbers.
-      keys: which of the keys of `connector` that are off by default (0, False or empty) it has. The others are refused.
+      keys: which of the keys of `connector` that some connectors lack it has. Other values of the rest are refused.
     """
 
     module: type[Connector]
@@ -44,7 +44,12 @@ CROSS = ("cross_query", "cross_key", "cross_value", "cross_attention_out", "cros
 NEW = ("query_tokens", "query_mlp", "query_mlp_norm", *CROSS)  # in a Q-Former that starts from a BERT
 CONNECTORS = {
     "tomeformer": ConnectorKind(
-        TomeFormer, build_tomeformer, tomeformer.rows, tomeformer.load, ("vl_proj",), (*MERGING, "remat")
+        TomeFormer,
+        build_tomeformer,
+        tomeformer.rows,
+        tomeformer.load,
+        ("vl_proj",),
+        (*MERGING, "remat", "position_gain"),
     ),
     "qformer": ConnectorKind(QFormer, build_qformer, qformer.rows, qformer.load, NEW, ("tokenizer", "remat")),
     "mlp": ConnectorKind(MlpConnector, build_mlp, *MLP, keys=("width",)),

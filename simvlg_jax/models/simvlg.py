@@ -46,7 +46,7 @@ class SimVLGOutput:
 
 
 CONTRAST_WIDTH = 256  # of the embeddings of pictures and sentences
-FRAME_WEIGHT_INIT = nn.initializers.normal(1.0)
+FRAME_WEIGHT_INIT = nn.initializers.normal(2.0)
 
 
 class SimVLG(nn.Module):
