@@ -13,7 +13,7 @@ import pytest
 import torch
 from flax import traverse_util
 from safetensors.numpy import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from verbs import call
 
 from simvlg_jax import to_torch
@@ -108,6 +108,9 @@ def test_fifty_captions_are_the_same_strings(tiny_run, tmp_path):
         ["llm.size=qwen2.5_tiny"],
         ["llm.size=qwen3_tiny"],
         ["vit.tokens=11", "connector.tokens=5"],
+        ["vit.size=siglip_tiny"],
+        ["vit.size=siglip_tiny", "vit.tokens=11", "connector.tokens=5"],
+        ["vit.size=siglip_tiny", "connector.type=pool", "connector.tokens=6"],
         ["connector.type=mlp"],
         ["connector.type=pool", "connector.tokens=6", "vit.tokens=11"],
         ["connector.type=perceiver", "connector.queries=5"],
@@ -132,6 +135,8 @@ def test_captions_are_the_same_whatever_the_parts(flags, tmp_path):
         ["video.frames_as=pooled", "video.max_frames=6"],
         ["video.frames_as=merged", "video.tokens=24", "video.max_frames=4"],
         ["video.frames_as=merged", "connector.type=perceiver", "connector.queries=5"],
+        ["vit.size=siglip_tiny", "video.max_frames=4"],
+        ["vit.size=siglip_tiny", "video.frames_as=merged", "video.tokens=24", "video.max_frames=4"],
     ],
 )
 def test_captions_of_clips_are_the_same_however_frames_are_joined(flags, tmp_path):
@@ -141,6 +146,15 @@ def test_captions_of_clips_are_the_same_however_frames_are_joined(flags, tmp_pat
     params = random_params(task)
     hf_export.write_hf(tmp_path, task.model, params, task.batch.texts["caption"].encoder, config)
     assert_same_captions(task, params, tmp_path)
+
+
+def test_the_preprocessor_scales_colours_as_the_encoder_wants(tmp_path):
+    config = load_config("configs/tiny.py", ["--config.vit.size=siglip_tiny"])
+    task = build_task(config)
+    hf_export.write_hf(tmp_path, task.model, random_params(task), task.batch.texts["caption"].encoder, config)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    seen = AutoImageProcessor.from_pretrained(tmp_path)(pixels, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(seen.transpose(1, 2, 0), task.model.vit.normalize(pixels), atol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["mean", "pooled"])

@@ -4,12 +4,13 @@ Published are EVLGen's (image or video, OPT or LLaMA), and those of BLIP-2, in L
 program is a copy of LAVIS, so only the names of the connector differ.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flax import traverse_util
 
 from simvlg_jax.convert import blip2_names, connectors, encoders, families, stacking, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
+from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
 
@@ -86,10 +87,13 @@ def vision_from_evlgen(model: SimVLG, tensors: Mapping) -> dict:
     return parts
 
 
-def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
+def to_evlgen(model: SimVLG, params: Mapping, write_vit: Callable[[ViT, Mapping], Tensors] | None = None) -> Tensors:
     """Returns tensors under published names: of a whole scanned SimVLG, of its trained part, or of its gradients.
 
     It can be traced: `jax.eval_shape` gives names and shapes of a model that is too big for this machine.
+
+    Args:
+      write_vit: names the tensors of the vision encoder; None: as in the encoder's own published files.
 
     Raises:
       UserError: the model knows the order of frames, which the published model does not.
@@ -107,7 +111,8 @@ def to_evlgen(model: SimVLG, params: Mapping) -> Tensors:
             unrolled = stacking.unstack_layers(traverse_util.unflatten_dict(temporal))
             tensors |= weight_map.to_torch(weight_map.numbered(TEMPORAL, model.vit.depth), unrolled)
         if image:
-            tensors |= encoders.of_model(model.vit).to_torch(model.vit, traverse_util.unflatten_dict(image))
+            write_vit = write_vit or encoders.of_model(model.vit).to_torch
+            tensors |= write_vit(model.vit, traverse_util.unflatten_dict(image))
         tensors = {VISION + name: x for name, x in tensors.items()}
     tensors |= weight_map.to_torch(trained_rows(model), params)
     if "llm" in params:

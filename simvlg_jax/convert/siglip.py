@@ -1,9 +1,11 @@
-"""Converts vision weights of SigLIP and SigLIP 2 between our scanned `Siglip` tree and Hugging Face's names."""
+"""Converts vision weights of SigLIP and SigLIP 2 between our scanned `Siglip` tree and Hugging Face's names.
+
+Those of our PyTorch form of a whole model, EVA's names, are read too.
+"""
 
 from collections.abc import Mapping
 
-from simvlg_jax.convert import stacking, weight_map
-from simvlg_jax.convert.vit import resize_positions
+from simvlg_jax.convert import stacking, vit, weight_map
 from simvlg_jax.convert.weight_map import Row, Tensors
 from simvlg_jax.models.encoders.siglip import Siglip
 from simvlg_jax.utils.errors import UserError
@@ -40,13 +42,15 @@ def from_torch(model: Siglip, tensors: Mapping) -> dict:
     Raises:
       UserError: the file has another format, or names are missing or left over.
     """
+    if vit.PATCHES in tensors:
+        return vit.from_torch(model, tensors)
     start = next((name for name in tensors if name.endswith(f"{PATCHES}.bias")), None)
     if start is None:
         raise UserError(f"no SigLIP weights here: looked for vision_model.{PATCHES}.bias")
     vision = weight_map.within(tensors, start.removesuffix(f"{PATCHES}.bias"))
     ignored = [name for name in vision if name.startswith("encoder.layers.") and int(name.split(".")[2]) >= model.depth]
     params = weight_map.from_torch(rows(model.depth), vision, model.num_heads, [*IGNORED, *ignored])
-    params["position"] = resize_positions(params["position"], model.num_tokens, False, class_token=False)
+    params["position"] = vit.resize_positions(params["position"], model.num_tokens, False, class_token=False)
     return stacking.stack_layers(params)
 
 

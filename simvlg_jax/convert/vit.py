@@ -2,7 +2,8 @@
 
 Four formats are read, and recognised by their names: EVA-CLIP and CLIP of LAVIS, CLIP of Hugging Face, and the vision
 tower of a Hugging Face BLIP-2. All of them are renamed to the first format before they are read, and the first is the
-only one that is written. For CLIP it also has `attn.k_bias` and `norm_pre`, and lacks `patch_embed.proj.bias`.
+only one that is written. For CLIP it also has `attn.k_bias` and `norm_pre`, and lacks `patch_embed.proj.bias`. The
+PyTorch form of a model with SigLIP has these names too, without `cls_token`.
 """
 
 import re
@@ -31,9 +32,10 @@ BLOCK = [
     *weight_map.linear("blocks_{i}/mlp/fc2", "blocks.{i}.mlp.fc2"),
 ]
 PATCHES = "patch_embed.proj.weight"
-ENDS = [Row("cls", "cls_token"), Row("position", "pos_embed"), Row("patch_embed/kernel", PATCHES, "patches")]
-PATCH_BIAS = Row("patch_embed/bias", "patch_embed.proj.bias")  # EVA
-KEY_BIAS = Row("blocks_{i}/key/bias", "blocks.{i}.attn.k_bias", "heads_bias")  # CLIP
+ENDS = [Row("position", "pos_embed"), Row("patch_embed/kernel", PATCHES, "patches")]
+CLASS_TOKEN = Row("cls", "cls_token")  # EVA and CLIP
+PATCH_BIAS = Row("patch_embed/bias", "patch_embed.proj.bias")  # EVA and SigLIP
+KEY_BIAS = Row("blocks_{i}/key/bias", "blocks.{i}.attn.k_bias", "heads_bias")  # CLIP and SigLIP
 INPUT_NORM = weight_map.layer_norm("input_norm", "norm_pre")  # CLIP
 
 LAVIS_CLIP = {
@@ -64,8 +66,9 @@ IGNORED = ("norm.", "fc_norm.", "head.", "ln_post.", "proj", "post_layernorm.", 
 
 
 def rows(model: ViT) -> list[Row]:
-    """Returns the rows of a ViT, with the biases and the norm that it has."""
-    ends = [*ENDS, *([PATCH_BIAS] if model.patch_bias else []), *(INPUT_NORM if model.input_norm else [])]
+    """Returns the rows of a ViT, with the class token, the biases and the norm that it has."""
+    ends = [*([CLASS_TOKEN] if model.class_token else []), *ENDS, *([PATCH_BIAS] if model.patch_bias else [])]
+    ends += INPUT_NORM if model.input_norm else []
     return [*ends, *weight_map.numbered([*BLOCK, *([KEY_BIAS] if model.key_bias else [])], model.depth)]
 
 
@@ -87,8 +90,11 @@ def from_torch(model: ViT, tensors: Mapping, align_corners: bool = False) -> dic
         if not (block and int(block[1]) >= model.depth):
             named |= unfused(name, tensors[name], model.key_bias)
     if "pos_embed" in named:
-        named["pos_embed"] = resize_positions(named["pos_embed"], model.num_tokens, align_corners)
-    named["cls_token"] = named["cls_token"].reshape(1, 1, -1)
+        named["pos_embed"] = resize_positions(
+            named["pos_embed"], model.num_tokens, align_corners, class_token=model.class_token
+        )
+    if model.class_token:
+        named["cls_token"] = named["cls_token"].reshape(1, 1, -1)
     return stacking.stack_layers(weight_map.from_torch(rows(model), named, model.num_heads, IGNORED))
 
 
@@ -98,7 +104,7 @@ def renamed(tensors: Mapping) -> Mapping:
     Raises:
       UserError: the file has another format.
     """
-    if "cls_token" in tensors:
+    if "cls_token" in tensors or PATCHES in tensors:
         return tensors
     if "class_embedding" in tensors:
         table, within = LAVIS_CLIP, ""

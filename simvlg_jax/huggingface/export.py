@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import evlgen, families, own_files
+from simvlg_jax.convert import evlgen, families, own_files, vit
 from simvlg_jax.convert.weight_map import Tensors
 from simvlg_jax.data.text import TextEncoder
-from simvlg_jax.models.encoders.vit import CLIP_MEAN, CLIP_STD
+from simvlg_jax.models.encoders.vit import ViT
 from simvlg_jax.models.simvlg import SimVLG
 from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.files import write_json
@@ -17,7 +17,7 @@ from simvlg_jax.utils.files import write_json
 CODE = Path(__file__).parent / "remote_code"
 VISION = (
     *("image_size", "patch_size", "width", "depth", "num_heads", "mlp_dim", "norm_eps"),
-    *("key_bias", "patch_bias", "input_norm", "temporal", "max_frames"),
+    *("class_token", "key_bias", "patch_bias", "activation", "input_norm", "temporal", "max_frames"),
 )
 LEFT_OUT = ("parent", "name", "dtype", "remat")  # fields of a module that PyTorch's has not
 DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")  # of Decoding
@@ -30,8 +30,7 @@ def model_config(model: SimVLG, text: TextEncoder, config: ConfigDict) -> dict:
         model_type="simvlg",
         architectures=["SimVLG"],
         auto_map={"AutoConfig": "configuration_simvlg.SimVLGConfig", "AutoModel": "modeling_simvlg.SimVLG"},
-        vision={name: getattr(model.vit, name) for name in VISION}
-        | {"quick_gelu": model.vit.activation == "quick_gelu", "merges": list(model.vit.merges)},
+        vision={name: getattr(model.vit, name) for name in VISION} | {"merges": list(model.vit.merges)},
         connector={"type": type(connector).__name__}
         | {field.name: getattr(connector, field.name) for field in fields(connector) if field.name not in LEFT_OUT},
         frames=dict(asdict(model.frames), positions=model.max_frames),
@@ -56,20 +55,20 @@ def split_ordering(params: dict) -> tuple[dict, Tensors]:
     return rest, ordering
 
 
-def preprocessor_config(image_size: int) -> dict:
-    """Squash to a square with PIL's bicubic filter, scale to 0..1, CLIP's mean and deviation."""
+def preprocessor_config(vit: ViT) -> dict:
+    """Squash to a square with PIL's bicubic filter, scale to 0..1, the encoder's mean and deviation."""
     return dict(
         image_processor_type="CLIPImageProcessor",
         do_convert_rgb=True,
         do_resize=True,
-        size={"height": image_size, "width": image_size},
+        size={"height": vit.image_size, "width": vit.image_size},
         resample=3,
         do_center_crop=False,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=list(CLIP_MEAN),
-        image_std=list(CLIP_STD),
+        image_mean=list(vit.image_mean),
+        image_std=list(vit.image_std),
     )
 
 
@@ -80,14 +79,12 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
       params: host arrays of a scanned model, all of them.
 
     Raises:
-      UserError: a model that the PyTorch code does not know (no class token, merges that are not the published ones).
+      UserError: a model that the PyTorch code does not know, whose merges are not the published ones.
     """
     if any(getattr(model.connector, name, False) for name in ("weighted_mean", "proportional_attention")):
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")
-    if not model.vit.class_token:
-        raise UserError("the PyTorch form knows vision encoders with a class token alone: this one is not exported")
     published, ordering = split_ordering(params)
-    tensors: Tensors = evlgen.to_evlgen(model, published) | ordering
+    tensors: Tensors = evlgen.to_evlgen(model, published, vit.to_torch) | ordering
     family = families.of_model(model.llm)
     if family.hf_config(model.llm)["tie_word_embeddings"]:
         del tensors[f"{family.evlgen}_model.lm_head.weight"]  # the embedding once more
@@ -96,7 +93,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     special = {name: text.tokenizer.id_to_token(i) for name, i in (("eos_token", text.end), ("pad_token", text.pad_id))}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(model.vit.image_size))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(model.vit))
     write_json(folder / "config.json", model_config(model, text, config))
     for path in CODE.glob("[a-z]*.py"):
         shutil.copyfile(path, folder / path.name)

@@ -7,13 +7,13 @@ class SimVLGConfig(PretrainedConfig):
     """Sizes.
 
     Attributes:
-      vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, key_bias, patch_bias, quick_gelu,
-        input_norm, temporal, merges (tokens merged away in each block; absent: none), max_frames (number of frames with
-        learned temporal positions; absent: 0).
+      vision: image_size, patch_size, width, depth, num_heads, mlp_dim, norm_eps, class_token, key_bias, patch_bias,
+        activation (a key of vision.ACTIVATIONS), input_norm, temporal, merges (tokens merged away in each block;
+        absent: none), max_frames (number of frames with learned temporal positions; absent: 0).
       connector: type (a key of connectors.CONNECTORS; absent: TomeFormer), width, and for TomeFormer depth, num_heads,
-        merges (tokens merged away in each layer), dropout, places (patches of a frame, if tokens are of several;
-        absent: 0); for MlpConnector cells (rows and columns that patches are averaged in; []: none); for Perceiver
-        depth, num_heads, queries, dropout.
+        class_token, merges (tokens merged away in each layer), dropout, places (patches of a frame, if tokens are of
+        several; absent: 0); for MlpConnector dropped (number of class tokens), cells (rows and columns that patches are
+        averaged in; []: none); for Perceiver depth, num_heads, queries, dropout.
       frames: of clips: count, way (a key of frames.WAYS; absent: mean), wanted (tokens that "merged" leaves; 0: as many
         as a frame has), positions (number of frames whose order is learned).
       text_config: the language model's own config, of OPT, LLaMA, Qwen2 or Qwen3.

@@ -38,7 +38,7 @@ class TomeFormerLayer(nn.Module):
     def __init__(self, size: dict, merge_r: int):
         super().__init__()
         width, dropout = size["width"], size["dropout"]
-        self.merge_r = merge_r
+        self.merge_r, self.class_token = merge_r, size["class_token"]
         self.attention = nn.ModuleDict(
             {"self": SelfAttention(width, size["num_heads"], dropout), "output": AddAndNorm(width, width, dropout)}
         )
@@ -48,14 +48,14 @@ class TomeFormerLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         context, key = self.attention["self"](x)
         x = self.attention["output"](context, x)
-        x, _ = merge_by_keys(x, key, self.attention["self"].num_heads, self.merge_r)
+        x, _ = merge_by_keys(x, key, self.attention["self"].num_heads, self.merge_r, self.class_token)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
 
 class TomeFormerEmbeddings(nn.Module):
-    def __init__(self, width: int, dropout: float, places: int):
+    def __init__(self, width: int, dropout: float, class_token: bool, places: int):
         super().__init__()
-        self.places = places
+        self.first, self.places = int(class_token), places
         self.position_embeddings, self.token_type_embeddings = nn.Embedding(512, width), nn.Embedding(2, width)
         self.LayerNorm, self.dropout = nn.LayerNorm(width, 1e-12), nn.Dropout(dropout)
 
@@ -66,8 +66,8 @@ class TomeFormerEmbeddings(nn.Module):
         """
         positions = self.position_embeddings.weight
         if self.places:
-            patches = (x if places is None else places).shape[1] - 1
-            positions = torch.cat([positions[:1], positions[1 + torch.arange(patches) % self.places]])
+            patches = torch.arange((x if places is None else places).shape[1] - self.first)
+            positions = torch.cat([positions[: self.first], positions[self.first + patches % self.places]])
         if places is None:
             positions = positions[: x.shape[1]]
         else:
@@ -79,7 +79,8 @@ class TomeFormerEmbeddings(nn.Module):
 class TomeFormer(nn.Module):
     def __init__(self, size: dict):
         super().__init__()
-        self.embeddings = TomeFormerEmbeddings(size["width"], size["dropout"], size.get("places", 0))
+        embeddings = size["width"], size["dropout"], size["class_token"], size.get("places", 0)
+        self.embeddings = TomeFormerEmbeddings(*embeddings)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList([TomeFormerLayer(size, r) for r in size["merges"]])})
 
     def forward(self, x: Tensor, places: Tensor | None) -> Tensor:  # (B, T, D) -> (B, P, D)
@@ -94,12 +95,12 @@ class MlpConnector(nn.Module):
 
     def __init__(self, size: dict):
         super().__init__()
-        self.cells = size["cells"]
+        self.first, self.cells = size["dropped"], size["cells"]
 
     def forward(self, x: Tensor, places: Tensor | None) -> Tensor:  # (B, T, D) -> (B, P, D)
         if self.cells and places is not None:
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))  # the token of each patch
-        x = x[:, 1:]
+        x = x[:, self.first :]
         if self.cells:
             grid = round(x.shape[1] ** 0.5)
             x = F.adaptive_avg_pool2d(x.mT.unflatten(2, (grid, grid)), self.cells).flatten(2).mT

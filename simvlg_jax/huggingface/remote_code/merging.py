@@ -51,11 +51,11 @@ def merge(x: Tensor, slots: Tensor, num_slots: int, sizes: Tensor | None = None)
 
 
 def merge_by_keys(
-    x: Tensor, key: Tensor, num_heads: int, r: int, sizes: Tensor | None = None
+    x: Tensor, key: Tensor, num_heads: int, r: int, class_token: bool, sizes: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Merges r tokens of x (B, T, D) by the mean over heads of key (B, T, D): (B, T - r, D), and the slots if r > 0."""
-    r = min(r, (x.shape[1] - 1) // 2)
+    r = min(r, (x.shape[1] - class_token) // 2)
     if r <= 0:
         return x, None
-    slots = match(key.unflatten(-1, (num_heads, -1)).mean(2), r)
+    slots = match(key.unflatten(-1, (num_heads, -1)).mean(2), r, class_token)
     return merge(x, slots, x.shape[1] - r, sizes), slots

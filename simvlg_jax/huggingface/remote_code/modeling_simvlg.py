@@ -62,16 +62,17 @@ class SimVLG(PreTrainedModel):
         over all frames weighs them, each channel in its own way.
         """
         way, wanted = self.config.frames.get("way", "mean"), self.config.frames.get("wanted", 0)
+        first = int(self.config.vision["class_token"])
         if hasattr(self, "frame_weight"):
             weights = self.frame_weight[: tokens.shape[1]]
             tokens = tokens * (1 + weights - weights.mean(0))[:, None].to(tokens.dtype)
-        joined, shares, places = WAYS[way](tokens[:, :, 1:], wanted)
-        joined = self.ln_vision(torch.cat([tokens[:, :, :1].mean(1), joined], 1))
+        joined, shares, places = WAYS[way](tokens[:, :, first:], wanted)
+        joined = self.ln_vision(torch.cat([tokens[:, :, :first].mean(1), joined], 1))
         if hasattr(self, "frame_embedding"):
             frames = tokens.shape[1]
-            shares = torch.cat([shares.new_full((len(shares), 1, frames), 1 / frames), shares], 1)
+            shares = torch.cat([shares.new_full((len(shares), first, frames), 1 / frames), shares], 1)
             joined = joined + (shares @ self.frame_embedding[:frames].float()).to(joined.dtype)
-        return joined, None if places is None else F.pad(places + 1, (1, 0))
+        return joined, None if places is None else F.pad(places + first, (first, 0))
 
     def prompted(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Embeddings (B, P + L, E) of the soft prompt and a text whose first id is the start token."""

@@ -1,5 +1,7 @@
 """The vision encoder, with temporal attentive soft merging for clips."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from .merging import attention, count_slots, merge_by_keys
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "tanh_gelu": partial(nn.GELU, approximate="tanh")}
 
 
 class VisionAttention(nn.Module):
@@ -33,10 +38,10 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
-    def __init__(self, width: int, hidden: int, quick_gelu: bool):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.act = QuickGELU() if quick_gelu else nn.GELU()
+        self.act = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -67,11 +72,11 @@ class VisionBlock(nn.Module):
     def __init__(self, size: dict, merge_r: int):
         super().__init__()
         width, eps = size["width"], size["norm_eps"]
-        self.merge_r = merge_r
+        self.merge_r, self.class_token = merge_r, size["class_token"]
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attn = VisionAttention(width, size["num_heads"], size["key_bias"])
         self.temporal_merge = TemporalMerge(width) if size["temporal"] else None
-        self.mlp = VisionMlp(width, size["mlp_dim"], size["quick_gelu"])
+        self.mlp = VisionMlp(width, size["mlp_dim"], size["activation"])
 
     def forward(self, x: Tensor, num_frames: int, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B F, T, D) of tokens that are `sizes` patches -> (B F, T - r, D), and the slots of the merge."""
@@ -79,7 +84,7 @@ class VisionBlock(nn.Module):
         x = x + context
         if self.temporal_merge is not None:
             x = x + self.temporal_merge(x.unflatten(0, (-1, num_frames))).flatten(0, 1)
-        x, slots = merge_by_keys(x, key, self.attn.num_heads, self.merge_r, sizes)
+        x, slots = merge_by_keys(x, key, self.attn.num_heads, self.merge_r, self.class_token, sizes)
         return x + self.mlp(self.norm2(x)), slots
 
 
@@ -89,17 +94,17 @@ class PatchEmbed(nn.Module):
         patch = size["patch_size"]
         self.proj = nn.Conv2d(3, size["width"], patch, patch, bias=size["patch_bias"])
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N - 1, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, P, D)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
-    """The residual stream after the last block, the class token first: no final norm."""
+    """The residual stream after the last block, a class token first if there is one: no final norm."""
 
     def __init__(self, size: dict):
         super().__init__()
-        width, tokens = size["width"], (size["image_size"] // size["patch_size"]) ** 2 + 1
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        width, tokens = size["width"], (size["image_size"] // size["patch_size"]) ** 2 + size["class_token"]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if size["class_token"] else None
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
         self.patch_embed = PatchEmbed(size)
         self.norm_pre = nn.LayerNorm(width, size["norm_eps"]) if size["input_norm"] else nn.Identity()
@@ -115,9 +120,10 @@ class VisionTransformer(nn.Module):
         """
         frames = x.shape[2] if x.ndim == 5 else 1
         images = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-        patches = self.patch_embed(images)
-        cls = self.cls_token.expand(len(patches), -1, -1)
-        tokens = torch.cat([cls, patches], 1) + self.pos_embed
+        tokens = self.patch_embed(images)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = tokens + self.pos_embed
         if self.temporal_position is not None:
             tokens = tokens + self.temporal_position[:frames].repeat(len(x), 1)[:, None]
         tokens = self.norm_pre(tokens)
