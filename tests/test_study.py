@@ -116,7 +116,9 @@ def standin(name, arguments) -> None:
     workdir = Path(arguments[arguments.index("--output" if name == "evaluate" else "--workdir") + 1])
     if name == "evaluate":
         result = dict(headline="CIDEr", scores={"CIDEr": 0.5}, shuffled={"CIDEr": 0.1})
-        write_json(workdir / "eval" / "test.json", result)
+        for split in arguments[arguments.index("--split") + 1].split(",") if "--split" in arguments else ("all",):
+            write_json(workdir / "eval" / f"{split}.json", result)
+            write_json(workdir / "eval" / f"{split}.coco.json", [])
         return
     value = float(flags["--config.optimizer.lr"]) + int(flags["--config.seed"]) / 100
     workdir.mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,13 @@ def test_records_without_their_runs_are_enough_to_go_on_with_another_seed(study,
     assert [record["chosen"] for record in found["arms"]["pooled"]["records"]] == [[0.0015, 0.0015]] * 2
     trained = [call for call in made if call[0] == "train"]
     assert len(trained) == 3 and all("--config.seed=4" in call for call in trained)  # nothing is searched again
+
+
+def test_without_splits_all_that_an_evaluation_scores_is_recorded(study, tmp_path):
+    _, found = results(dataclasses.replace(study, splits=()), tmp_path / "work", standin)
+    assert list(found["arms"]["merged"]["scores"]) == ["all", "all, 9 tokens"]
+    _, found = results(dataclasses.replace(study, splits=("a", "b")), tmp_path / "two", standin)
+    assert list(found["arms"]["pooled"]["scores"]) == ["a", "b"]
 
 
 def test_the_page_of_an_unfinished_comparison_says_how_much_of_it_is_done(study, tmp_path):
@@ -231,9 +240,19 @@ def test_a_failed_command_ends_with_its_status():
     assert error.value.status == 2
 
 
-@pytest.mark.parametrize(("argument", "count"), [("", 9), (":tokens", 5), (":tenth", 3), (":signal", 4), (":tiny", 9)])
-def test_the_recipes_arms_can_be_built(argument, count):
-    study = plan.read_study(f"configs/compare.py{argument}", [])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("compare.py", 9),
+        ("compare.py:tokens", 5),
+        ("compare.py:tenth", 3),
+        ("compare.py:signal", 4),
+        ("compare.py:tiny", 9),
+        ("compare_clips.py", 9),
+    ],
+)
+def test_the_recipes_arms_can_be_built(name, count):
+    study = plan.read_study(f"configs/{name}", [])
     assert len(study.arms) == count
     for arm in study.arms:
         for stage in range(len(arm.stages)):

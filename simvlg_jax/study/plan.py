@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     # Each stage of each arm takes the value of `key` with the lowest validation loss after `steps` steps with the first
     # seed. Without values nothing is searched.
     config.search = ConfigDict(dict(key="optimizer.lr", values=(), steps=100))
-    config.splits = ("test",)  # scored at the end
+    config.splits = ("test",)  # scored at the end; (): what simvlg_jax.evaluate scores without --split
     return config
 
 

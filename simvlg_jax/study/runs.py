@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from simvlg_jax.evaluation.report.results import results_files
 from simvlg_jax.study.costs import Point, read_points
 from simvlg_jax.study.plan import Arm, Study
 from simvlg_jax.study.records import is_record_of, read_record, write_record
@@ -92,15 +93,18 @@ class Runs:
         return min(losses, key=losses.get)
 
     def _score(self, arm: Arm, workdir: Path, folder: Path) -> dict[str, Path]:
-        """Scores the run's last stage on each split; returns names of scores and their results files."""
+        """Scores the run's last stage; returns names of scores and their results files."""
         splits, found = self._study.splits, {}
         for tokens in (0, *arm.tokens):
             output = folder / "scores" / (f"{tokens}_tokens" if tokens else "own_tokens")
             given = [f"--config.connector.tokens={tokens}"] if tokens else []
-            where = ["--workdir", str(workdir), "--checkpoint", "latest", "--output", str(output)]
-            self._call("evaluate", [*where, "--split", ",".join(splits), *given])
+            given += ["--split", ",".join(splits)] if splits else []
+            self._call(
+                "evaluate", ["--workdir", str(workdir), "--checkpoint", "latest", "--output", str(output), *given]
+            )
             suffix = f", {tokens} tokens" if tokens else ""
-            found |= {f"{split}{suffix}": output / "eval" / f"{split}.json" for split in splits}
+            paths = [output / "eval" / f"{split}.json" for split in splits] or results_files(output)
+            found |= {f"{path.stem}{suffix}": path for path in paths}
         return found
 
 

@@ -13,12 +13,16 @@ _SPLITS = ("test", "novel", "val", "train")  # in the order of the report; other
 _HEAT = 4.0  # nats of a token that is coloured most
 
 
-def read_splits(workdir: Path) -> list[dict]:
-    """Returns the values of each results file of a run, in the order of the report."""
+def results_files(workdir: Path) -> list[Path]:
+    """Returns the results files of a run, in the order of the report."""
     order = {split: rank for rank, split in enumerate(_SPLITS)}
     paths = (path for path in (workdir / "eval").glob("*.json") if not path.name.endswith(SUFFIXES))
-    paths = sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
-    return [_split(path) for path in paths]
+    return sorted(paths, key=lambda path: (order.get(path.stem, len(order)), path.stem))
+
+
+def read_splits(workdir: Path) -> list[dict]:
+    """Returns the values of each results file of a run, in the order of the report."""
+    return [_split(path) for path in results_files(workdir)]
 
 
 def read_json(path: Path) -> dict | None:
