@@ -4,8 +4,9 @@
     python -m simvlg_jax.compare --config configs/compare_clips.py --workdir runs/compare_clips
 
 All ways start from the captioning example, and see the same clips and captions in the same order. The language model
-gets 8 tokens of each clip. `published` is the paper's temporal merging, which knows no order of frames. Each way is
-scored by the order accuracy and by its captions, on clips of known and of unseen combinations.
+gets 8 tokens of each clip. `published` is the paper's temporal merging, which knows no order of frames, with positions
+as they are read. All others have `connector.position_norm`. Each way is scored by the order accuracy and by its
+captions, on clips of known and of unseen combinations.
 
 Other numbers of steps: `--config.settings="('train.steps=1500',)"`. Some ways or more seeds:
 `--config.only="('weights', 'published')"`, `--config.seeds="(0, 1, 2)"`.
@@ -29,7 +30,7 @@ def get_config() -> ConfigDict:
     config.seeds = (0,)
     config.arms.weights = get_arm(())
     config.arms.mean = get_arm((NO_ORDER,))
-    config.arms.published = get_arm((*TEMPORAL, "connector.position_gain=1.0"))
+    config.arms.published = get_arm((*TEMPORAL, "connector.position_norm=0.0"))
     config.arms.temporal_positions = get_arm((*TEMPORAL, "vit.max_frames=4"))
     config.arms.joined = get_arm(("video.frames_as=joined", *EIGHT))
     config.arms.pooled = get_arm(("video.frames_as=pooled", *EIGHT))

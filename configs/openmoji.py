@@ -96,10 +96,8 @@ def get_config(mode: str = "") -> ConfigDict:
         config.vit.weights = config.connector.weights = ""
         config.train.init_from = "example"
         config.data.frames = 4
-        # What learned the directions of motions fastest (docs/video.md): random weights of the frames, and places that
-        # the connector can tell apart.
-        config.video.max_frames = 4
-        config.connector.position_gain = 20.0
+        config.video.max_frames = 4  # what comes first and last
+        config.connector.position_norm = 9.0  # where things are, for left and right (docs/video.md)
         config.data.name = "prepared"
         config.data.path = "data/openmoji_clips"
         config.data.crop_scale = (0.9, 1.0)  # a smaller crop would cut off things at the edges

@@ -42,7 +42,7 @@ def find(
         config = override(load_config(config) if isinstance(config, str) else fill(config), overrides)
         with config.unlocked():
             config.train.init_from, config.connector.weights = str(name), ""
-            config.connector.position_gain = 1.0
+            config.connector.position_norm = 0.0
         return restore.assemble(config)
     folder = EXAMPLE if name == "example" else Path(name)
     return restore.restore_run(override(read_config(folder), overrides), folder, checkpoint, captions=True)

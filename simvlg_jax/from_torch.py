@@ -34,7 +34,7 @@ def main() -> None:
     from simvlg_jax.tasks import build_task
 
     with config.unlocked():
-        config.connector.position_gain = 1.0  # the training that reads the files applies it
+        config.connector.position_norm = 0.0  # the training that reads the files applies it
     task = build_task(config)
     loaded = task.load_pretrained(nn.unbox(jax.eval_shape(task.init, jax.random.key(config.seed))))
     if not loaded:

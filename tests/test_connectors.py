@@ -206,12 +206,8 @@ def test_a_bert_is_no_perceiver(tmp_path):
         ([*PERCEIVER, "connector.r=2"], "connector.r is for tomeformer: leave it at 0 with connector.type='perceiver'"),
         ([*PERCEIVER, "connector.budgets=(2,4)"], "connector.budgets is for tomeformer, pool: leave it at ()"),
         ([*POOL, "connector.weighted_mean=True"], "connector.weighted_mean is for tomeformer: leave it at False"),
-        (
-            [*POOL, "connector.position_gain=2.0", "train.init_from=x"],
-            "connector.position_gain is for tomeformer: leave it at 1.0 with",
-        ),
+        ([*POOL, "connector.position_norm=2.0"], "connector.position_norm is for tomeformer: leave it at 0.0 with"),
         (["connector.width=8"], "connector.width is for mlp, pool: leave it at 0 with connector.type='tomeformer'"),
-        (["connector.position_gain=2.0"], "connector.position_gain is for positions that are read: set"),
         (["connector.type=pool"], "needs connector.tokens"),
         ([*POOL, "connector.tokens=7"], r"no rectangle of cells in 4 x 4 patches; near ones are 6 and 8"),
         ([*MLP, "connector.size=huge"], "connector.size is 'huge'"),

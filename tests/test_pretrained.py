@@ -1,6 +1,5 @@
 """Weights that a config names: where they end up, the ids of each family, and messages for files that do not fit."""
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -156,24 +155,36 @@ def test_published_checkpoint_gives_the_trained_part(tmp_path):
         simvlg_jax.load("/nowhere/x.pth", config)
 
 
-def test_positions_are_made_greater_when_training_starts_and_not_before(tmp_path, capsys):
+def test_positions_get_their_norm_when_training_starts_and_not_before(tmp_path, capsys):
     task = task_of("llm.size=opt_tiny")
     params = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), abstract(task))
     named = {name: tree for name, tree in params.items() if name not in ("vit", "llm")}
     to_torch.write_state_dict(tmp_path / "x.safetensors", evlgen.to_evlgen(task.model, named))
-    overrides = ["llm.size=opt_tiny", "connector.position_gain=20.0", f"train.init_from={tmp_path / 'x.safetensors'}"]
+    overrides = ["llm.size=opt_tiny", "connector.position_norm=40.0", f"train.init_from={tmp_path / 'x.safetensors'}"]
     flags = [f"--config.{o}" for o in overrides]
     with with_arguments(["--config", "configs/tiny.py", "--output", str(tmp_path / "out"), *flags]):
         from_torch.main()
     converted = capsys.readouterr().out.split()[0].removeprefix("--config.")
+    written = task_of(overrides[0], converted).load_pretrained(abstract(task))
+    jax.tree.map(np.testing.assert_array_equal, written, named)  # as they were
+    was = named["connector"]["embeddings"]["position"]
     for given in (overrides, [*overrides[:2], converted]):
         started = task_of(*given).load_pretrained(abstract(task))
-        embeddings = started["connector"]["embeddings"]
-        embeddings["position"] = embeddings["position"] / np.float32(20)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), started, named)
+        found = started["connector"]["embeddings"]["position"]
+        assert np.square(found - found.mean(0)).sum(1).mean() ** 0.5 == pytest.approx(40, rel=1e-5)
+        np.testing.assert_allclose(found / found[0, 0], was / was[0, 0], rtol=1e-4)
+        started["connector"]["embeddings"]["position"] = was
+        jax.tree.map(np.testing.assert_array_equal, started, named)
 
     model = simvlg_jax.load(tmp_path / "x.safetensors", load_config("configs/tiny.py", flags))  # a trained model
     jax.tree.map(np.testing.assert_array_equal, model.params["connector"], named["connector"])
+
+
+def test_a_norm_needs_positions(tmp_path):
+    task = task_of("connector.weights=", "connector.position_norm=9.0")
+    with pytest.raises(UserError, match="position_norm scales positions that are read, and none are") as raised:
+        task.load_pretrained(abstract(task))
+    assert raised.value.status == 2
 
 
 def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):

@@ -108,8 +108,9 @@ def test_positions_are_resized_as_transformers_does(tower):
 
 def test_foreign_files_say_what_does_not_fit(tower):
     tensors, vit = tensors_of(tower), Siglip(**SIZE)
-    with pytest.raises(UserError, match="no SigLIP weights here"):
-        siglip.from_torch(vit, {"cls_token": np.ones(3)})
+    for foreign in ({"cls_token": np.ones(3)}, {"cls_token": np.ones(3), "patch_embed.proj.weight": np.ones(3)}):
+        with pytest.raises(UserError, match="no SigLIP weights here"):
+            siglip.from_torch(vit, foreign)
     tensors["vision_model.extra"] = tensors.pop("vision_model.encoder.layers.1.mlp.fc1.bias")
     with pytest.raises(UserError, match=r"missing.*layers\.1\.mlp\.fc1\.bias\n.*not known.*extra"):
         siglip.from_torch(vit, tensors)

@@ -57,7 +57,7 @@ def run(clips, tmp_path_factory):
     assert call(train, *common, "--workdir", image_run) == 0
     assert call(export, "--workdir", image_run, "--output", image_run / "exported") == 0
     start = [f"train.init_from={image_run}/exported/weights.safetensors", "connector.weights="]
-    start += ["connector.position_gain=20.0"]
+    start += ["connector.position_norm=9.0"]
     data = [
         "data.name=prepared",
         f"data.path={clips[1]}",
@@ -109,7 +109,8 @@ def test_captions_of_clips_and_of_pictures(run, clips, tmp_path, capsys):
 def test_a_model_of_clips_is_exported_and_loaded_again(run, tmp_path):
     assert call(export, "--workdir", run, "--output", tmp_path / "exported") == 0
     assert read_config(tmp_path / "exported").video.frames_as == "merged"
-    models = api.load(tmp_path / "exported"), api.load(run, overrides=["--config.dtype=float32"])
+    assert call(export, "--workdir", tmp_path / "exported", "--output", tmp_path / "again") == 0
+    models = api.load(tmp_path / "again"), api.load(run, overrides=["--config.dtype=float32"])
     equal = functools.partial(np.testing.assert_allclose, rtol=2**-8)  # an export has bfloat16 weights
     jax.tree.map(equal, models[0].params["connector"], models[1].params["connector"])
     clip = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8)

@@ -166,6 +166,8 @@ def test_foreign_vision_files_say_what_does_not_fit(clip):
     tensors = lavis_clip(state(clip))
     with pytest.raises(UserError, match="no known vision encoder here"):
         vision.from_torch(CLIP, {"layer1.0.conv1.weight": np.ones(3)})
+    with pytest.raises(UserError, match="without a class token"):
+        vision.from_torch(EVA, {"patch_embed.proj.weight": np.ones(3), "pos_embed": np.ones((1, 25, 24))})
     for name, message in (
         ("conv1.weight", r"missing.*: patch_embed\.proj\.weight\n"),
         ("positional_embedding", r"missing.*: pos_embed\n"),

@@ -26,7 +26,7 @@ RANGES = {  # smallest and greatest value of each number; "*" stands for any nam
     "connector.inflect": (-1, 1),
     "connector.tokens": ZERO_UP,
     "connector.width": ZERO_UP,
-    "connector.position_gain": ZERO_UP,
+    "connector.position_norm": ZERO_UP,
     "connector.dropout": SHARE,
     "pformer.queries": ONE_UP,
     "pformer.dropout": SHARE,
@@ -139,12 +139,6 @@ def check(config: ConfigDict, keys: Collection[str] | None = None) -> None:
     budgets = config.connector.budgets
     if not all(isinstance(tokens, int) and tokens >= 1 for tokens in budgets) or len(set(budgets)) != len(budgets):
         raise UserError(f"connector.budgets is {budgets}; it takes different numbers of tokens, such as (4, 8, 16)", 2)
-    if config.connector.position_gain != 1 and not (config.connector.weights or config.train.init_from):
-        raise UserError(
-            "connector.position_gain is for positions that are read: set connector.weights or train.init_from, or "
-            "leave it at 1",
-            2,
-        )
     if budgets and config.connector.r:
         raise UserError("connector.r and connector.budgets both set the merges: set r to 0, or budgets to ()", 2)
     _check_prompt("data.prompt", config.data.prompt)

@@ -87,9 +87,10 @@ def get_config() -> ConfigDict:
     # True: a merged token is the mean of all its patches; published: the mean of the two tokens that are merged.
     config.connector.weighted_mean = False
     config.connector.proportional_attention = False  # a merged token counts as all its patches; published: False
-    # "tomeformer": what the positions of its weights are multiplied by before training starts; published: 1. They are
-    # faint beside visual tokens, so a connector that must learn where things are learns it sooner with 20.
-    config.connector.position_gain = 1.0
+    # "tomeformer", above 0: the positions that are read (`weights` or `train.init_from`) are scaled when training
+    # starts, so that they deviate from their mean by this norm (root mean square). BERT's deviate by less than 1, which
+    # is faint beside visual tokens. 0 (published): they stay as they are.
+    config.connector.position_norm = 0.0
     config.connector.dropout = 0.1  # "mlp" and "pool" have none
     config.connector.remat = False  # "qformer" and "tomeformer": recompute activations in the backward pass
 

@@ -92,7 +92,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 
 def is_of_model(key: str) -> bool:
     """Returns whether a key defines the weights, and not where they come from or how the model is run."""
-    free = (".weights", ".tokenizer", ".dropout", ".remat")
+    free = (".weights", ".tokenizer", ".dropout", ".remat", ".position_norm")
     of_part = key.startswith(("task", "vit.", "video.", "connector.", "llm.", "sentence_encoder."))
     return of_part and not key.endswith(free) and key not in MERGING
 

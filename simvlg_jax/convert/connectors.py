@@ -26,7 +26,7 @@ class ConnectorKind(NamedTuple):
       load: (`connector.weights`, the module) -> {"connector": its first parameters}, and other modules that the file
         has.
       absent: parts of the connector that a BERT lacks, so that they may start from random numbers.
-      keys: which of the keys of `connector` that some connectors lack it has. Other values of the rest are refused.
+      keys: which of the keys of `connector` that are off by default (0, False or empty) it has. The others are refused.
     """
 
     module: type[Connector]
@@ -49,7 +49,7 @@ CONNECTORS = {
         tomeformer.rows,
         tomeformer.load,
         ("vl_proj",),
-        (*MERGING, "remat", "position_gain"),
+        (*MERGING, "remat", "position_norm"),
     ),
     "qformer": ConnectorKind(QFormer, build_qformer, qformer.rows, qformer.load, NEW, ("tokenizer", "remat")),
     "mlp": ConnectorKind(MlpConnector, build_mlp, *MLP, keys=("width",)),

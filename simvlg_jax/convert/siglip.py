@@ -1,6 +1,6 @@
 """Converts vision weights of SigLIP and SigLIP 2 between our scanned `Siglip` tree and Hugging Face's names.
 
-Those of our PyTorch form of a whole model, EVA's names, are read too.
+It also reads the names of our PyTorch form of a whole model, which are EVA's.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def from_torch(model: Siglip, tensors: Mapping) -> dict:
     Raises:
       UserError: the file has another format, or names are missing or left over.
     """
-    if vit.PATCHES in tensors:
+    if vit.PATCHES in tensors and "cls_token" not in tensors:
         return vit.from_torch(model, tensors)
     start = next((name for name in tensors if name.endswith(f"{PATCHES}.bias")), None)
     if start is None:

@@ -1,10 +1,13 @@
 """Weights of the TomeFormer, under the names of published EVLGen checkpoints or of a BERT."""
 
+import numpy as np
+
 from simvlg_jax.convert import bert, weight_map
 from simvlg_jax.convert.own_files import own_tree
 from simvlg_jax.convert.tensor_files import open_tensors, resolve
 from simvlg_jax.convert.weight_map import Row
 from simvlg_jax.models.connectors.tomeformer import TomeFormer
+from simvlg_jax.utils.errors import UserError
 from simvlg_jax.utils.packages import minilm_folder
 
 PREFIX = "VLconnector."  # of the published names
@@ -22,3 +25,21 @@ def load(name: str, connector: TomeFormer) -> dict:
         path, connector.depth, connector.num_heads, words=False
     )
     return {"connector": tree}
+
+
+def with_position_norm(connector: dict, norm: float) -> dict:
+    """Returns a connector whose positions are scaled to deviate from their mean by `norm` (root mean square).
+
+    Raises:
+      UserError (status 2): it holds no positions.
+    """
+    embeddings = connector.get("embeddings", {})
+    if "position" not in embeddings:
+        raise UserError(
+            "connector.position_norm scales positions that are read, and none are: name weights with a TomeFormer or a "
+            "BERT (connector.weights, train.init_from), or leave it at 0",
+            2,
+        )
+    position = np.asarray(embeddings["position"]).astype(np.float32)  # (512, D)
+    deviation = np.sqrt(np.square(position - position.mean(0)).sum(1).mean())
+    return {**connector, "embeddings": {**embeddings, "position": position * (np.float32(norm) / deviation)}}

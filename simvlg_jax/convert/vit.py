@@ -81,7 +81,8 @@ def from_torch(model: ViT, tensors: Mapping, align_corners: bool = False) -> dic
       align_corners: how positions of another picture size are resized, see `resize_positions`.
 
     Raises:
-      UserError: the file has another format, names are missing or left over, or keys have a bias that the model lacks.
+      UserError: the file has another format, names are missing or left over, keys have a bias that the model lacks, or
+        there is no class token.
     """
     tensors = renamed(tensors)
     named: Tensors = {}
@@ -89,6 +90,8 @@ def from_torch(model: ViT, tensors: Mapping, align_corners: bool = False) -> dic
         block = re.match(r"blocks\.(\d+)\.", name)
         if not (block and int(block[1]) >= model.depth):
             named |= unfused(name, tensors[name], model.key_bias)
+    if model.class_token and "cls_token" not in named:
+        raise UserError("the file holds a vision encoder without a class token, as SigLIP's: choose its vit.size")
     if "pos_embed" in named:
         named["pos_embed"] = resize_positions(
             named["pos_embed"], model.num_tokens, align_corners, class_token=model.class_token

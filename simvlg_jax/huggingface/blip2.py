@@ -54,7 +54,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
     special = {name: tokenizer.id_to_token(i) for name, i in (("eos_token", text.end), ("pad_token", pad))}
     special |= {"extra_special_tokens": {"image_token": IMAGE}}
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special, **PROCESSOR})
-    pixels = preprocessor_config(vit.image_size) | {"image_processor_type": "BlipImageProcessor"}
+    pixels = preprocessor_config(vit) | {"image_processor_type": "BlipImageProcessor"}
     write_json(folder / "preprocessor_config.json", pixels | PROCESSOR)
     write_json(folder / "processor_config.json", {"num_query_tokens": model.connector.queries, **PROCESSOR})
     ids = dict(bos_token_id=text.prefix[0], eos_token_id=text.end, pad_token_id=pad)

@@ -79,7 +79,7 @@ def write_hf(folder: Path, model: SimVLG, params: dict, text: TextEncoder, confi
       params: host arrays of a scanned model, all of them.
 
     Raises:
-      UserError: a model that the PyTorch code does not know, whose merges are not the published ones.
+      UserError: the connector does not merge as published.
     """
     if any(getattr(model.connector, name, False) for name in ("weighted_mean", "proportional_attention")):
         raise UserError("the PyTorch form merges as published: no weighted_mean, no proportional_attention")

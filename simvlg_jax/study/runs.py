@@ -99,6 +99,8 @@ class Runs:
             output = folder / "scores" / (f"{tokens}_tokens" if tokens else "own_tokens")
             given = [f"--config.connector.tokens={tokens}"] if tokens else []
             given += ["--split", ",".join(splits)] if splits else []
+            for path in results_files(output):
+                path.unlink()  # of an evaluation that was interrupted, perhaps of other splits
             self._call(
                 "evaluate", ["--workdir", str(workdir), "--checkpoint", "latest", "--output", str(output), *given]
             )

@@ -52,13 +52,11 @@ def build_connector(config: ConfigDict, vit: ViT) -> Connector:
     """The connector for the tokens of a vision encoder; with budgets and without `tokens`, of the largest budget."""
     connector = config.connector.copy_and_resolve_references()
     kind = lookup(CONNECTORS, "connector.type", connector.type)
-    for key, default in defaults.get_config().connector.items():
-        owners = [name for name, each in CONNECTORS.items() if key in each.keys]
-        if owners and connector.type not in owners and connector[key] != default:
+    for key, off in defaults.get_config().connector.items():
+        if not off and connector[key] and key not in ("weights", *kind.keys):
+            owners = ", ".join(name for name, each in CONNECTORS.items() if key in each.keys)
             raise UserError(
-                f"connector.{key} is for {', '.join(owners)}: leave it at {default!r} with "
-                f"connector.type={connector.type!r}",
-                2,
+                f"connector.{key} is for {owners}: leave it at {off!r} with connector.type={connector.type!r}", 2
             )
     connector.tokens = connector.tokens or max(connector.budgets, default=0)
     try:

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from simvlg_jax.convert import pformer, pretrained
+from simvlg_jax.convert import pformer, pretrained, tomeformer
 from simvlg_jax.convert.connectors import CONNECTORS
 from simvlg_jax.data.batch import BatchSpec, Pictures
 from simvlg_jax.models.contrastive import Pair
@@ -174,9 +173,8 @@ def load_pretrained(config: ConfigDict, model: SimVLG, abstract: Params) -> Para
         loaded["pformer"] = pformer.load(config.pformer.weights, model.pformer)["pformer"]
     if config.train.init_from:
         loaded = params.join(loaded, pretrained.load_published(config.train.init_from, model))
-    if config.connector.position_gain != 1 and "connector" in loaded:
-        embeddings = loaded["connector"]["embeddings"]
-        embeddings["position"] = np.asarray(embeddings["position"]) * np.float32(config.connector.position_gain)
     absent = kind.absent if config.connector.weights and not config.train.init_from else ()
     build.check_shapes(loaded, abstract, absent)
+    if config.connector.position_norm:
+        loaded["connector"] = tomeformer.with_position_norm(loaded.get("connector", {}), config.connector.position_norm)
     return loaded

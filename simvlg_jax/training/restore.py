@@ -76,6 +76,7 @@ def restore_run(
         config = (floats or config).copy_and_resolve_references()
         with config.unlocked():
             config.vit.weights = config.connector.weights = config.train.init_from = ""  # the file holds all of them
+            config.connector.position_norm = 0.0
             config.vit.scan = True
     task, mesh = build_task(config), meshes.make_mesh(config.mesh)
     if captions and not task.captions:
