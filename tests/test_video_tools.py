@@ -86,6 +86,7 @@ def test_clips_are_evaluated_and_shown_with_their_frames_and_map(run):
     assert sum(video is None for video in videos) == 1, "no browser shows MPEG-4 part 2 in AVI"
     page = (run / "report.html").read_text()
     assert page.count("<video ") == 3 and page.count('viewBox="0 0 16 4"') == 4
+    assert "4 clips drawn" in page and "· 4 clips" in page and "against other clips (shuffled)" in page
     assert "4 frames of 16 patches → 11 tokens" in page
 
 

@@ -76,6 +76,7 @@ def _split(path: Path) -> dict:
     return {
         "name": results.get("split", path.stem),
         "type": kind,
+        "seen": "clip" if any(example.get("frames") for example in examples) else "picture",
         "answers": kind in ("questions", "choices"),
         "step": results.get("step"),
         "averaged": results.get("averaged", []),
