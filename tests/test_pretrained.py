@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import simvlg_jax
 from simvlg_jax import from_torch, tasks, to_torch
 from simvlg_jax.config.load import load_config
-from simvlg_jax.convert import evlgen, stacking, tokenizers
+from simvlg_jax.convert import evlgen, stacking, tokenizers, tomeformer
 from simvlg_jax.convert import llama as hf_llama
 from simvlg_jax.convert import opt as hf_opt
 from simvlg_jax.models.llms.llama import LLAMA_SIZES
@@ -185,6 +185,8 @@ def test_a_norm_needs_positions(tmp_path):
     with pytest.raises(UserError, match="position_norm scales positions that are read, and none are") as raised:
         task.load_pretrained(abstract(task))
     assert raised.value.status == 2
+    with pytest.raises(UserError, match="all equal"):
+        tomeformer.with_position_norm({"embeddings": {"position": np.ones((512, 4))}}, 9.0)
 
 
 def test_weights_that_do_not_fit_say_so(folders, tmp_path, monkeypatch):

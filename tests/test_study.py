@@ -168,6 +168,8 @@ def test_records_without_their_runs_are_enough_to_go_on_with_another_seed(study,
 
 
 def test_without_splits_all_that_an_evaluation_scores_is_recorded(study, tmp_path):
+    old = tmp_path / "work" / "runs" / "merged" / "seed_3" / "scores" / "own_tokens" / "eval" / "old.json"
+    write_json(old, {})  # of an evaluation that was interrupted
     _, found = results(dataclasses.replace(study, splits=()), tmp_path / "work", standin)
     assert list(found["arms"]["merged"]["scores"]) == ["all", "all, 9 tokens"]
     _, found = results(dataclasses.replace(study, splits=("a", "b")), tmp_path / "two", standin)

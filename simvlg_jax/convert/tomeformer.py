@@ -30,8 +30,11 @@ def load(name: str, connector: TomeFormer) -> dict:
 def with_position_norm(connector: dict, norm: float) -> dict:
     """Returns a connector whose positions are scaled to deviate from their mean by `norm` (root mean square).
 
+    Args:
+      connector: its parameters; embeddings/position is (512, D).
+
     Raises:
-      UserError (status 2): it holds no positions.
+      UserError (status 2): it holds no positions, or all of them are equal.
     """
     embeddings = connector.get("embeddings", {})
     if "position" not in embeddings:
@@ -42,4 +45,8 @@ def with_position_norm(connector: dict, norm: float) -> dict:
         )
     position = np.asarray(embeddings["position"]).astype(np.float32)  # (512, D)
     deviation = np.sqrt(np.square(position - position.mean(0)).sum(1).mean())
+    if not deviation:
+        raise UserError(
+            "connector.position_norm scales positions, and those of the weights are all equal: set it to 0", 2
+        )
     return {**connector, "embeddings": {**embeddings, "position": position * (np.float32(norm) / deviation)}}
